@@ -1,14 +1,13 @@
 """The command line: help to learn from, wrong input ends with exit code 2, one clear message and no
 traceback."""
 
-from __future__ import annotations
-
 import copy
 import io
 import json
 import logging
+import subprocess
+import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import typer
@@ -26,14 +25,14 @@ from magus_anharmonic.plugins.parameters import RestartSafe
 QUICKSTART = Path(__file__).parents[1] / "inputs" / "h3s-quickstart" / "input.yaml"
 
 
-def run(*arguments: str) -> tuple[int, str]:
+def run(*arguments):
     result = CliRunner().invoke(app, list(arguments))
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     return result.exit_code, result.output
 
 
-def changed(path: tuple[str, ...], value: Any) -> dict[str, Any]:
+def changed(path, value):
     """The quick start's input with one key changed."""
     data = copy.deepcopy(yaml.safe_load(QUICKSTART.read_text()))
     block = data
@@ -44,7 +43,7 @@ def changed(path: tuple[str, ...], value: Any) -> dict[str, Any]:
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -158,7 +157,7 @@ def test_the_doctor_fails_only_for_what_the_input_needs(folder):
 
 
 @pytest.fixture(scope="module")
-def brought(tmp_path_factory) -> Path:
+def brought(tmp_path_factory):
     """Dynamical matrices and an ensemble of fcc copper, as an SSCHA user has them; the forces are
     EMT's."""
     import numpy as np
@@ -237,10 +236,9 @@ def test_a_ranking_starts_from_the_state_that_was_brought(brought, tmp_path):
 
     from magus_anharmonic.ranking.structures import rank_structures, read_start
     from magus_anharmonic.settings import parse_settings
-    from magus_anharmonic.sscha.state import SschaState
     from magus_anharmonic.structures import stripped, structure_id
 
-    state: SschaState = read_start(None, brought / "data", 300.0, 0.0, 0.5)
+    state = read_start(None, brought / "data", 300.0, 0.0, 0.5)
     block = {
         "temperature": 300,
         "supercell": [2, 2, 2],
@@ -264,12 +262,10 @@ def test_a_ranking_starts_from_the_state_that_was_brought(brought, tmp_path):
     assert found.enthalpy == pytest.approx(float(Emt().evaluate([atoms]).energy[0]))
 
 
-def test_an_interrupt_before_a_command_has_begun_is_one_word(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_interrupt_before_a_command_has_begun_is_one_word(monkeypatch, capsys):
     """Found by the soak: while the options are read nothing of ours runs yet that could say it."""
 
-    def interrupted() -> None:
+    def interrupted():
         raise KeyboardInterrupt
 
     monkeypatch.setattr("magus_anharmonic.cli.app", interrupted)
@@ -286,7 +282,7 @@ def test_a_ranking_without_any_free_energy_ends_with_another_code(
     from magus_anharmonic.errors import SschaError
     from magus_anharmonic.sscha import run as sscha_run
 
-    def fail(self: Any) -> None:
+    def fail(self):
         raise SschaError("the sample collapses")
 
     if not n_populations:
@@ -324,16 +320,14 @@ EVIL = "\x1b]0;owned\x07 \x1b[2J \x9b31m \r over \u202e txt\x08\x7f"
 back."""
 
 
-def _harmless(text: str) -> bool:
+def _harmless(text):
     return not set(text) & set("\x1b\x07\x9b\r\u202e\x08\x7f")
 
 
-def test_nothing_that_comes_from_a_file_controls_the_terminal(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_nothing_that_comes_from_a_file_controls_the_terminal(capsys):
     """Reasons of labels, names of isotopes and phases, messages of other codes: by the log, by
     tables and sentences, by errors."""
-    configure_logging(True)
+    configure_logging(logging.DEBUG)
     try:
         log = logging.getLogger("magus_anharmonic.test")
         log.warning("the label failed: %s", EVIL)
@@ -367,7 +361,7 @@ def test_nothing_that_comes_from_a_file_controls_the_terminal(
     )
 
 
-def test_colours_of_our_own_still_reach_a_terminal() -> None:
+def test_colours_of_our_own_still_reach_a_terminal():
     screen = type(console())(
         file=io.StringIO(), force_terminal=True, color_system="standard", width=80
     )
@@ -378,7 +372,7 @@ def test_colours_of_our_own_still_reach_a_terminal() -> None:
     assert own in written and "owned" in written and _harmless(written.replace(own, ""))
 
 
-def test_under_magus_too(caplog: pytest.LogCaptureFixture) -> None:
+def test_under_magus_too(caplog):
     record = logging.LogRecord(
         "magus_anharmonic.x", logging.WARNING, "", 0, "reason: %s", (EVIL,), None
     )
@@ -417,32 +411,67 @@ def test_files_are_ranked_with_the_calculator_of_an_import_path_and_keys_of_a_fi
     assert "copper-hcp.vasp" in text
 
 
-def test_the_defaults_that_the_help_shows_are_those_of_the_settings():
-    import typer
+def test_hessian_and_errors_take_calculator_labeler_and_keys_from_a_file(folder):
+    """The same file for both; an option goes before it. -q: no word on the screen."""
+    from ase.build import bulk
 
-    from magus_anharmonic.cli import app
-    from magus_anharmonic.settings import CalculatorSettings, Settings, SschaSettings
-
-    homes = {"pressure": Settings, "checkpoint": CalculatorSettings}
-    shown = [
-        (command, option.name, option.show_default)
-        for command in ("rank", "hessian", "phase-diagram", "errors")
-        for option in typer.main.get_command(app).commands[command].params  # type: ignore[attr-defined]
-        if isinstance(option.show_default, str)
-    ]
-    assert len({command for command, _, _ in shown}) == 4
-    assert len(shown) >= 8 + 3 + 2 + 1
-    for command, name, text in shown:
-        if name == "seed":
-            continue  # a search draws it; a ranking takes 0
-        field = {"check_hessian": "hessian"}.get(name, name)
-        default = homes.get(name, SschaSettings).model_fields[field].default
-        words = " ".join(map(str, default)) if isinstance(default, tuple) else str(default)
-        assert text == words, (command, name)
+    write("cu.vasp", bulk("Cu", a=3.6))
+    lj = "{calculator: ase.calculators.lj.LennardJones, arguments: {sigma: 2.2}, n_workers: 1}"
+    Path("keys.yaml").write_text(
+        "pressure: 5\nscheduler: serial\nMainCalculator: {calculator: ase.calculators.emt.EMT}\n"
+        "sscha: {supercell: [2, 1, 1], n_configs: 8, max_populations: 2, hessian: 0}\n"
+        f"learning: {{labeler: {lj}}}\n"
+    )
+    code, text = run("hessian", "cu.vasp", "-i", "keys.yaml", "--max-populations", "1", "-q")
+    assert code == 0 and all(" WARNING " in line for line in text.splitlines()), text
+    result = json.loads(Path("hessian/sscha/result.json").read_text())
+    assert result["target_pressure"] == 5 and result["n_populations"] == 1
+    code, text = run("errors", "hessian/sscha", "-i", "keys.yaml", "-n", "4")
+    assert code == 0 and "Fm-3m at 5 GPa" in text, text
+    code, text = run("errors", "hessian/sscha", "-n", "4", "-o", "no")
+    assert code == 2 and "--reference" in text
 
 
-def test_the_version_is_shown():
+def test_training_takes_seed_start_and_stage_from_a_file(folder, tiny_checkpoint, monkeypatch):
+    from magus_anharmonic.potential import train
+
+    asked = []
+    monkeypatch.setattr(
+        train, "train_file", lambda labels, out, recipe, device: asked.append((recipe, device))
+    )
+    Path("keys.yaml").write_text(
+        f"seed: 4\nMainCalculator: {{calculator: mattersim, checkpoint: {tiny_checkpoint},"
+        " device: cpu}\nlearning: {labeler: {calculator: gpaw}, epochs: 7, loss: mse}\n"
+    )
+    Path("recipe.yaml").write_text("split: [2, 1, 1]\nstages: [{epochs: 9}]\n")
+    run("train", "labels.xyz", "-i", "keys.yaml", "--learning-rate", "1e-3")
+    run("train", "labels.xyz", "-i", "keys.yaml", "--recipe", "recipe.yaml")
+    (first, device), (second, _) = asked
+    assert (first.seed, first.checkpoint, device) == (4, str(tiny_checkpoint), "cpu")
+    (stage,) = first.stages
+    assert (stage.epochs, stage.loss, stage.learning_rate) == (7, "mse", 1e-3)
+    assert second.seed == 4 and second.split == (2, 1, 1) and second.stages[0].epochs == 9
+
+
+def test_the_defaults_that_the_help_shows_are_those_of_the_settings(monkeypatch):
+    from magus_anharmonic.settings import SschaSettings
+
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(SschaSettings.model_fields["n_configs"], "default", 1234)
+    for command in ("rank", "hessian", "phase-diagram"):
+        code, text = run(command, "-h")
+        assert code == 0 and "[default: 1234]" in text and "[default: 2, 2, 2]" in text
+    assert "[default: mattersim-v1.0.0-1M]" in run("errors", "-h")[1]
+
+
+def test_the_version_is_shown_in_every_spelling():
     from magus_anharmonic import __version__
 
-    code, text = run("--version")
-    assert (code, text.split()) == (0, ["magus-anharmonic", __version__])
+    for word in ("--version", "-V"):
+        code, text = run(word)
+        assert (code, text.split()) == (0, ["magus-anharmonic", __version__])
+    found = subprocess.run(
+        [sys.executable, "-m", "magus_anharmonic", "-V"], capture_output=True, text=True, check=True
+    )
+    assert found.stdout.split()[-1] == __version__
+    assert "_magus_anharmonic_completion" in run("--show-completion")[1]

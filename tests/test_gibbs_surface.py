@@ -1,8 +1,6 @@
 """One smooth G(P, T) from G, V and S: exact data come back, the identities hold, and error bars
 mean what they say."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import numpy as np

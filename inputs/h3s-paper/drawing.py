@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from magus_anharmonic.io import pictures as style
 from magus_anharmonic.paper import tables
-from magus_anharmonic.phase_diagram import style
 
 MANY = 500
 """Points; more are pixels in the SVG, so that it stays small."""

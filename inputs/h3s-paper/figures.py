@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from magus_anharmonic.errors import InputError
+from magus_anharmonic.io import pictures as style
 from magus_anharmonic.io.digests import safe_name
 from magus_anharmonic.io.files import read_json, remove
 from magus_anharmonic.paper import enthalpies, quantities, tables
-from magus_anharmonic.phase_diagram import style
 
 from . import figures_sscha
 from .drawing import MANY, Drawing, Missing, diagonal, rows_of_step

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from magus_anharmonic.errors import InputError
+from magus_anharmonic.io import pictures as style
 from magus_anharmonic.io.digests import safe_name
 from magus_anharmonic.paper import quantities, tables
-from magus_anharmonic.phase_diagram import style
 from magus_anharmonic.ranking.candidate import Candidate
 from magus_anharmonic.structures import decided_group, number_of, symbol_of
 

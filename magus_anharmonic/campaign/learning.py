@@ -227,7 +227,7 @@ def _stock_magus(folder: Path) -> None:
     command = [
         sys.executable,
         "-m",
-        "magus_anharmonic.cli",
+        "magus_anharmonic",
         "search",
         "-i",
         "input.yaml",

@@ -178,7 +178,8 @@ def _one(
             centroids, structure_id(centroids), report.result.space_group, pressure, "centroids"
         )
         if pressure in settings.dispersions:
-            rows = dispersion_rows(dispersion(report.hessian, harmonic))
+            tolerance = report.result.symmetry_tolerance or SYMPREC
+            rows = dispersion_rows(dispersion(report.hessian, harmonic, tolerance))
             write_part(folder, Band, rows, dispersion_file(wanted.name, pressure))
     if pressure in settings.dft_harmonic:
         _harmonic_by_dft(context, wanted, phase, cell, pressure, own, tally)

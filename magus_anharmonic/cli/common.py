@@ -1,17 +1,22 @@
-"""What every command shares: the application, how errors end, where log lines go."""
+"""What every command shares: the application, ``-v`` and ``-q``, how errors end, where log lines
+go, and the defaults that its help shows."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
 import logging
+import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand, TyperOption
 
 from magus_anharmonic.errors import (
     InputError,
@@ -23,6 +28,7 @@ from magus_anharmonic.errors import (
     reason_of,
 )
 from magus_anharmonic.report.screen import console as console
+from magus_anharmonic.units import quantity
 
 app = typer.Typer(
     name="magus-anharmonic",
@@ -30,7 +36,7 @@ app = typer.Typer(
         "Crystal structure prediction with quantum ions: MAGUS, MatterSim and SSCHA in one loop."
     ),
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
@@ -50,10 +56,67 @@ def _show_version(asked: bool) -> None:
 def common(
     version: Annotated[
         bool,
-        typer.Option("--version", help="Show the version.", callback=_show_version, is_eager=True),
+        typer.Option(
+            "-V", "--version", help="Show the version.", callback=_show_version, is_eager=True
+        ),
     ] = False,
 ) -> None:
     """Crystal structure prediction with quantum ions: MAGUS, MatterSim and SSCHA in one loop."""
+
+
+Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Show debugging lines too.")]
+Quiet = Annotated[
+    bool, typer.Option("-q", "--quiet", help="Show warnings alone; the results are in files.")
+]
+SETTINGS = "of the settings"
+"""``show_default`` of an option that is called as a key of `Settings`, of ``sscha`` or of the
+calculator."""
+
+
+class Command(TyperCommand):
+    """Shows for `SETTINGS` the defaults of the settings, read only when somebody asks for help."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Write the help."""
+        from magus_anharmonic.settings import CalculatorSettings, Settings, SschaSettings
+
+        fields = {
+            **Settings.model_fields, **CalculatorSettings.model_fields, **SschaSettings.model_fields
+        }  # fmt: skip
+        for option in self.params:
+            if isinstance(option, TyperOption) and option.show_default == SETTINGS:
+                # the help ends the process: what is read of it here is never used
+                option.default, option.show_default = fields[option.name or ""].default, True
+        super().format_help(ctx, formatter)
+
+
+def command(
+    name: str | None = None, *, go_on: str = "run the same command again"
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Register a command: it gets ``-v`` and ``-q``, and `user_errors`, for which ``go_on`` is."""
+
+    def register(function: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(function)
+        def run(*, verbose: bool, quiet: bool, **options: Any) -> None:
+            level = logging.DEBUG if verbose else logging.INFO
+            configure_logging(logging.WARNING if quiet else level)
+            with open(os.devnull, "w") if quiet else contextlib.nullcontext(sys.stdout) as screen:
+                with contextlib.redirect_stdout(screen), user_errors(go_on):
+                    function(**options)
+
+        signature = inspect.signature(function, eval_str=True)
+        flags = {"verbose": Verbose, "quiet": Quiet}
+        own = [
+            inspect.Parameter(flag, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=kind)
+            for flag, kind in flags.items()
+        ]
+        run.__signature__ = signature.replace(  # type: ignore[attr-defined]
+            parameters=[*signature.parameters.values(), *own]
+        )
+        run.__annotations__ = {**function.__annotations__, **flags}
+        return app.command(name, cls=Command)(run)
+
+    return register
 
 
 def say(text: str, *, err: bool = False) -> None:
@@ -119,9 +182,9 @@ def _terminating() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def configure_logging(verbose: bool) -> None:
-    """Log lines to standard error: coloured on a terminal, plain with a time stamp when
-    redirected."""
+def configure_logging(level: int) -> None:
+    """Log lines from ``level`` on to standard error: coloured on a terminal, else plain with a time
+    stamp."""
     handler: logging.Handler
     if sys.stderr.isatty():
         from rich.logging import RichHandler
@@ -137,10 +200,38 @@ def configure_logging(verbose: bool) -> None:
     for earlier in [known for known in root.handlers if known.get_name() == handler.get_name()]:
         root.removeHandler(earlier)
     root.addHandler(handler)
-    logging.getLogger("magus_anharmonic").setLevel(logging.DEBUG if verbose else logging.INFO)
+    logging.getLogger("magus_anharmonic").setLevel(level)
+
+
+def measured(unit: str, help: str = "", **more: Any) -> Any:
+    """An option that is a number in ``unit``, or one with a unit: ``--pressure 150GPa``."""
+
+    def parse(text: Any) -> float:
+        try:
+            return quantity(text, unit)
+        except ValueError as error:
+            raise typer.BadParameter(f"{text!r}: {error}") from None
+
+    return typer.Option(parser=parse, metavar=unit, help=help, **more)
 
 
 InputFile = Annotated[
     Path, typer.Option("-i", "--input-file", help="The input file in YAML, MAGUS's keys and ours.")
 ]
-Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Show debugging lines too.")]
+SettingsFile = Annotated[
+    Path | None,
+    typer.Option("-i", "--input-file", help="Keys as for search, in YAML; options go before them."),
+]
+Checkpoint = Annotated[
+    str | None,
+    typer.Option(help="A MatterSim name, a path, or a shipped checkpoint.", show_default=SETTINGS),
+]
+Calculator = Annotated[
+    str | None,
+    typer.Option(
+        help="Instead of MatterSim: import path of an ASE calculator, e.g. ase.calculators.emt.EMT;"
+        " its arguments in the file of -i."
+    ),
+]
+Device = Annotated[str | None, typer.Option(help="cpu or cuda.")]
+Seed = Annotated[int | None, typer.Option(help="Same input and seed, same result; left out: 0.")]

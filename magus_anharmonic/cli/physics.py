@@ -15,12 +15,30 @@ from typing import Annotated, Any
 
 import typer
 
-from magus_anharmonic.cli.common import Verbose, app, configure_logging, console, say, user_errors
+from magus_anharmonic.cli.common import (
+    SETTINGS,
+    Calculator,
+    Checkpoint,
+    Device,
+    Seed,
+    SettingsFile,
+    command,
+    console,
+    measured,
+    say,
+)
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.units import ev_to_mev
 
+Supercell = Annotated[
+    tuple[int, int, int] | None,
+    typer.Option(help="Repetitions of the primitive cell; for a structure.", show_default=SETTINGS),
+]
+Pressure = Annotated[float | None, measured("GPa", "For a structure.", show_default=SETTINGS)]
+Temperature = Annotated[float | None, measured("K", "For a structure.", show_default=SETTINGS)]
 
-@app.command()
+
+@command()
 def hessian(
     source: Annotated[
         Path,
@@ -31,78 +49,72 @@ def hessian(
             )
         ),
     ],
-    pressure: Annotated[float, typer.Option(help="GPa; for a structure.")] = 0.0,
-    temperature: Annotated[float, typer.Option(help="K; for a structure.")] = 0.0,
-    checkpoint: Annotated[
-        str | None,
-        typer.Option(
-            help=(
-                "A MatterSim name, a path, or a shipped checkpoint; a folder needs none unless it"
-                " lacks configurations."
-            )
-        ),
-    ] = None,
-    supercell: Annotated[
-        tuple[int, int, int] | None,
-        typer.Option(
-            help="Repetitions of the primitive cell; for a structure.", show_default="2 2 2"
-        ),
-    ] = None,
+    pressure: Pressure = None,
+    temperature: Temperature = None,
+    checkpoint: Checkpoint = None,
+    calculator: Calculator = None,
+    input_file: SettingsFile = None,
+    supercell: Supercell = None,
     n_configs: Annotated[
         int | None,
-        typer.Option(help="Configurations, even; of a folder: what it holds.", show_default="1000"),
+        typer.Option(
+            help="Configurations, even; of a folder: what it holds.", show_default=SETTINGS
+        ),
     ] = None,
     max_populations: Annotated[
-        int | None, typer.Option(help="Most populations; for a structure.", show_default="30")
+        int | None, typer.Option(help="Most populations; for a structure.", show_default=SETTINGS)
     ] = None,
     fixed_cell: Annotated[
         bool, typer.Option("--fixed-cell", help="Keep the cell; for a structure.")
     ] = False,
     v4: Annotated[bool, typer.Option("--v4", help="Add the fourth-order term.")] = False,
-    seed: Annotated[int, typer.Option(help="Same input and seed, same result.")] = 0,
+    seed: Seed = None,
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder for all results.")] = Path(
         "hessian"
     ),
-    device: Annotated[str | None, typer.Option(help="cpu or cuda.")] = None,
-    verbose: Verbose = False,
+    device: Device = None,
 ) -> None:
     """Physical phonons from the free-energy Hessian: is the structure a minimum of the free energy
-    or a saddle point?"""
-    configure_logging(verbose)
-    with user_errors():
-        from magus_anharmonic.sscha.report import hessian_of_run, hessian_of_structure
+    or a saddle point?
 
-        atoms = _structure_to_run(source, checkpoint, n_configs)
-        evaluator = None
-        if checkpoint is not None:
-            from magus_anharmonic.potential import load
+    The model is needed for a structure, and for more configurations than the folder of a run holds.
+    """
+    from magus_anharmonic.ranking.jobs import free_energy_on
+    from magus_anharmonic.ranking.structures import evaluator_of
+    from magus_anharmonic.settings import rank_settings
+    from magus_anharmonic.sscha.report import DEFAULTS, hessian_of_run, hessian_of_structure
 
-            evaluator = load(checkpoint, device=device)
-        if atoms is None:
-            report = hessian_of_run(
-                source, output, evaluator=evaluator, n_configs=n_configs, include_v4=v4, seed=seed
-            )
-        else:
-            asked: dict[str, Any] = {
-                "supercell": supercell,
-                "n_configs": n_configs,
-                "max_populations": max_populations,
-                "cell": "fixed" if fixed_cell else None,
-            }
-            report = hessian_of_structure(
-                atoms,
-                output,
-                evaluator,
-                include_v4=v4,
-                seed=seed,
-                pressure=pressure,
-                temperature=temperature,
-                **{name: value for name, value in asked.items() if value is not None},
-            )
-        _show_hessian(report)
+    atoms = _structure_to_run(source, n_configs)
+    settings = rank_settings(
+        input_file,
+        {"pressure": pressure, "seed": seed},
+        calculator={"calculator": calculator, "checkpoint": checkpoint, "device": device},
+        sscha={
+            "temperature": temperature,
+            "supercell": supercell,
+            "cell": "fixed" if fixed_cell else None,
+            "n_configs": n_configs,
+            "max_populations": max_populations,
+        },
+    )
+    more: dict[str, Any] = {"include_v4": v4, "seed": settings.seed or 0}
+    if atoms is None:
+        named = any((checkpoint, calculator, input_file))
+        evaluator = evaluator_of(settings)[0] if named else None
+        report = hessian_of_run(source, output, evaluator=evaluator, n_configs=n_configs, **more)
+    else:
+        report = hessian_of_structure(
+            atoms,
+            output,
+            evaluator_of(settings)[0],
+            run=free_energy_on(settings),
+            n_configs=(settings.sscha or DEFAULTS).n_configs,
+            **more,
+        )
+    _show_hessian(report)
 
 
-def _structure_to_run(source: Path, checkpoint: str | None, n_configs: int | None) -> Any:
+def _structure_to_run(source: Path, n_configs: int | None) -> Any:
     """The one structure of a file; None where ``source`` is the folder of a finished run. Raises
     ``InputError`` before any work."""
     from magus_anharmonic.gate import read_structures
@@ -124,11 +136,6 @@ def _structure_to_run(source: Path, checkpoint: str | None, n_configs: int | Non
             f"{source}: holds {len(found)} structures; give one (`magus-anharmonic rank` takes"
             " many)"
         )
-    if checkpoint is None:
-        raise InputError(
-            "--checkpoint: a structure needs one (a MatterSim name, a path, or a shipped"
-            " checkpoint)"
-        )
     return found[0]
 
 
@@ -136,12 +143,12 @@ def _show_hessian(report: Any) -> None:
     """Print the softest modes, the verdict in words, and where everything is."""
     from rich.table import Table
 
-    from magus_anharmonic.sscha.report import table_rows
+    from magus_anharmonic.sscha.report import softest_levels
 
     shown = Table(title="Softest modes (cm^-1; imaginary as negative)")
     for name in ("q", "modes x q points", "SSCHA auxiliary", "free-energy Hessian"):
         shown.add_column(name, justify="right", no_wrap=True)
-    for row in table_rows(report.hessian):
+    for row in softest_levels(report.hessian):
         shown.add_row(*row)
     screen = console()
     screen.print(shown)
@@ -155,7 +162,7 @@ def _show_hessian(report: Any) -> None:
     )
 
 
-@app.command("phase-diagram")
+@command("phase-diagram")
 def phase_diagram(
     sources: Annotated[
         list[Path],
@@ -168,11 +175,11 @@ def phase_diagram(
         ),
     ],
     pressure: Annotated[
-        list[float] | None, typer.Option(help="GPa, rising; more than once. With structure files.")
+        list[float] | None, measured("GPa", "Rising; more than once. With structure files.")
     ] = None,
     temperature: Annotated[
         list[float] | None,
-        typer.Option(help="K, rising; more than once. With structure files. [default: 0]"),
+        measured("K", "Rising; more than once. With structure files; left out: 0."),
     ] = None,
     checkpoint: Annotated[
         str | None,
@@ -192,39 +199,36 @@ def phase_diagram(
     supercell: Annotated[
         tuple[int, int, int] | None,
         typer.Option(
-            help="Repetitions of the primitive cell. With structure files.", show_default="2 2 2"
+            help="Repetitions of the primitive cell. With structure files.", show_default=SETTINGS
         ),
     ] = None,
     n_configs: Annotated[
         int | None,
         typer.Option(
-            help="Configurations per population, even. With structure files.", show_default="1000"
+            help="Configurations per population, even. With structure files.", show_default=SETTINGS
         ),
     ] = None,
     end_member: Annotated[
         list[str] | None,
         typer.Option(
             help=(
-                "Formula or phase that formation energies count from; more than once. [default: the"
-                " elements]"
+                "Formula or phase that formation energies count from; more than once; left out: the"
+                " elements."
             )
         ),
     ] = None,
     model_error: Annotated[
         float | None,
-        typer.Option(
-            min=0.0, help="eV/atom, error of the potential in G of each phase; widens the bands."
-        ),
+        measured("eV/atom", "Error of the potential in G of each phase; widens the bands."),
     ] = None,
     seed: Annotated[
         int | None,
-        typer.Option(help="Same input and seed, same result. [default: 0, or what the input says]"),
+        typer.Option(help="Same input and seed, same result; left out: 0, or what the input says."),
     ] = None,
     output: Annotated[
         Path, typer.Option("-o", "--output", help="Folder for all results; again: go on.")
     ] = Path("phase-diagram"),
-    device: Annotated[str | None, typer.Option(help="cpu or cuda.")] = None,
-    verbose: Verbose = False,
+    device: Device = None,
 ) -> None:
     """P-T phase diagram from SSCHA free energies: boundaries with confidence bands, isotope shifts,
     hull over composition.
@@ -234,49 +238,47 @@ def phase_diagram(
     stability.csv, summary.json, phase-diagram.svg and .png; with several compositions hull.csv,
     hull.svg and hull.png.
     """
-    configure_logging(verbose)
-    with user_errors():
-        from magus_anharmonic.phase_diagram.diagram import phase_diagram as diagram_of
-        from magus_anharmonic.phase_diagram.grid import collect_runs, run_locked
-        from magus_anharmonic.phase_diagram.points import read_points
-        from magus_anharmonic.phase_diagram.report import sentences, write_diagram
-        from magus_anharmonic.runs.lock import locked
-        from magus_anharmonic.settings.phase_diagram import grid_settings, load_phase_diagram
+    from magus_anharmonic.phase_diagram.diagram import phase_diagram as diagram_of
+    from magus_anharmonic.phase_diagram.grid import collect_runs, run_locked
+    from magus_anharmonic.phase_diagram.points import read_points
+    from magus_anharmonic.phase_diagram.report import sentences, write_diagram
+    from magus_anharmonic.runs.lock import locked
+    from magus_anharmonic.settings.phase_diagram import grid_settings, load_phase_diagram
 
-        top = {"pressures": pressure, "temperatures": temperature, "checkpoint": checkpoint}
-        sscha = {"supercell": supercell, "n_configs": n_configs}
-        first, kind = sources[0], sources[0].suffix.lower()
-        grid = any(value for value in (*top.values(), isotope, *sscha.values()))
-        alone = first.is_dir() or kind in (".yaml", ".yml", ".csv")
-        if alone and (len(sources) > 1 or grid):
-            raise InputError(
-                f"{first}: holds everything; give it alone, without --pressure, --temperature,"
-                " --checkpoint, --isotope, --supercell and --n-configs"
-            )
-        given = {"end_members": end_member, "model_error": model_error, "seed": seed}
-        options = {name: value for name, value in given.items() if value is not None}
-        with locked(output, "magus-anharmonic phase-diagram"):
-            if first.is_dir() or kind == ".csv":
-                points = collect_runs(first) if first.is_dir() else read_points(first)
-            else:
-                settings = (
-                    load_phase_diagram(first)
-                    if alone
-                    else grid_settings(
-                        sources, {**top, "device": device}, isotopes=isotope or (), sscha=sscha
-                    )
-                ).model_copy(update=options)
-                points = run_locked(settings, output)
-                options = settings.model_dump(include={*given, "n_samples"})
-            diagram = diagram_of(points, **options)
-            pictures = write_diagram(diagram, output)
-        for line in sentences(diagram):
-            say(f"* {line}")
-        hull = f"\nHull: {pictures['hull']}" if "hull" in pictures else ""
-        say(f"\nPicture: {pictures['png']}{hull}\nEverything else: {output.resolve()}")
+    top = {"pressures": pressure, "temperatures": temperature, "checkpoint": checkpoint}
+    sscha = {"supercell": supercell, "n_configs": n_configs}
+    first, kind = sources[0], sources[0].suffix.lower()
+    grid = any(value for value in (*top.values(), isotope, *sscha.values()))
+    alone = first.is_dir() or kind in (".yaml", ".yml", ".csv")
+    if alone and (len(sources) > 1 or grid):
+        raise InputError(
+            f"{first}: holds everything; give it alone, without --pressure, --temperature,"
+            " --checkpoint, --isotope, --supercell and --n-configs"
+        )
+    given = {"end_members": end_member, "model_error": model_error, "seed": seed}
+    options = {name: value for name, value in given.items() if value is not None}
+    with locked(output, "magus-anharmonic phase-diagram"):
+        if first.is_dir() or kind == ".csv":
+            points = collect_runs(first) if first.is_dir() else read_points(first)
+        else:
+            settings = (
+                load_phase_diagram(first)
+                if alone
+                else grid_settings(
+                    sources, {**top, "device": device}, isotopes=isotope or (), sscha=sscha
+                )
+            ).model_copy(update=options)
+            points = run_locked(settings, output)
+            options = settings.model_dump(include={*given, "n_samples"})
+        diagram = diagram_of(points, **options)
+        pictures = write_diagram(diagram, output)
+    for line in sentences(diagram):
+        say(f"* {line}")
+    hull = f"\nHull: {pictures['hull']}" if "hull" in pictures else ""
+    say(f"\nPicture: {pictures['png']}{hull}\nEverything else: {output.resolve()}")
 
 
-@app.command()
+@command()
 def errors(
     source: Annotated[
         Path,
@@ -288,16 +290,17 @@ def errors(
         ),
     ],
     reference: Annotated[
-        Path,
+        Path | None,
         typer.Option(
             "-r",
             "--reference",
-            help="YAML file with the block labeler: the DFT code and settings to compare with.",
+            help="YAML file with the block labeler: the DFT code and settings to compare with;"
+            " left out: that of -i.",
         ),
-    ],
-    checkpoint: Annotated[
-        str, typer.Option(help="The model: a MatterSim name, a path, or a shipped checkpoint.")
-    ],
+    ] = None,
+    checkpoint: Checkpoint = None,
+    calculator: Calculator = None,
+    input_file: SettingsFile = None,
     n_configs: Annotated[
         int,
         typer.Option("-n", "--n-configs", help="Configurations to label, in pairs +u, -u: even."),
@@ -312,21 +315,14 @@ def errors(
         ),
     ] = None,
     phase: Annotated[
-        str, typer.Option(help="Name of the phase in the tables. [default: its space group]")
+        str, typer.Option(help="Name of the phase in the tables; left out: its space group.")
     ] = "",
     pressure: Annotated[
-        float | None, typer.Option(help="GPa; for a structure or dynamical matrices.")
+        float | None, measured("GPa", "For a structure or dynamical matrices.")
     ] = None,
-    temperature: Annotated[
-        float, typer.Option(help="K; for a structure or dynamical matrices.")
-    ] = 0.0,
-    supercell: Annotated[
-        tuple[int, int, int] | None,
-        typer.Option(
-            help="Repetitions of the primitive cell; for a structure.", show_default="2 2 2"
-        ),
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Same input and seed, same configurations.")] = 0,
+    temperature: Temperature = None,
+    supercell: Supercell = None,
+    seed: Seed = None,
     output: Annotated[
         Path,
         typer.Option(
@@ -338,59 +334,63 @@ def errors(
     tables: Annotated[
         Path | None, typer.Option(help="campaign/tables of a campaign, to add the results to.")
     ] = None,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda.")] = None,
-    verbose: Verbose = False,
+    device: Device = None,
 ) -> None:
     """Errors of forces and of free-energy gradients against DFT, and the correction of G by
     first-order perturbation."""
-    configure_logging(verbose)
-    with user_errors():
-        from magus_anharmonic.labelers import get_labeler
-        from magus_anharmonic.paper.ensemble_errors import (
-            add_to_tables,
-            draw_report,
-            find_source,
-            given_displacements,
-            load_labeler_settings,
-            measure_locked,
-        )
-        from magus_anharmonic.paper.ensemble_labels import WHAT, check_number
-        from magus_anharmonic.potential import load
-        from magus_anharmonic.runs.lock import locked
+    from magus_anharmonic.evaluator import as_evaluator
+    from magus_anharmonic.labelers import get_labeler
+    from magus_anharmonic.paper.ensemble_errors import (
+        add_to_tables,
+        draw_report,
+        find_source,
+        given_displacements,
+        load_labeler_settings,
+        measure_locked,
+    )
+    from magus_anharmonic.paper.ensemble_labels import WHAT, check_number
+    from magus_anharmonic.ranking.jobs import free_energy_on
+    from magus_anharmonic.ranking.structures import evaluator_of
+    from magus_anharmonic.runs.lock import locked
+    from magus_anharmonic.settings import rank_settings
 
-        check_number(n_configs)
-        settings = load_labeler_settings(reference)
-        with (
-            locked(output, WHAT),
-            contextlib.closing(get_labeler(settings, output / "labeling")) as labeler,
-        ):
-            model = load(checkpoint, device=device)
-            found = find_source(
-                source,
-                model,
-                output / "sscha",
-                phase=phase,
-                pressure=pressure,
-                temperature=temperature,
-                supercell=supercell,
-                seed=seed,
-            )
-            displacements = (
-                None if ensemble is None else given_displacements(found.state, ensemble)[:n_configs]
-            )
-            report = measure_locked(
-                found,
-                model,
-                labeler,
-                output,
-                n_configs=n_configs,
-                seed=seed,
-                displacements=displacements,
-            )
-            draw_report(report)
-        if tables is not None:
-            add_to_tables(report, tables)
-        _show(report)
+    check_number(n_configs)
+    file = reference or input_file
+    if file is None:
+        raise InputError("--reference: give a YAML file with the block labeler, or one with -i")
+    labels = load_labeler_settings(file)
+    settings = rank_settings(
+        input_file,
+        {"pressure": pressure, "seed": seed},
+        calculator={"calculator": calculator, "checkpoint": checkpoint, "device": device},
+        sscha={"temperature": temperature, "supercell": supercell},
+    )
+    with (
+        locked(output, WHAT),
+        contextlib.closing(
+            get_labeler(labels, output / "labeling", settings if input_file else None)
+        ) as labeler,
+    ):
+        model = evaluator_of(settings)[0]
+        found = find_source(
+            source, model, output / "sscha", settings, phase=phase, run=free_energy_on(settings)
+        )
+        displacements = (
+            None if ensemble is None else given_displacements(found.state, ensemble)[:n_configs]
+        )
+        report = measure_locked(
+            found,
+            as_evaluator(model, [found.state.atoms]),
+            labeler,
+            output,
+            n_configs=n_configs,
+            seed=settings.seed or 0,
+            displacements=displacements,
+        )
+        draw_report(report)
+    if tables is not None:
+        add_to_tables(report, tables)
+    _show(report)
 
 
 def _show(report: Any) -> None:

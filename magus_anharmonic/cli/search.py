@@ -13,7 +13,18 @@ from typing import Annotated
 
 import typer
 
-from magus_anharmonic.cli.common import InputFile, Verbose, app, configure_logging, say, user_errors
+from magus_anharmonic.cli.common import (
+    SETTINGS,
+    Calculator,
+    Checkpoint,
+    Device,
+    InputFile,
+    Seed,
+    SettingsFile,
+    command,
+    measured,
+    say,
+)
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.report.screen import require_free_energy, show_ranking
 
@@ -26,7 +37,7 @@ class Host(StrEnum):
     embedded = "embedded"
 
 
-@app.command()
+@command(go_on="run the same command with -r")
 def search(
     input_file: InputFile = Path("input.yaml"),
     host: Annotated[
@@ -42,7 +53,6 @@ def search(
         bool,
         typer.Option("--keys", help="List MAGUS's keys that the embedded host knows, and stop."),
     ] = False,
-    verbose: Verbose = False,
 ) -> None:
     """Search for structures and rank them by the SSCHA free energy.
 
@@ -50,34 +60,32 @@ def search(
     [bold]results/anharmonic/[/bold]. The same input.yaml works with stock [bold]magus
     search[/bold].
     """
-    configure_logging(verbose)
-    with user_errors("run the same command with -r"):
-        if keys:
-            from magus_anharmonic.search.keys import keys_table
+    if keys:
+        from magus_anharmonic.search.keys import keys_table
 
-            say(keys_table())
-            return
-        from magus_anharmonic.doctor import magus_version
+        say(keys_table())
+        return
+    from magus_anharmonic.doctor import magus_version
 
-        found = magus_version()
-        if host is Host.magus and found is None:
+    found = magus_version()
+    if host is Host.magus and found is None:
+        raise InputError(
+            "--host magus: MAGUS is not installed (pip install"
+            " git+https://gitlab.com/bigd4/magus.git)"
+        )
+    if found is not None and host is not Host.embedded:
+        from magus_anharmonic.plugins.parameters import run_stock_magus
+
+        run_stock_magus(input_file, restart=restart, use_ml=use_ml)
+    else:
+        if use_ml:
             raise InputError(
-                "--host magus: MAGUS is not installed (pip install"
-                " git+https://gitlab.com/bigd4/magus.git)"
+                "-m: MAGUS's own learning loop needs MAGUS; the embedded host learns with the"
+                " block learning:"
             )
-        if found is not None and host is not Host.embedded:
-            from magus_anharmonic.plugins.parameters import run_stock_magus
-
-            run_stock_magus(input_file, restart=restart, use_ml=use_ml)
-        else:
-            if use_ml:
-                raise InputError(
-                    "-m: MAGUS's own learning loop needs MAGUS; the embedded host learns with the"
-                    " block learning:"
-                )
-            _embedded(input_file, restart)
-            show_ranking(Path("results/anharmonic"))
-            require_free_energy(Path("results/anharmonic"))
+        _embedded(input_file, restart)
+        show_ranking(Path("results/anharmonic"))
+        require_free_energy(Path("results/anharmonic"))
 
 
 def _embedded(input_file: Path, restart: bool) -> None:
@@ -87,7 +95,7 @@ def _embedded(input_file: Path, restart: bool) -> None:
     run(load_settings(input_file), Path.cwd(), restart=restart)
 
 
-@app.command()
+@command()
 def rank(
     structures: Annotated[
         list[str] | None,
@@ -95,30 +103,13 @@ def rank(
             help="Files that ASE reads (also all.extxyz@0:3, found.db@energy<0), or folders."
         ),
     ] = None,
-    pressure: Annotated[float | None, typer.Option(help="GPa.", show_default="0.0")] = None,
+    pressure: Annotated[float | None, measured("GPa", show_default=SETTINGS)] = None,
     temperature: Annotated[
-        list[float] | None, typer.Option(help="K; may be given more than once. [default: 0]")
+        list[float] | None, measured("K", "May be given more than once.", show_default=SETTINGS)
     ] = None,
-    checkpoint: Annotated[
-        str | None,
-        typer.Option(
-            help="A MatterSim name, a path, or a shipped checkpoint.",
-            show_default="mattersim-v1.0.0-1M",
-        ),
-    ] = None,
-    calculator: Annotated[
-        str | None,
-        typer.Option(
-            help="Instead of MatterSim: import path of an ASE calculator, e.g."
-            " ase.calculators.emt.EMT; its arguments in the file of -i."
-        ),
-    ] = None,
-    input_file: Annotated[
-        Path | None,
-        typer.Option(
-            "-i", "--input-file", help="Keys as for search, in YAML; options go before them."
-        ),
-    ] = None,
+    checkpoint: Checkpoint = None,
+    calculator: Calculator = None,
+    input_file: SettingsFile = None,
     start_dyn: Annotated[
         str | None,
         typer.Option(
@@ -139,43 +130,42 @@ def rank(
     ] = None,
     supercell: Annotated[
         tuple[int, int, int] | None,
-        typer.Option(help="Repetitions of the primitive cell.", show_default="2 2 2"),
+        typer.Option(help="Repetitions of the primitive cell.", show_default=SETTINGS),
     ] = None,
     min_length: Annotated[
-        float | None, typer.Option(help="Angstrom between images, instead of --supercell.")
+        float | None, measured("A", "Between images, instead of --supercell.")
     ] = None,
     n_configs: Annotated[
-        int | None, typer.Option(help="Configurations per population, even.", show_default="1000")
+        int | None, typer.Option(help="Configurations per population, even.", show_default=SETTINGS)
     ] = None,
     max_populations: Annotated[
-        int | None, typer.Option(help="Most populations per structure.", show_default="30")
+        int | None, typer.Option(help="Most populations per structure.", show_default=SETTINGS)
     ] = None,
     max_candidates: Annotated[
         int | None,
-        typer.Option(help="Only this many of the lowest distinct structures.", show_default="100"),
+        typer.Option(help="Only so many of the lowest distinct structures.", show_default=SETTINGS),
     ] = None,
-    window: Annotated[float | None, typer.Option(help="eV/atom above the lowest enthalpy.")] = None,
+    window: Annotated[float | None, measured("eV/atom", "Above the lowest enthalpy.")] = None,
     confidence: Annotated[
         float | None,
         typer.Option(
-            help="That nobody who belongs to the best is stopped early.", show_default="0.95"
+            help="That nobody who belongs to the best is stopped early.", show_default=SETTINGS
         ),
     ] = None,
     keep_best: Annotated[
         int | None,
         typer.Option(
-            help="So many of the lowest are run to the end and put in order.", show_default="3"
+            help="So many of the lowest are run to the end and put in order.", show_default=SETTINGS
         ),
     ] = None,
     budget: Annotated[
         int | None, typer.Option(help="Most force evaluations of all structures together.")
     ] = None,
-    check_hessian: Annotated[
+    hessian: Annotated[
         int | None,
         typer.Option(
-            "--hessian",
             help="So many of the lowest are checked for saddle points; 0: none.",
-            show_default="3",
+            show_default=SETTINGS,
         ),
     ] = None,
     everybody: Annotated[
@@ -184,57 +174,52 @@ def rank(
     fixed_cell: Annotated[
         bool, typer.Option("--fixed-cell", help="Keep the cells as relaxed statically.")
     ] = False,
-    seed: Annotated[
-        int | None, typer.Option(help="Same input and seed, same result.", show_default="0")
-    ] = None,
+    seed: Seed = None,
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder for all results.")] = Path(
         "ranking"
     ),
-    device: Annotated[str | None, typer.Option(help="cpu or cuda.")] = None,
-    verbose: Verbose = False,
+    device: Device = None,
 ) -> None:
     """Rank structures by their SSCHA free energy at a pressure and temperature.
 
     Several compositions are ranked each by itself, and placed above the hull that their free
     energies make.
     """
-    configure_logging(verbose)
-    with user_errors():
-        from magus_anharmonic.ranking import rank_file
-        from magus_anharmonic.ranking.structures import check_sources, rank_start
-        from magus_anharmonic.report import report_at_end
-        from magus_anharmonic.settings import rank_settings
+    from magus_anharmonic.ranking import rank_file
+    from magus_anharmonic.ranking.structures import check_sources, rank_start
+    from magus_anharmonic.report import report_at_end
+    from magus_anharmonic.settings import rank_settings
 
-        check_sources(structures or (), start_dyn, load_ensemble)
-        settings = rank_settings(
-            input_file,
-            {"pressure": pressure, "seed": seed},
-            calculator={"calculator": calculator, "checkpoint": checkpoint, "device": device},
-            sscha={
-                "temperature": temperature,
-                "supercell": supercell if min_length is None else {"min_length": min_length},
-                "cell": "fixed" if fixed_cell else None,
-                "n_configs": n_configs,
-                "max_populations": max_populations,
-                "max_candidates": max_candidates,
-                "window": window,
-                "allocation": "fixed" if everybody else None,
-                "confidence": confidence,
-                "keep_best": keep_best,
-                "budget": budget,
-                "hessian": check_hessian,
-            },
-        )
-        if structures:
-            rank_file(structures, settings, output)
-        else:
-            rank_start(start_dyn, load_ensemble, settings, output)
-        report_at_end(output)
-        show_ranking(output)
-        require_free_energy(output)
+    check_sources(structures or (), start_dyn, load_ensemble)
+    settings = rank_settings(
+        input_file,
+        {"pressure": pressure, "seed": seed},
+        calculator={"calculator": calculator, "checkpoint": checkpoint, "device": device},
+        sscha={
+            "temperature": temperature,
+            "supercell": supercell if min_length is None else {"min_length": min_length},
+            "cell": "fixed" if fixed_cell else None,
+            "n_configs": n_configs,
+            "max_populations": max_populations,
+            "max_candidates": max_candidates,
+            "window": window,
+            "allocation": "fixed" if everybody else None,
+            "confidence": confidence,
+            "keep_best": keep_best,
+            "budget": budget,
+            "hessian": hessian,
+        },
+    )
+    if structures:
+        rank_file(structures, settings, output)
+    else:
+        rank_start(start_dyn, load_ensemble, settings, output)
+    report_at_end(output)
+    show_ranking(output)
+    require_free_energy(output)
 
 
-@app.command()
+@command()
 def train(
     labels: Annotated[
         list[Path],
@@ -244,36 +229,38 @@ def train(
         Path, typer.Option("-o", "--output", help="The checkpoint to write, in MatterSim's format.")
     ] = Path("finetuned.pth"),
     checkpoint: Annotated[
-        str | None, typer.Option(help="What to start from; left out: what the recipe says.")
+        str | None,
+        typer.Option(help="What to start from; left out: what the recipe says, or the file of -i."),
     ] = None,
     recipe: Annotated[
         Path | None, typer.Option(help="YAML with architecture, stages, split and loss.")
     ] = None,
+    input_file: SettingsFile = None,
     epochs: Annotated[int | None, typer.Option(help="Instead of the recipe's, one stage.")] = None,
     learning_rate: Annotated[
         float | None, typer.Option(help="Instead of the recipe's, one stage.")
     ] = None,
-    seed: Annotated[
-        int | None, typer.Option(help="Same labels, recipe and seed, same checkpoint.")
-    ] = None,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda.")] = None,
-    verbose: Verbose = False,
+    seed: Seed = None,
+    device: Device = None,
 ) -> None:
     """Finetune a MatterSim model on labels, or train a small one from nothing; report errors per
-    kind of structure."""
-    configure_logging(verbose)
-    with user_errors():
-        from magus_anharmonic.potential.train import train_command
+    kind of structure.
 
-        say(
-            train_command(
-                labels,
-                output,
-                checkpoint=checkpoint,
-                recipe=recipe,
-                epochs=epochs,
-                learning_rate=learning_rate,
-                seed=seed,
-                device=device,
-            )
+    Of the file of -i it takes seed, checkpoint, device, and the keys of learning that are those of
+    a training stage. It trains in this process, as a search does.
+    """
+    from magus_anharmonic.potential.train import train_command
+
+    say(
+        train_command(
+            labels,
+            output,
+            checkpoint=checkpoint,
+            recipe=recipe,
+            input_file=input_file,
+            epochs=epochs,
+            learning_rate=learning_rate,
+            seed=seed,
+            device=device,
         )
+    )

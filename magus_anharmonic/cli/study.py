@@ -18,11 +18,11 @@ from typing import Annotated
 
 import typer
 
-from magus_anharmonic.cli.common import Verbose, app, configure_logging, console, say, user_errors
+from magus_anharmonic.cli.common import command, console, say
 from magus_anharmonic.errors import InputError
 
 
-@app.command()
+@command()
 def campaign(
     source: Annotated[
         str, typer.Argument(help="campaign.yaml, or the word [bold]status[/bold].", metavar="FILE")
@@ -40,7 +40,6 @@ def campaign(
     only: Annotated[
         str | None, typer.Option(help="Run this step alone, again if it is done.")
     ] = None,
-    verbose: Verbose = False,
 ) -> None:
     """Run a whole campaign, or go on with it: learning searches, final model, production, SSCHA,
     checks, figures, report.
@@ -49,28 +48,25 @@ def campaign(
     steps are skipped; a step whose settings have changed runs again, and so does what depends on
     it.
     """
-    configure_logging(verbose)
-    with user_errors():
-        from magus_anharmonic.campaign.run import campaign_file
+    from magus_anharmonic.campaign.run import campaign_file
 
-        asked = source == "status"
-        if file is not None and not asked:
-            raise InputError(
-                f"campaign: {file}: one campaign file at a time (campaign status FILE shows the"
-                " steps)"
-            )
-        if asked and file is None:
-            raise InputError("campaign status: give campaign.yaml, or its folder")
-        path = campaign_file(file if asked and file is not None else source)
-        if asked or show:
-            _show(path)
-            return
-        from magus_anharmonic.campaign.run import run_campaign, unfinished
-
-        records = run_campaign(path, only=only)
+    asked = source == "status"
+    if file is not None and not asked:
+        raise InputError(
+            f"campaign: {file}: one campaign file at a time (campaign status FILE shows the steps)"
+        )
+    if asked and file is None:
+        raise InputError("campaign status: give campaign.yaml, or its folder")
+    path = campaign_file(file if asked and file is not None else source)
+    if asked or show:
         _show(path)
-        if only is None and unfinished(records):
-            raise typer.Exit(1)
+        return
+    from magus_anharmonic.campaign.run import run_campaign, unfinished
+
+    records = run_campaign(path, only=only)
+    _show(path)
+    if only is None and unfinished(records):
+        raise typer.Exit(1)
 
 
 def _show(path: Path) -> None:
@@ -100,7 +96,7 @@ def _show(path: Path) -> None:
         )
 
 
-@app.command()
+@command()
 def status(
     folder: Annotated[
         Path,
@@ -111,35 +107,30 @@ def status(
 ) -> None:
     """Say where a search or campaign is, what it waits for, how fast it goes, and what failed last.
     Only reads."""
-    configure_logging(False)
-    with user_errors():
-        from magus_anharmonic.runs.status import status as status_of
+    from magus_anharmonic.runs.status import status as status_of
 
-        for line in status_of(folder).lines():
-            say(line)
+    for line in status_of(folder).lines():
+        say(line)
 
 
-@app.command()
+@command()
 def report(
     folder: Annotated[
         Path, typer.Argument(help="Where a campaign or a search was run, or the output of rank.")
     ] = Path("."),
-    verbose: Verbose = False,
 ) -> None:
     """Write one self-contained page, report.html, and the structures as CIF, POSCAR and extxyz
     beside it.
 
     Works at any moment of a run: the page says what is missing.
     """
-    configure_logging(verbose)
-    with user_errors():
-        from magus_anharmonic.report import write_report
+    from magus_anharmonic.report import write_report
 
-        page = write_report(folder)
-        say(f"Report: {page.resolve()}\nStructures: {page.parent.resolve() / 'structures'}")
+    page = write_report(folder)
+    say(f"Report: {page.resolve()}\nStructures: {page.parent.resolve() / 'structures'}")
 
 
-@app.command()
+@command()
 def validate(
     campaign: Annotated[Path | None, typer.Argument(help="The folder of a campaign.")] = None,
     expected: Annotated[
@@ -150,7 +141,7 @@ def validate(
         typer.Option(
             "-o",
             "--output",
-            help="Folder for validation.csv and validation.json. [default: beside the tables]",
+            help="Folder for validation.csv and validation.json; left out: beside the tables.",
         ),
     ] = None,
     names: Annotated[
@@ -163,36 +154,34 @@ def validate(
     Exit code 0 when everything that was found agrees, 1 when something disagrees, 2 for a wrong
     input.
     """
-    with user_errors():
-        from magus_anharmonic.paper import script
+    from magus_anharmonic.paper import script
 
-        if names:
-            expectations = script("expected")
-            for name, one in expectations.NAMES.items():
-                needs = f" Needs {', '.join(one.needs)}." if one.needs else ""
-                units = " or ".join(expectations.UNITS[one.dimension])
-                say(f"{name}: {one.meaning}; in {units}.{needs}")
-            return
-        if campaign is None or expected is None:
-            raise InputError("give the folder of a campaign and a YAML of expected values")
-        validation = script("validate")
-        rows = validation.validate(campaign, expected)
-        validation.write_validation(rows, output or validation.tables_folder(campaign).parent)
-        for row in rows:
-            say(row.line)
-            for reason in filter(None, row.could_explain.split("; ")):
-                say(f"{'':17s}could explain it: {reason}")
-        words = {"agrees": "agree", "disagrees": "disagree", "not in this run": "not in this run"}
-        counts = [
-            f"{sum(row.verdict == verdict for row in rows)} {word}"
-            for verdict, word in words.items()
-        ]
-        say(f"\n{', '.join(counts)}")
-        if any(row.verdict == "disagrees" for row in rows):
-            raise typer.Exit(1)
+    if names:
+        expectations = script("expected")
+        for name, one in expectations.NAMES.items():
+            needs = f" Needs {', '.join(one.needs)}." if one.needs else ""
+            units = " or ".join(expectations.UNITS[one.dimension])
+            say(f"{name}: {one.meaning}; in {units}.{needs}")
+        return
+    if campaign is None or expected is None:
+        raise InputError("give the folder of a campaign and a YAML of expected values")
+    validation = script("validate")
+    rows = validation.validate(campaign, expected)
+    validation.write_validation(rows, output or validation.tables_folder(campaign).parent)
+    for row in rows:
+        say(row.line)
+        for reason in filter(None, row.could_explain.split("; ")):
+            say(f"{'':17s}could explain it: {reason}")
+    words = {"agrees": "agree", "disagrees": "disagree", "not in this run": "not in this run"}
+    counts = [
+        f"{sum(row.verdict == verdict for row in rows)} {word}" for verdict, word in words.items()
+    ]
+    say(f"\n{', '.join(counts)}")
+    if any(row.verdict == "disagrees" for row in rows):
+        raise typer.Exit(1)
 
 
-@app.command()
+@command()
 def doctor(
     input_file: Annotated[
         Path | None, typer.Option("-i", "--input-file", help="Check what this input needs.")
@@ -200,19 +189,18 @@ def doctor(
 ) -> None:
     """Say what is installed, what is registered, and what is missing; exit code 1 when the input
     needs it."""
-    with user_errors():
-        from rich.table import Table
-        from rich.text import Text
+    from rich.table import Table
+    from rich.text import Text
 
-        from magus_anharmonic.doctor import collect, exit_code
-        from magus_anharmonic.settings import load_settings
+    from magus_anharmonic.doctor import collect, exit_code
+    from magus_anharmonic.settings import load_settings
 
-        checks = collect(load_settings(input_file) if input_file else None)
-        shown = Table("", "what", "found", "what to do", box=None, pad_edge=False)
-        for check in checks:
-            missing = Text("missing", "red") if check.needed else "absent"
-            mark = {True: Text("ok", "green"), False: missing, None: "-"}[check.ok]
-            shown.add_row(mark, check.name, check.detail, "" if check.ok else check.fix)
-        console(160).print(shown)
-        if exit_code(checks):
-            raise typer.Exit(1)
+    checks = collect(load_settings(input_file) if input_file else None)
+    shown = Table("", "what", "found", "what to do", box=None, pad_edge=False)
+    for check in checks:
+        missing = Text("missing", "red") if check.needed else "absent"
+        mark = {True: Text("ok", "green"), False: missing, None: "-"}[check.ok]
+        shown.add_row(mark, check.name, check.detail, "" if check.ok else check.fix)
+    console(160).print(shown)
+    if exit_code(checks):
+        raise typer.Exit(1)

@@ -83,9 +83,13 @@ class Column:
     digits: str = ".10g"
     needed: bool = True
 
+    def value(self, record: Any) -> Any:
+        """What a record has in this column."""
+        return reduce(getattr, self.path, record)
+
     def text(self, record: Any) -> str:
         """The cell of a record: nothing for ``None`` and what is no finite number."""
-        return cell(reduce(getattr, self.path, record), self.digits)
+        return cell(self.value(record), self.digits)
 
 
 @cache
@@ -137,6 +141,15 @@ def columns(table: type) -> tuple[str, ...]:
 def line(record: Any) -> dict[str, str]:
     """The cells of a record by their columns."""
     return {one.name: one.text(record) for one in columns_of(type(record))}
+
+
+def values(record: Any) -> dict[str, Any]:
+    """The values of a record by their columns; ``None`` for what is no finite number."""
+    found = {one.name: reduce(getattr, one.path, record) for one in columns_of(type(record))}
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in found.items()
+    }
 
 
 def read(table: type[Row], path: str | Path) -> list[Row]:

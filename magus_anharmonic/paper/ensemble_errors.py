@@ -9,7 +9,7 @@ reference, write the tables.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -34,11 +34,11 @@ from magus_anharmonic.paper.ensemble_labels import (
     sample_displacements,
 )
 from magus_anharmonic.runs.lock import locked
-from magus_anharmonic.settings import LabelerSettings
+from magus_anharmonic.settings import LabelerSettings, Settings
 from magus_anharmonic.settings.section import load_yaml, parse
 from magus_anharmonic.sscha.ensemble import pair_means, standard_error
 from magus_anharmonic.sscha.ensemble_checks import require_sampled_from
-from magus_anharmonic.sscha.gibbs import DEFAULTS, free_energy
+from magus_anharmonic.sscha.gibbs import DEFAULTS
 from magus_anharmonic.sscha.initial_state import read_state
 from magus_anharmonic.sscha.result import SschaResult, read_population_file
 from magus_anharmonic.sscha.state import SschaState
@@ -50,17 +50,15 @@ def find_source(
     path: Path,
     model: Evaluator,
     run_folder: Path,
+    settings: Settings,
     *,
     phase: str = "",
-    pressure: GPa | None = None,
-    temperature: float = 0.0,
-    supercell: tuple[int, int, int] | None = None,
-    seed: int = 0,
+    run: Callable[..., SschaResult],
 ) -> Source:
     """The state of a finished run (a folder), of dynamical matrices (a prefix), or of a structure
-    file, which is run first (``supercell`` None: as `free_energy` takes it).
+    file, which is ``run`` first (`ranking.jobs.free_energy_on`).
 
-    Raises ``InputError``: nothing there, no pressure (GPa) for a structure or matrices, or a run
+    Raises ``InputError``: nothing there, no pressure given for a structure or matrices, or a run
     that ended without a state.
     """
     if path.is_dir():
@@ -70,22 +68,12 @@ def find_source(
             f"{path}: no such structure file, no folder of an SSCHA run, and no dynamical matrices"
             f" {path}1"
         )
-    if pressure is None:
+    if "pressure" not in settings.model_fields_set:
         raise InputError(f"--pressure: is needed for {path}: only the folder of a run says it")
     if Path(f"{path}1").is_file():
-        return source_of_state(read_state(path, temperature), pressure, phase)
-    atoms = read_structures(path, index=-1)[0]
-    result = free_energy(
-        atoms,
-        model,
-        pressure=pressure,
-        temperature=temperature,
-        supercell=supercell or DEFAULTS.supercell,
-        n_configs=500,
-        seed=seed,
-        directory=run_folder,
-    )
-    return source_of_result(result, phase)
+        temperature = (settings.sscha or DEFAULTS).temperatures[0]
+        return source_of_state(read_state(path, temperature), settings.pressure, phase)
+    return source_of_result(run(read_structures(path, index=-1)[0], model, run_folder), phase)
 
 
 def given_displacements(state: SschaState, path: Path) -> np.ndarray:
@@ -153,7 +141,7 @@ def source_of_result(result: SschaResult, phase: str = "") -> Source:
         name,
         result.target_pressure,
         result.model_id,
-        result.gibbs,
+        result.numbers.gibbs,
         result.gibbs_error,
     )
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from magus_anharmonic.hull import lower_hull
-from magus_anharmonic.phase_diagram import style
+from magus_anharmonic.io import pictures as style
 from magus_anharmonic.phase_diagram.boundaries import BoundaryPoint, PhaseSet, common_pressures
 from magus_anharmonic.phase_diagram.diagram import HullRow, PhaseDiagram, Stable, lines
 from magus_anharmonic.phase_diagram.points import GibbsPoint

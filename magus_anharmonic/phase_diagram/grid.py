@@ -27,7 +27,7 @@ from magus_anharmonic.phase_diagram.points import (
 from magus_anharmonic.runs.record import check_results_version, write_run_record
 from magus_anharmonic.settings.phase_diagram import PhaseDiagramSettings, PhaseSettings
 from magus_anharmonic.sscha.ensemble import entropy_with_error
-from magus_anharmonic.sscha.isotopes import reweighted_ensemble
+from magus_anharmonic.sscha.gibbs import reweighted_ensemble
 from magus_anharmonic.sscha.result import SschaResult, final_ensemble, read_start_file
 from magus_anharmonic.structures import isotopes as isotopes_of
 from magus_anharmonic.structures import space_group, stripped, symbol_of
@@ -215,7 +215,7 @@ def point_of(
         result.centroids.get_chemical_formula(mode="metal", empirical=True),
         result.target_pressure,
         result.temperature,
-        _number(result.gibbs),
+        _number(result.numbers.gibbs),
         _number(result.gibbs_error),
         volume,
         volume_error,

@@ -39,7 +39,9 @@ from magus_anharmonic.settings import (
     FinetuneSettings,
     InsidePath,
     Section,
+    TrainingKeys,
     absolute_file,
+    load_settings,
     load_yaml,
     parse,
 )
@@ -424,28 +426,33 @@ def train_command(
     *,
     checkpoint: str | None = None,
     recipe: Path | None = None,
+    input_file: Path | None = None,
     epochs: int | None = None,
     learning_rate: float | None = None,
     seed: int | None = None,
     device: str | None = None,
 ) -> str:
-    """`train_file` with the options of the command line laid over the recipe; returns the report as
-    text.
+    """`train_file` with the options of the command line laid over the recipe, and that over the
+    keys of a search in ``input_file``; returns the report as text.
 
     ``checkpoint`` replaces the recipe's start; ``epochs`` or ``learning_rate`` make its first stage
-    the only one. Without recipe and checkpoint a small model is trained from new weights.
+    the only one. Without recipe, file and checkpoint a small model is trained from new weights.
     """
-    chosen = load_recipe(recipe) if recipe is not None else TrainRecipe()
-    update = chosen.model_dump()
+    update = load_recipe(recipe).model_dump(exclude_unset=True) if recipe is not None else {}
+    if input_file is not None:
+        settings = load_settings(input_file)
+        if settings.calculator is not None and "architecture" not in update:
+            update.setdefault("checkpoint", settings.calculator.checkpoint)
+        device = device or (settings.calculator.device if settings.calculator else None)
+        update.setdefault("seed", settings.seed or 0)
+        if settings.learning is not None:
+            of_a_stage = set(TrainingKeys.model_fields)
+            update.setdefault("stages", [settings.learning.model_dump(include=of_a_stage)])
     if checkpoint is not None:
         update |= {"checkpoint": absolute_file(checkpoint), "architecture": None}
     if seed is not None:
         update["seed"] = seed
-    if epochs is not None or learning_rate is not None:
-        given = {
-            name: value
-            for name, value in (("epochs", epochs), ("learning_rate", learning_rate))
-            if value is not None
-        }
-        update["stages"] = [update["stages"][0] | given]
+    given = {"epochs": epochs, "learning_rate": learning_rate}
+    if stage := {name: value for name, value in given.items() if value is not None}:
+        update["stages"] = [(update.get("stages") or [{}])[0] | stage]
     return str(train_file(list(labels), output, parse(TrainRecipe, update, "train"), device=device))

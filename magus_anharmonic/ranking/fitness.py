@@ -19,14 +19,17 @@ Pure, because MAGUS calls fitnesses 5-10 times per generation, on duplicates and
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from ase import Atoms
 
+from magus_anharmonic import third_party
+from magus_anharmonic.errors import InputError
 from magus_anharmonic.hull import (
     above_hull,
     hull_probabilities,
@@ -37,7 +40,6 @@ from magus_anharmonic.hull import (
 from magus_anharmonic.ranking.candidate import Candidate
 from magus_anharmonic.sscha.record import OLD_STATES, RANKED
 from magus_anharmonic.structures import formula
-from magus_anharmonic.units import ev_to_mev
 
 MIN_POINTS = 3
 SLOPE_RANGE = (0.5, 1.5)
@@ -61,9 +63,10 @@ class GibbsEstimate:
     @property
     def description(self) -> str:
         """The line in words, for the ranking's column ``reason``."""
+        several = "s" * (self.n_points != 1)
         return (
-            f"{self.intercept:+.4f} + {self.slope:.3f} H + {ev_to_mev(self.margin):.1f} meV/atom"
-            f" margin, from {self.n_points} SSCHA result{'s' * (self.n_points != 1)}"
+            f"G = {self.slope:.3f} H {self.intercept + self.margin:+.4f} eV/atom, with a margin of"
+            f" {self.margin:.4f} above {self.n_points} SSCHA result{several}"
         )
 
 
@@ -244,6 +247,36 @@ def copy_order(info: Mapping[str, Any]) -> tuple[bool, float, float]:
     lower G, then the lower enthalpy."""
     gibbs, enthalpy = computed_gibbs(info), number(info.get("enthalpy"))
     return gibbs is None, gibbs or 0.0, math.inf if enthalpy is None else enthalpy
+
+
+EMBEDDED_FITNESSES = ("Enthalpy", "Ehull", "SSCHA")
+
+
+@functools.cache
+def third_party_fitness(name: str) -> Callable[[Sequence[Atoms]], list[float]]:
+    """The fitness that another package declares under ``name``; raises ``InputError`` where it
+    cannot be used.
+
+    What it returns raises ``InputError`` too, unless it is one finite number per structure.
+    """
+    if name not in (others := third_party.declared("fitness")):
+        only = "only MAGUS knows this fitness" if name in ("Gap", "XRD") else "unknown fitness"
+        known = ", ".join((*EMBEDDED_FITNESSES, *others))
+        raise InputError(f"Fitness: {name}: {only}; the embedded host has {known}")
+    function = third_party.load("fitness", name)
+    if not callable(function):
+        raise InputError(f"Fitness: {name}: {function!r} is no function of a list of structures")
+
+    def checked(structures: Sequence[Atoms]) -> list[float]:
+        values = [float(value) for value in function(structures)]
+        if len(values) != len(structures) or not np.isfinite(values).all():
+            raise InputError(
+                f"Fitness: {name}: must return one finite number for each of the"
+                f" {len(structures)} structures, returned {values}"
+            )
+        return values
+
+    return checked
 
 
 def population_fitness(structures: Sequence[Atoms]) -> list[float]:

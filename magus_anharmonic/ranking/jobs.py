@@ -31,20 +31,22 @@ from magus_anharmonic.errors import (
     one_line,
     typed_line,
 )
-from magus_anharmonic.evaluator import Evaluator
+from magus_anharmonic.evaluator import Evaluator, as_evaluator
 from magus_anharmonic.potential.remote import serialised
 from magus_anharmonic.ranking.candidate import Candidate
 from magus_anharmonic.ranking.elimination import Standing, Stop
 from magus_anharmonic.ranking.run import Key, Run
 from magus_anharmonic.ranking.uncertainty import EnsembleTrust
 from magus_anharmonic.runs.progress import Progress
-from magus_anharmonic.scheduler import Scheduler
+from magus_anharmonic.scheduler import Scheduler, is_remote, open_scheduler
 from magus_anharmonic.scheduler.base import changed, packed, unpack
 from magus_anharmonic.scheduler.local import LocalScheduler
+from magus_anharmonic.settings import Settings
 from magus_anharmonic.sscha.record import INFO_KEYS, FreeEnergy
+from magus_anharmonic.sscha.result import SschaResult
+from magus_anharmonic.sscha.state import melting_warning, rotation_warning
 from magus_anharmonic.sscha.supercells import image_warning
-from magus_anharmonic.sscha.warnings import melting_warning, rotation_warning
-from magus_anharmonic.structures import space_group, stripped
+from magus_anharmonic.structures import space_group, stripped, structure_id
 
 
 def run_of(
@@ -241,7 +243,7 @@ def run_job(job: Job, evaluator: Evaluator, free_energy: Callable[..., Any]) -> 
             log.warning("SSCHA of %s at %g K stopped", job.structure, temperature, exc_info=True)
             outcomes.append(Outcome(temperature, None, typed_line(error), lasting=False))
         else:
-            failed = result.status == "failed" or result.gibbs is None
+            failed = result.status == "failed" or result.numbers.gibbs is None
             reason = (result.reason or "it has no free energy") if failed else ""
             outcomes.append(
                 Outcome(
@@ -253,6 +255,34 @@ def run_job(job: Job, evaluator: Evaluator, free_energy: Callable[..., Any]) -> 
             )
             previous = None if failed else result
     return outcomes
+
+
+def free_energy_on(settings: Settings) -> Callable[[Atoms, Evaluator, Path], SschaResult]:
+    """SSCHA of one structure into a folder, as ``settings`` say (the first temperature), on a
+    worker of their scheduler. Raises ``SschaError`` when it has no result, ``InputError``."""
+    from magus_anharmonic.sscha.gibbs import DEFAULTS, free_energy
+
+    sscha = settings.sscha or DEFAULTS
+    temperature = sscha.temperatures[0]
+    given = {name: value for name, value in sscha.of_a_run().items() if value is not None}
+    options = {**given, "pressure": settings.pressure, "seed": settings.seed or 0}
+
+    def run(atoms: Atoms, evaluator: Evaluator, folder: Path) -> SschaResult:
+        evaluator = as_evaluator(evaluator, [atoms])
+        if not is_remote(settings.scheduler):
+            return free_energy(
+                atoms, evaluator, temperature=temperature, directory=folder, **options
+            )
+        found: list[Outcome] = []
+        job = Job(structure_id(atoms), atoms, (temperature,), (folder,), options)
+        with open_scheduler(settings) as scheduler:
+            run_jobs([job], evaluator, free_energy, lambda _, ends: found.extend(ends), scheduler)
+        result = found[0].result or found[0].partial
+        if result is None:
+            raise SschaError(found[0].reason)
+        return result
+
+    return run
 
 
 Workers = Scheduler | int | None
@@ -393,6 +423,6 @@ def _words(outcome: Outcome) -> str:
         return f"{where} failed: {outcome.reason}"
     r = outcome.result
     return (
-        f"{where}: {r.space_group_start} -> {r.space_group}, G = {r.gibbs:.5f} +-"
+        f"{where}: {r.space_group_start} -> {r.space_group}, G = {r.numbers.gibbs:.5f} +-"
         f" {r.gibbs_error:.5f} eV/atom, {r.n_evaluations} evaluations, {r.status}"
     )

@@ -88,7 +88,7 @@ def render(contents: Contents) -> str:
         moment=moment,
     )
     viewed = chosen(contents.crystals)
-    scenes = [scene(crystal.atoms) for crystal in viewed]
+    scenes = [scene(crystal) for crystal in viewed]
     scripts = {"own": _text("templates/report.js")}
     if viewed:
         scripts["viewer"] = _text("vendor/3Dmol-min.js").replace("</script", "<\\/script")

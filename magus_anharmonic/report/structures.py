@@ -1,11 +1,6 @@
-"""Structures of the report: files and pictures.
-
-A crystal as balls and sticks: the scene that the viewer turns, and the still picture for paper and
-for browsers without WebGL.
-
-The structures of a report: found among all that a run stored, and written as CIF, POSCAR and extxyz
-beside the page.
-"""
+"""Structures of a report: found among all that a run stored, written as CIF, POSCAR and extxyz
+beside the page, and drawn as balls and sticks (a scene for the viewer, a still picture for paper
+and for browsers without WebGL)."""
 
 from __future__ import annotations
 
@@ -14,12 +9,15 @@ import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from fractions import Fraction
+from functools import cached_property
 from html import escape
 from itertools import islice, product
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import spglib
 from ase import Atoms
 from ase.data import chemical_symbols, covalent_radii
 from ase.data.colors import jmol_colors
@@ -27,177 +25,22 @@ from ase.data.colors import jmol_colors
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.io.digests import safe_name
 from magus_anharmonic.io.files import TEMPORARY, readable, reading_table
+from magus_anharmonic.io.tables import columns_of
 from magus_anharmonic.ranking.candidate import Candidate
 from magus_anharmonic.report.text import RankingView
-from magus_anharmonic.structures import space_group, standardized, stripped
+from magus_anharmonic.sscha.record import SYMPREC
+from magus_anharmonic.structures import HYDROGEN, space_group, spglib_cell, standardized, stripped
 from magus_anharmonic.units import GPa
-
-MAX_ATOMS = 64
-"""Cells above this size are drawn as they are given, not as conventional cells."""
-
-MAX_BALLS = 600
-BOND_FACTOR = 1.2
-"""Two atoms are joined within this factor times the sum of their covalent radii (Cordero et al.,
-doi:10.1039/b801115j)."""
-
-EDGES = [(i, j) for i, j in product(range(8), repeat=2) if i < j and (i ^ j) in (1, 2, 4)]
-
-
-@dataclass(frozen=True)
-class Scene:
-    """What is drawn; positions in Angstrom around the middle of the cell.
-
-    ``numbers`` (n,), ``positions`` (n, 3): the atoms with their images on the faces; ``bonds``:
-    pairs of indices;
-    ``corners`` (8, 3): of the cell, in the order of the three bits of the index; ``conventional``:
-        not the cell that was given.
-    """
-
-    numbers: np.ndarray
-    positions: np.ndarray
-    bonds: list[tuple[int, int]]
-    corners: np.ndarray
-    conventional: bool
-
-
-def scene(atoms: Atoms, symprec: float = 0.05) -> Scene:
-    """The conventional cell (unless larger than `MAX_ATOMS`) with everything that lies on its
-    faces, and bonds within it."""
-    shown = _conventional(atoms, symprec)
-    conventional = shown is not None
-    shown = shown if shown is not None else atoms
-    cell = shown.cell.array
-    scaled = shown.get_scaled_positions() % 1.0
-    scaled[scaled > 1 - 1e-3] -= 1.0
-    numbers, points = [], []
-    for number, point in zip(shown.numbers, scaled, strict=True):
-        for shift in product((0, 1), repeat=3):
-            image = point + shift
-            if (image < 1 + 1e-3).all():
-                numbers.append(number)
-                points.append(image)
-    positions = (np.array(points[:MAX_BALLS]) - 0.5) @ cell
-    kinds = np.array(numbers[:MAX_BALLS])
-    corners = (
-        np.array([[(index >> bit) & 1 for bit in range(3)] for index in range(8)]) - 0.5
-    ) @ cell
-    return Scene(
-        kinds,
-        positions,
-        _bonds(kinds, positions),
-        corners,
-        conventional and len(shown) != len(atoms),
-    )
-
-
-def _conventional(atoms: Atoms, symprec: float) -> Atoms | None:
-    found = standardized(atoms, symprec)
-    return None if found is None or len(found) > MAX_ATOMS else found
-
-
-def _bonds(numbers: np.ndarray, positions: np.ndarray) -> list[tuple[int, int]]:
-    distances = np.linalg.norm(positions[:, None] - positions[None], axis=-1)
-    radii = covalent_radii[numbers]
-    near = (distances < BOND_FACTOR * (radii[:, None] + radii[None])) & (distances > 0.1)
-    return [(int(i), int(j)) for i, j in np.argwhere(np.triu(near, 1))]
-
-
-def color(number: int) -> str:
-    """Jmol's colour of an element, ``#rrggbb``; pure white (hydrogen) a little darker, to be seen
-    on white paper."""
-    red, green, blue = (int(round(255 * min(value, 0.94))) for value in jmol_colors[number])
-    return f"#{red:02x}{green:02x}{blue:02x}"
-
-
-def radius(number: int) -> float:
-    """Radius of a ball in Angstrom: far less than the atom, so that the bonds are seen."""
-    return float(0.16 + 0.16 * covalent_radii[number])
-
-
-def as_json(drawn: Scene) -> dict[str, object]:
-    """The scene for the viewer, coordinates with two digits."""
-    kinds = sorted({int(number) for number in drawn.numbers})
-    return {
-        "kinds": [
-            {
-                "symbol": chemical_symbols[number],
-                "color": color(number),
-                "radius": round(radius(number), 3),
-            }
-            for number in kinds
-        ],
-        "atoms": [
-            [kinds.index(int(number)), *(round(float(value), 2) for value in position)]
-            for number, position in zip(drawn.numbers, drawn.positions, strict=True)
-        ],
-        "bonds": [list(bond) for bond in drawn.bonds],
-        "corners": [[round(float(value), 2) for value in corner] for corner in drawn.corners],
-    }
-
-
-def still(drawn: Scene, label: str, size: int = 240) -> str:
-    """The scene as an SVG of ``size`` x ``size`` pixels seen from the front, a little above and
-    from the side; ``label`` is its name."""
-    view = _rotation(np.radians(-72.0), np.radians(0.0), np.radians(-18.0))
-    points, corners = drawn.positions @ view.T, drawn.corners @ view.T
-    everything = np.vstack([points, corners])
-    scale = 0.86 * size / max(np.ptp(everything[:, 0]), np.ptp(everything[:, 1]), 1e-9)
-    middle = (everything.max(axis=0) + everything.min(axis=0)) / 2
-
-    def at(point: np.ndarray) -> tuple[float, float]:
-        x, y = scale * (point[:2] - middle[:2])
-        return round(size / 2 + float(x), 1), round(size / 2 - float(y), 1)
-
-    shapes = []
-    for i, j in EDGES:
-        (x1, y1), (x2, y2) = at(corners[i]), at(corners[j])
-        depth = (corners[i][2] + corners[j][2]) / 2
-        shapes.append((depth, f'<line class="cell" x1="{x1}" y1="{y1}" x2="{x2}" y2="{y2}"/>'))
-    for i, j in drawn.bonds:
-        (x1, y1), (x2, y2) = at(points[i]), at(points[j])
-        shapes.append(
-            (
-                (points[i][2] + points[j][2]) / 2,
-                f'<line class="bond" x1="{x1}" y1="{y1}" x2="{x2}" y2="{y2}"/>',
-            )
-        )
-    for number, point in zip(drawn.numbers, points, strict=True):
-        x, y = at(point)
-        shapes.append(
-            (
-                point[2],
-                (
-                    f'<circle cx="{x}" cy="{y}" r="{scale * radius(int(number)):.1f}"'
-                    f' fill="{color(int(number))}"/>'
-                ),
-            )
-        )
-    body = "".join(text for _, text in sorted(shapes, key=lambda shape: shape[0]))
-    name = escape(label)
-    return (
-        f'<svg class="still" viewBox="0 0 {size} {size}" role="img"'
-        f' aria-label="{name}"><title>{name}</title>{body}</svg>'
-    )
-
-
-def _rotation(x: float, y: float, z: float) -> np.ndarray:
-    """Turn about z, then y, then x (radians); the viewer looks along -z."""
-    cx, sx, cy, sy, cz, sz = np.cos(x), np.sin(x), np.cos(y), np.sin(y), np.cos(z), np.sin(z)
-    about_x = np.array([[1, 0, 0], [0, cx, -sx], [0, sx, cx]])
-    about_y = np.array([[cy, 0, sy], [0, 1, 0], [-sy, 0, cy]])
-    about_z = np.array([[cz, -sz, 0], [sz, cz, 0], [0, 0, 1]])
-    return about_x @ about_y @ about_z
-
-
-Kind = Literal["static", "centroids"]
 
 FILES = 100
 """Most structures of one ranking that are written: the paper's number of free energies."""
-
 ALL = "structures.extxyz"
 OWN = re.compile(r"[^.].*GPa-.*-(static|centroids)\.(cif|vasp)")
 """Names of the files that `write_structures` makes."""
+TOLERANCES = (SYMPREC, 0.02, 0.01, 1e-3, 1e-4, 0.1, 0.2)
+"""A, at which a structure is asked for the space group of its label, after the label's own."""
 
+Kind = Literal["static", "centroids"]
 WORDS: dict[Kind, str] = {"static": "static", "centroids": "SSCHA centroids"}
 
 
@@ -225,42 +68,52 @@ class Crystal:
         heat = f"-{self.temperature:g}K" if self.kind == "centroids" else ""
         return f"{self.pressure:g}GPa{heat}-{rank}{safe_name(self.line.id)}-{self.kind}"
 
+    @cached_property
+    def conventional(self) -> Atoms | None:
+        """The conventional cell in the space group of the label, at the tolerance at which the
+        structure has it; None where it has it at none (noise leaves two, another file)."""
+        own = (self.line.tolerance,) if self.kind == "centroids" else ()
+        for symprec in (*own, *TOLERANCES):
+            if space_group(self.atoms, symprec) == self.space_group:
+                return standardized(self.atoms, symprec)
+        return None
 
-def campaign_crystals(path: Path, rankings: Iterable[RankingView]) -> list[Crystal]:
-    """Structures of the rankings' first lines from ``structures.extxyz``, in the order of the
-    rankings.
+
+Lookup = Callable[[Candidate, GPa, Kind], Atoms | None]
+"""The structure of a line of a ranking; None where the run has none."""
+
+
+def _crystals(rankings: Iterable[RankingView], stored: Lookup) -> list[Crystal]:
+    """Structures of the rankings' first lines, in the order of the rankings."""
+    found = []
+    for view in rankings:
+        for line in view.lines[:FILES]:
+            for kind in WORDS:
+                atoms = stored(line, view.pressure, kind)
+                if atoms is not None:
+                    group = line.spg_static if kind == "static" else line.spg_quantum
+                    where = view.pressure, view.temperature
+                    group = group or space_group(atoms)
+                    found.append(Crystal(line, *where, kind, group, stripped(atoms)))
+    return found
+
+
+def campaign_crystals(path: Path, rankings: list[RankingView]) -> list[Crystal]:
+    """Structures of the rankings' first lines from ``structures.extxyz``.
 
     The file is read frame by frame, and only frames that are wanted become structures. Raises
     ``InputError``: not extxyz, or changed since it was written.
     """
     if not path.is_file():
         return []
-    wanted = {(line.id, ranking.pressure) for ranking in rankings for line in ranking.lines[:FILES]}
+    wanted = {(line.id, view.pressure) for view in rankings for line in view.lines[:FILES]}
     found: dict[tuple[str, float, str], Atoms] = {}
     for comment, text in _frames(path):
         key = (_info(comment, "id"), _float(_info(comment, "pressure_GPa")))
         kind = _info(comment, "kind") or "static"
         if key in wanted and (*key, kind) not in found:
             found[*key, kind] = _parsed(path, text)
-    return _in_order(found, rankings)
-
-
-def _in_order(
-    found: dict[tuple[str, float, str], Atoms], rankings: Iterable[RankingView]
-) -> list[Crystal]:
-    crystals = []
-    for ranking in rankings:
-        for line in ranking.lines[:FILES]:
-            for kind in WORDS:
-                atoms = found.get((line.id, ranking.pressure, kind))
-                if atoms is not None:
-                    crystals.append(_crystal(line, ranking, kind, atoms))
-    return crystals
-
-
-def _crystal(line: Candidate, ranking: RankingView, kind: Kind, atoms: Atoms) -> Crystal:
-    group = (line.spg_static if kind == "static" else line.spg_quantum) or space_group(atoms)
-    return Crystal(line, ranking.pressure, ranking.temperature, kind, group, stripped(atoms))
+    return _crystals(rankings, lambda line, pressure, kind: found.get((line.id, pressure, kind)))
 
 
 def _frames(path: Path) -> Iterator[tuple[str, str]]:
@@ -310,7 +163,7 @@ def _parsed(path: Path, text: str) -> Atoms:
 
 
 def search_crystals(
-    anharmonic: Path, rankings: Iterable[RankingView], starts: Callable[[], Mapping[str, Atoms]]
+    anharmonic: Path, rankings: list[RankingView], starts: Callable[[], Mapping[str, Atoms]]
 ) -> list[Crystal]:
     """Structures of the rankings' first lines from what a search or ``rank`` leaves: the
     populations and ``quantum.traj``.
@@ -319,27 +172,19 @@ def search_crystals(
     """
     statics: dict[str, Atoms] = {}
     results = anharmonic.parent
-    for path in [
-        results / "good.traj",
-        *sorted(results.glob("gen*.traj"), key=_generation, reverse=True)[:1],
-    ]:
+    newest = sorted(results.glob("gen*.traj"), key=_generation, reverse=True)[:1]
+    for path in [results / "good.traj", *newest]:
         for atoms in _traj(path):
             statics.setdefault(str(atoms.info.get("candidate_id", "")), atoms)
-    centroids = {
-        str(atoms.info.get("sscha_folder", "")): atoms
-        for atoms in _traj(anharmonic / "quantum.traj")
-    }
-    if any(line.id not in statics for ranking in rankings for line in ranking.lines[:FILES]):
-        for name, atoms in starts().items():
-            statics.setdefault(name, atoms)
-    crystals = []
-    for ranking in rankings:
-        for line in ranking.lines[:FILES]:
-            if line.id in statics:
-                crystals.append(_crystal(line, ranking, "static", statics[line.id]))
-            if line.sscha_folder in centroids:
-                crystals.append(_crystal(line, ranking, "centroids", centroids[line.sscha_folder]))
-    return crystals
+    moving = _traj(anharmonic / "quantum.traj")
+    centroids = {str(atoms.info.get("sscha_folder", "")): atoms for atoms in moving}
+    if any(line.id not in statics for view in rankings for line in view.lines[:FILES]):
+        statics = {**starts(), **statics}
+
+    def stored(line: Candidate, pressure: GPa, kind: Kind) -> Atoms | None:
+        return statics.get(line.id) if kind == "static" else centroids.get(line.sscha_folder)
+
+    return _crystals(rankings, stored)
 
 
 def _generation(path: Path) -> int:
@@ -362,14 +207,13 @@ def stored_starts(anharmonic: Path) -> dict[str, Atoms]:
     from magus_anharmonic.ranking.store import NAME, read_records
 
     path = anharmonic / NAME
-    return (
-        {record.structure: record.start for record in read_records(path)} if path.is_file() else {}
-    )
+    records = read_records(path) if path.is_file() else []
+    return {record.structure: record.start for record in records}
 
 
 def write_structures(folder: Path, crystals: Iterable[Crystal]) -> int:
-    """``NAME.cif`` and ``NAME.vasp`` (a POSCAR) for each and all of them in ``structures.extxyz``;
-    returns how many.
+    """``NAME.cif`` (see `cif`) and ``NAME.vasp`` (a POSCAR) for each and all of them, with the
+    numbers of the ranking, in ``structures.extxyz``; returns how many.
 
     Files of an earlier report that this one does not write are removed, others in ``folder`` are
     left alone. Each file is whole or absent; none is flushed to disk by itself, since all can be
@@ -381,14 +225,10 @@ def write_structures(folder: Path, crystals: Iterable[Crystal]) -> int:
     frames = []
     with tempfile.TemporaryDirectory(dir=folder, prefix=".making-", suffix=TEMPORARY) as making:
         for crystal in crystals:
-            write(Path(making) / f"{crystal.stem}.cif", crystal.atoms, format="cif")
-            write(
-                Path(making) / f"{crystal.stem}.vasp",
-                crystal.atoms,
-                format="vasp",
-                direct=True,
-                sort=True,
-            )
+            stem = Path(making) / crystal.stem
+            stem.with_name(f"{stem.name}.cif").write_text(cif(crystal), encoding="utf-8")
+            poscar = stem.with_name(f"{stem.name}.vasp")
+            write(poscar, crystal.atoms, format="vasp", direct=True, sort=True)
             frames.append(_frame(crystal))
         if frames:
             write(Path(making) / ALL, frames, format="extxyz")
@@ -403,13 +243,172 @@ def write_structures(folder: Path, crystals: Iterable[Crystal]) -> int:
 
 
 def _frame(crystal: Crystal) -> Atoms:
+    """The structure with everything that the ranking's table says about it in its ``info``."""
     frame = crystal.atoms.copy()
-    frame.info = {
-        "id": crystal.line.id,
-        "formula": crystal.line.formula,
-        "space_group": crystal.space_group,
-        "pressure_GPa": crystal.pressure,
-        "kind": crystal.kind,
-        "file": crystal.stem,
-    }
+    cells = {one.name: one.value(crystal.line) for one in columns_of(Candidate)}
+    frame.info = {name: value for name, value in cells.items() if value not in (None, "")}
+    frame.info |= {"space_group": crystal.space_group, "kind": crystal.kind, "file": crystal.stem}
+    frame.info["pressure_GPa"] = crystal.pressure
     return frame
+
+
+def cif(crystal: Crystal) -> str:
+    """The conventional cell in the space group of the label: its operations, and one atom of each
+    orbit; the cell as it is, in P1, where the structure does not have that group."""
+    atoms, group = crystal.conventional, crystal.space_group
+    operations, chosen, counts = ["x, y, z"], range(len(crystal.atoms)), np.ones(len(crystal.atoms))
+    if atoms is None:
+        atoms, group = crystal.atoms, "P1 (1)"
+    else:
+        found = spglib.get_symmetry_dataset(spglib_cell(atoms), symprec=1e-3)
+        parts = zip(found.rotations, found.translations, strict=True)
+        operations = [_operation(rotation, shift) for rotation, shift in parts]
+        _, chosen, counts = np.unique(found.equivalent_atoms, return_index=True, return_counts=True)
+    symbol, number = group.rstrip(")").split(" (")
+    names = ("length_a", "length_b", "length_c", "angle_alpha", "angle_beta", "angle_gamma")
+    lines = [
+        f"# {crystal.label}",
+        f"data_{crystal.stem}",
+        f"_chemical_formula_sum '{atoms.get_chemical_formula()}'",
+        *(f"_cell_{name} {x:.8f}" for name, x in zip(names, atoms.cell.cellpar(), strict=True)),
+        f"_space_group_name_H-M_alt '{symbol}'",
+        f"_space_group_IT_number {number}",
+        "loop_",
+        "_space_group_symop_operation_xyz",
+        *(f"'{operation}'" for operation in operations),
+        "loop_",
+        *(f"_atom_site_{name}" for name in ("type_symbol", "label", "symmetry_multiplicity")),
+        *(f"_atom_site_fract_{axis}" for axis in "xyz"),
+        "_atom_site_occupancy",
+    ]
+    scaled, masses = atoms.get_scaled_positions(), atoms.get_masses()
+    for serial, (index, count) in enumerate(zip(chosen, counts, strict=True), start=1):
+        element = atoms.symbols[index]
+        for name, mass in HYDROGEN.items() if element == "H" else ():
+            element = name if abs(masses[index] - mass) < 0.02 else element
+        where = " ".join(f"{value:.10f}" for value in scaled[index])
+        lines.append(f"{element} {element}{serial} {count:.0f} {where} 1")
+    return "\n".join(lines) + "\n"
+
+
+def _operation(rotation: np.ndarray, translation: np.ndarray) -> str:
+    """``"-x+1/2, y, z"``."""
+    parts = []
+    for row, shift in zip(rotation.tolist(), translation, strict=True):
+        axes = "".join("+-"[k < 0] + axis for k, axis in zip(row, "xyz", strict=True) if k)
+        fraction = Fraction(float(shift)).limit_denominator(24) % 1
+        parts.append(axes.lstrip("+") + (f"+{fraction}" if fraction else ""))
+    return ", ".join(parts)
+
+
+# --- pictures -------------------------------------------------------------------------------------
+
+MAX_ATOMS = 64
+"""Cells above this size are drawn as they are given, not as conventional cells."""
+MAX_BALLS = 600
+BOND_FACTOR = 1.2
+"""Two atoms are joined within this factor times the sum of their covalent radii (Cordero et al.,
+doi:10.1039/b801115j)."""
+EDGES = [(i, j) for i, j in product(range(8), repeat=2) if i < j and (i ^ j) in (1, 2, 4)]
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What is drawn; positions in Angstrom around the middle of the cell.
+
+    ``numbers`` (n,), ``positions`` (n, 3): the atoms with their images on the faces; ``bonds``:
+    pairs of indices; ``corners`` (8, 3): of the cell, in the order of the three bits of the index;
+    ``conventional``: not the cell that was given.
+    """
+
+    numbers: np.ndarray
+    positions: np.ndarray
+    bonds: list[tuple[int, int]]
+    corners: np.ndarray
+    conventional: bool
+
+
+def scene(crystal: Crystal) -> Scene:
+    """The conventional cell (unless larger than `MAX_ATOMS`) with everything that lies on its
+    faces, and bonds within it."""
+    found = crystal.conventional
+    shown = crystal.atoms if found is None or len(found) > MAX_ATOMS else found
+    scaled = shown.get_scaled_positions() % 1.0
+    scaled[scaled > 1 - 1e-3] -= 1.0
+    shifts = np.array(list(product((0, 1), repeat=3)))
+    images = scaled[:, None] + shifts
+    atom, image = np.nonzero((images < 1 + 1e-3).all(axis=-1))
+    atom, image = atom[:MAX_BALLS], image[:MAX_BALLS]
+    cell, numbers = shown.cell.array, shown.numbers[atom]
+    positions = (images[atom, image] - 0.5) @ cell
+    distances = np.linalg.norm(positions[:, None] - positions[None], axis=-1)
+    radii = covalent_radii[numbers]
+    near = (distances < BOND_FACTOR * (radii[:, None] + radii[None])) & (distances > 0.1)
+    bonds = [(int(i), int(j)) for i, j in np.argwhere(np.triu(near, 1))]
+    corners = (shifts[:, ::-1] - 0.5) @ cell
+    return Scene(numbers, positions, bonds, corners, len(shown) != len(crystal.atoms))
+
+
+def color(number: int) -> str:
+    """Jmol's colour of an element, ``#rrggbb``; pure white (hydrogen) a little darker, to be seen
+    on white paper."""
+    red, green, blue = (int(round(255 * min(value, 0.94))) for value in jmol_colors[number])
+    return f"#{red:02x}{green:02x}{blue:02x}"
+
+
+def radius(number: int) -> float:
+    """Radius of a ball in Angstrom: far less than the atom, so that the bonds are seen."""
+    return float(0.16 + 0.16 * covalent_radii[number])
+
+
+def as_json(drawn: Scene) -> dict[str, object]:
+    """The scene for the viewer, coordinates with two digits."""
+    kinds = np.unique(drawn.numbers).tolist()
+    atoms = zip(drawn.numbers.tolist(), drawn.positions.round(2).tolist(), strict=True)
+    return {
+        "kinds": [
+            {"symbol": chemical_symbols[n], "color": color(n), "radius": round(radius(n), 3)}
+            for n in kinds
+        ],
+        "atoms": [[kinds.index(number), *position] for number, position in atoms],
+        "bonds": [list(bond) for bond in drawn.bonds],
+        "corners": drawn.corners.round(2).tolist(),
+    }
+
+
+def still(drawn: Scene, label: str, size: int = 240) -> str:
+    """The scene as an SVG of ``size`` x ``size`` pixels seen from the front, a little above and
+    from the side; ``label`` is its name."""
+    view = _view(np.radians(-72.0), np.radians(-18.0))
+    points, corners = drawn.positions @ view.T, drawn.corners @ view.T
+    everything = np.vstack([points, corners])[:, :2]
+    scale = 0.86 * size / max(*np.ptp(everything, axis=0), 1e-9)
+    middle = (everything.max(axis=0) + everything.min(axis=0)) / 2
+
+    def at(point: np.ndarray) -> tuple[float, float]:
+        x, y = scale * (point[:2] - middle)
+        return round(size / 2 + float(x), 1), round(size / 2 - float(y), 1)
+
+    shapes = []
+    lines = [("cell", corners[i], corners[j]) for i, j in EDGES]
+    for name, first, last in lines + [("bond", points[i], points[j]) for i, j in drawn.bonds]:
+        (x1, y1), (x2, y2) = at(first), at(last)
+        line = f'<line class="{name}" x1="{x1}" y1="{y1}" x2="{x2}" y2="{y2}"/>'
+        shapes.append(((first[2] + last[2]) / 2, line))
+    for number, point in zip(drawn.numbers.tolist(), points, strict=True):
+        (x, y), r = at(point), scale * radius(number)
+        ball = f'<circle cx="{x}" cy="{y}" r="{r:.1f}" fill="{color(number)}"/>'
+        shapes.append((point[2], ball))
+    body = "".join(text for _, text in sorted(shapes, key=lambda shape: shape[0]))
+    name = escape(label)
+    return (
+        f'<svg class="still" viewBox="0 0 {size} {size}" role="img"'
+        f' aria-label="{name}"><title>{name}</title>{body}</svg>'
+    )
+
+
+def _view(x: float, z: float) -> np.ndarray:
+    """Turn about z, then x (radians); the viewer looks along -z."""
+    cx, sx, cz, sz = np.cos(x), np.sin(x), np.cos(z), np.sin(z)
+    about_x = np.array([[1, 0, 0], [0, cx, -sx], [0, sx, cx]])
+    return about_x @ np.array([[cz, -sz, 0], [sz, cz, 0], [0, 0, 1]])

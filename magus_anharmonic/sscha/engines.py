@@ -13,25 +13,205 @@ oscillates or diverges in double wells). Lengths are measured by the decrease of
 that a residual predicts, so that eV/A^2 and Angstrom compare. A step that would make a mode
 imaginary or soft by too much, or leave too few effective configurations, is shortened; once the
 sample is used up there, the minimisation ends.
+
+Averages of a trial state are reweighted (`Pool`), by matrix products over q points; nothing loops
+over configurations. Formulas: Errea, Calandra, Mauri, PRB 89, 064302 (2014),
+doi:10.1103/PhysRevB.89.064302; stress: Monacelli et al., PRB 98, 024106 (2018),
+doi:10.1103/PhysRevB.98.024106. The same numbers as python-sscha on one population; several
+populations of one cell are one sample of the mixture of their Gaussians (balance heuristic: Veach,
+Guibas 1995, doi:10.1145/218380.218498). That pays: for an anharmonic eight-atom P1 cell the free
+energy of the state that is found lies 4.5, 2.2 and 1.0 meV above the exact minimum with 1, 2 and 4
+populations of 100 configurations used together, 1.1 meV with one of 400 (minimum of
+`tests/sscha_models.py`'s AnharmonicCell); populations without overlap get no weight and do no harm.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from importlib import import_module
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 
 from magus_anharmonic.errors import SschaError
-from magus_anharmonic.sscha.ensemble import Ensemble, variance_response
-from magus_anharmonic.sscha.reciprocal import Spectrum, without_translations
-from magus_anharmonic.sscha.reweight import Pool, Reweighted, Trial
+from magus_anharmonic.sscha.ensemble import Ensemble, joined, variance_response
+from magus_anharmonic.sscha.reciprocal import Reciprocal, Spectrum, without_translations
 from magus_anharmonic.sscha.state import SschaState
 from magus_anharmonic.sscha.symmetry import Symmetry
 from magus_anharmonic.units import HBAR
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A point of the minimisation: ``shift`` (n, 3) A of the centroids from the pool's reference,
+    D(q) in eV/A^2, its modes."""
+
+    shift: np.ndarray
+    matrices: np.ndarray
+    spectrum: Spectrum
+
+
+@dataclass(frozen=True)
+class Reweighted:
+    """What the pool says about a trial state.
+
+    helmholtz : eV per primitive cell. weights :
+    (n_configs,) density of the trial over that of the sample. effective_sample : (sum w)^2 / sum
+    w^2. force : (n, 3) eV/A on the centroids. curvature : (n_q, 3n, 3n) <d2V> - Phi, eV/A^2, not
+    symmetrised. stress : (3, 3) eV/A^3, ASE's sign, symmetric.
+    """
+
+    helmholtz: float
+    weights: np.ndarray
+    effective_sample: float
+    force: np.ndarray
+    curvature: np.ndarray
+    stress: np.ndarray
+
+
+def effective_number(weights: np.ndarray) -> float:
+    """Of how many configurations of equal weight the weighted ones (n,) are worth."""
+    squares = float(np.square(weights).sum())
+    return float(weights.sum()) ** 2 / squares if squares > 0.0 else 0.0
+
+
+class Pool:
+    """Evaluated populations of one cell and supercell, as one sample.
+
+    Masses, temperature and reference centroids of what is asked about are those of ``target``, by
+    default the last population's state.
+    """
+
+    def __init__(
+        self, populations: Sequence[tuple[SschaState, Ensemble]], target: SschaState | None = None
+    ) -> None:
+        states, ensembles = zip(*populations, strict=True)
+        self.reference = last = states[-1] if target is None else target
+        self.reciprocal = Reciprocal(last.supercell_matrix)
+        self.masses = last.atoms.get_masses()
+        self.volume = last.supercell.get_volume()
+        whole, root = joined(ensembles), np.sqrt(self.reciprocal.n_cells)
+        offsets = [state.atoms.positions - last.atoms.positions for state in states]
+        self.sizes = [len(ensemble.energies) for ensemble in ensembles]
+        self.energies, self.stresses = whole.energies, whole.stresses
+        self.mean_energy = float(self.energies.mean())
+        moved = self.reciprocal.amplitudes(whole.displacements[0::2])
+        self.half = moved[1:]
+        gamma = moved[0].real
+        own = np.repeat(np.stack(offsets), self.sizes, axis=0)
+        flat = own.reshape(len(own), -1)
+        self.gamma = np.stack([gamma, -gamma], axis=1).reshape(flat.shape) + root * flat
+        transformed = self.reciprocal.amplitudes(whole.forces)
+        self.gamma_forces = np.ascontiguousarray(transformed[0].real)
+        self.forces = [np.ascontiguousarray(transformed[1:, sign::2]) for sign in (0, 1)]
+        self.virials = np.matmul(whole.forces.transpose(0, 2, 1), whole.displacements)
+        self.virials += np.matmul(
+            self.gamma_forces.reshape(own.shape).transpose(0, 2, 1), root * own
+        )
+        # logarithm of the density from which the whole sample was drawn, up to the constant left
+        # out in `Spectrum.log_volume`
+        logs = []
+        for state, offset, size in zip(states, offsets, self.sizes, strict=True):
+            spectrum = Spectrum.of(
+                self.reciprocal.matrices(state.force_constants),
+                state.atoms.get_masses(),
+                self.reciprocal,
+                state.temperature,
+            )
+            quadratic = self._quadratic(spectrum.precision, offset)[0]
+            logs.append(np.log(size / len(own)) - 0.5 * quadratic - spectrum.log_volume)
+        self.log_density = np.logaddexp.reduce(np.stack(logs), axis=0)
+
+    def _quadratic(
+        self, matrices: np.ndarray, shift: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """x M x of every configuration about the centroids at ``shift``, M x at Gamma, and M x of
+        the +u at the other q."""
+        about = self.gamma - np.sqrt(self.reciprocal.n_cells) * shift.ravel()
+        at_gamma = about @ matrices[0].real
+        elsewhere = self.half @ matrices[1:].transpose(0, 2, 1)
+        products = (elsewhere * self.half.conj()).real.sum(axis=2)
+        quadratic = np.einsum("ci,ci->c", at_gamma, about) + np.repeat(
+            self.reciprocal.weights[1:] @ products, 2
+        )
+        return quadratic, at_gamma, elsewhere
+
+    @cached_property
+    def own(self) -> Trial:
+        """The reference state itself."""
+        return self.trial(
+            np.zeros_like(self.reference.atoms.positions),
+            self.reciprocal.matrices(self.reference.force_constants),
+        )
+
+    def trial(self, shift: np.ndarray, matrices: np.ndarray) -> Trial:
+        """The trial state with these centroids and force constants."""
+        return Trial(
+            shift,
+            matrices,
+            Spectrum.of(matrices, self.masses, self.reciprocal, self.reference.temperature),
+        )
+
+    def effective_sample(self, trial: Trial) -> float:
+        """Effective number of configurations for a trial state; much cheaper than everything else
+        about it."""
+        return effective_number(self.weights(trial))
+
+    def weights(self, trial: Trial, quadratic: np.ndarray | None = None) -> np.ndarray:
+        """(n_configs,) density of the trial over that of the sample; up to a factor where their
+        masses differ. ``quadratic`` : of its precision, where it is known."""
+        if quadratic is None:
+            quadratic = self._quadratic(trial.spectrum.precision, trial.shift)[0]
+        return np.exp(
+            np.minimum(-0.5 * quadratic - trial.spectrum.log_volume - self.log_density, 300.0)
+        )
+
+    def at(self, trial: Trial) -> Reweighted:
+        """Weights, free energy, gradients and stress of a trial state."""
+        n_cells, shift = self.reciprocal.n_cells, trial.shift
+        quadratic, v_gamma, v_half = self._quadratic(trial.spectrum.precision, shift)
+        weights = self.weights(trial, quadratic)
+        total = weights.sum()
+        twice_harmonic, h_gamma, h_half = self._quadratic(trial.matrices, shift)
+        excess = (self.energies - self.mean_energy - 0.5 * twice_harmonic) / n_cells
+        mean = float(weights @ excess / total)
+        share = weights / total
+        plus, minus = share[0::2, None], share[1::2, None]
+        residual = self.gamma_forces + h_gamma
+        curvature = np.empty_like(trial.matrices)
+        curvature[0] = -(v_gamma * share[:, None]).T @ residual
+        odd = plus * self.forces[0] - minus * self.forces[1] + (plus + minus) * h_half
+        curvature[1:] = -v_half.transpose(0, 2, 1) @ odd.conj()
+        force = (share @ residual).reshape(-1, 3) / np.sqrt(n_cells)
+        mean_force = (share @ self.gamma_forces).reshape(-1, 3) * np.sqrt(n_cells)
+        virial = np.tensordot(share, self.virials, axes=1) - mean_force.T @ shift
+        stress = (
+            np.tensordot(share, self.stresses, axes=1) + 0.5 * (virial + virial.T) / self.volume
+        )
+        return Reweighted(
+            helmholtz=trial.spectrum.free_energy + self.mean_energy / n_cells + mean,
+            weights=weights,
+            effective_sample=effective_number(weights),
+            force=force,
+            curvature=curvature,
+            stress=stress,
+        )
+
+
+def reweighted(
+    own: SschaState, ensemble: Ensemble, state: SschaState
+) -> tuple[Ensemble, np.ndarray]:
+    """The ensemble of ``own`` as one about the centroids of ``state`` (the same cell), and the
+    weights it has there."""
+    pool = Pool([(own, ensemble)], target=state)
+    shift = state.atoms.positions - own.atoms.positions
+    about = replace(
+        ensemble, displacements=ensemble.displacements - np.tile(shift, (state.n_cells, 1))
+    )
+    return about, pool.weights(pool.own)
+
 
 STEPS = 60
 """Most steps on one sample."""
@@ -77,7 +257,7 @@ def minimise(
             "native: the free energy, its gradient or a frequency of the first state is not a"
             " usable number"
         )
-    memory = _Memory(_Metric(pool.own.spectrum))
+    memory = _Memory(_metric(pool.own.spectrum))
     n_steps, damping, converged = 1, 1.0, point.predicted_decrease < decrease * len(pool.masses)
     while not converged and n_steps < STEPS:
         trial, part = _shortened(pool, point.trial, damping * memory.step(point), needed)
@@ -161,36 +341,24 @@ def _pack(shift: np.ndarray, matrices: np.ndarray) -> np.ndarray:
     return np.concatenate([shift.ravel(), np.ascontiguousarray(matrices).view(float).ravel()])
 
 
-def _unpack(vector: np.ndarray, like: Trial) -> tuple[np.ndarray, np.ndarray]:
-    size = like.shift.size
-    return vector[:size].reshape(like.shift.shape), vector[size:].view(like.matrices.dtype).reshape(
-        like.matrices.shape
+def _metric(spectrum: Spectrum) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+    """Makes of a change of centroids and D(q) a vector whose square is about the predicted decrease
+    of F of such a residual."""
+    weights = spectrum.reciprocal.weights
+    response = variance_response(spectrum.hbar_omega, spectrum.temperature)
+    scale = np.sqrt(0.25 * response * (weights / weights.sum())[:, None, None])
+    springs = np.where(spectrum.real[0], spectrum.hbar_omega[0] / HBAR, 0.0) * np.sqrt(0.5)
+    centroid = (spectrum.vectors[0].real * spectrum.root_mass[:, None] * springs).T
+    return lambda shift, matrices: _pack(
+        centroid @ shift.ravel(), spectrum.in_modes(matrices) * scale
     )
-
-
-class _Metric:
-    """Makes of a packed change a vector whose square is about the predicted decrease of F of such a
-    residual."""
-
-    def __init__(self, spectrum: Spectrum) -> None:
-        weights = spectrum.reciprocal.weights
-        response = variance_response(spectrum.hbar_omega, spectrum.temperature)
-        self._spectrum = spectrum
-        self._scale = np.sqrt(0.25 * response * (weights / weights.sum())[:, None, None])
-        springs = np.where(spectrum.real[0], spectrum.hbar_omega[0] / HBAR, 0.0) * np.sqrt(0.5)
-        self._centroid = (spectrum.vectors[0].real * spectrum.root_mass[:, None] * springs).T
-
-    def __call__(self, shift: np.ndarray, matrices: np.ndarray) -> np.ndarray:
-        return _pack(
-            self._centroid @ shift.ravel(), self._spectrum.in_modes(matrices) * self._scale
-        )
 
 
 class _Memory:
     """Anderson acceleration: the last changes of the trial, and how the residual (the plain step)
     changed with them."""
 
-    def __init__(self, metric: _Metric) -> None:
+    def __init__(self, metric: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> None:
         self._metric = metric
         self.forget()
 
@@ -221,13 +389,14 @@ def _shortened(
 ) -> tuple[Trial | None, float]:
     """The step, or about the longest part of it that keeps the modes firm and enough of the sample;
     None when there is none."""
-    change = _unpack(step, origin)
+    size = origin.shift.size
+    shift = step[:size].reshape(origin.shift.shape)
+    matrices = step[size:].view(origin.matrices.dtype).reshape(origin.matrices.shape)
     enough = min(needed, pool.effective_sample(origin))
 
     def at(part: float) -> Trial | None:
         trial = pool.trial(
-            origin.shift + part * change[0],
-            without_translations(origin.matrices + part * change[1]),
+            origin.shift + part * shift, without_translations(origin.matrices + part * matrices)
         )
         firm = trial.spectrum.lowest > np.sqrt(SOFTEST) * origin.spectrum.lowest
         return trial if firm and pool.effective_sample(trial) >= enough else None
@@ -288,19 +457,6 @@ class Minimised:
     converged: bool
 
 
-class Engine(Protocol):
-    """See the module."""
-
-    def __call__(
-        self,
-        populations: Sequence[Population],
-        symmetry: Symmetry,
-        *,
-        min_effective_sample: float,
-        log: Path,
-    ) -> Minimised: ...
-
-
 ENGINES = {
     "native": "magus_anharmonic.sscha.engines:minimise",
     "python-sscha": "magus_anharmonic.sscha.python_sscha:minimise",
@@ -308,7 +464,7 @@ ENGINES = {
 """Name in the settings -> where it is; imported when it is used."""
 
 
-def engine(name: str) -> Engine:
+def engine(name: str) -> Callable[..., Minimised]:
     """The engine of that name."""
     module, function = ENGINES[name].split(":")
     return getattr(import_module(module), function)

@@ -7,11 +7,13 @@ import logging
 import tempfile
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import numpy as np
 from ase import Atoms
+from scipy.linalg import eigh
 
 from magus_anharmonic.errors import (
     InputError,
@@ -20,48 +22,91 @@ from magus_anharmonic.errors import (
     is_machine_error,
     typed_line,
 )
-from magus_anharmonic.evaluator import Evaluator, as_evaluator
+from magus_anharmonic.evaluator import EnergySource, Evaluator, as_evaluator
+from magus_anharmonic.notebook import says_in_notebooks
 from magus_anharmonic.settings import SschaSettings, check_pressure, parse
-from magus_anharmonic.sscha.initial_state import check_crystal, configurations_of, read_state
-from magus_anharmonic.sscha.isotopes import reweighted_result
-from magus_anharmonic.sscha.result import Progress, RunFolder, SschaResult
+from magus_anharmonic.sscha.cell import CellStiffness
+from magus_anharmonic.sscha.engines import effective_number, minimise, reweighted
+from magus_anharmonic.sscha.ensemble import Averages, Ensemble, average
+from magus_anharmonic.sscha.initial_state import (
+    SYMMETRY_OF_A_STATE,
+    check_crystal,
+    configurations_of,
+    read_state,
+    supercell_of,
+    with_masses,
+)
+from magus_anharmonic.sscha.result import (
+    Progress,
+    RunFolder,
+    SschaResult,
+    final_ensemble,
+    read_start_file,
+)
 from magus_anharmonic.sscha.run import SschaRun
-from magus_anharmonic.sscha.supercells import image_warning
-from magus_anharmonic.sscha.task import Task, failed_result
-from magus_anharmonic.units import GPa
+from magus_anharmonic.sscha.start import Start
+from magus_anharmonic.sscha.state import SschaState, agree
+from magus_anharmonic.sscha.supercells import SupercellMatrix, image_warning
+from magus_anharmonic.sscha.symmetry import Symmetry
+from magus_anharmonic.sscha.task import (
+    Task,
+    failed_result,
+    finished_result,
+    gibbs_energy,
+    open_issues,
+)
+from magus_anharmonic.units import GPa, ev_to_mev
 
 log = logging.getLogger(__name__)
-
 
 DEFAULTS = SschaSettings()
 """What `free_energy` takes where nothing is said: the defaults of the block ``sscha``."""
 
 
+SupercellChoice = SupercellMatrix | dict[Literal["min_length"], float]
+"""Repetitions of the primitive cell, or the distance of images, A."""
+StartOfRun = SschaResult | SschaState | str | Path
+"""What a run may start from."""
+
+
+@says_in_notebooks
 def free_energy(
     atoms: Atoms,
-    evaluator: Any,
+    evaluator: EnergySource,
     pressure: GPa = 0.0,
     temperature: float = 0.0,
-    supercell: Any = DEFAULTS.supercell,
-    cell: str = DEFAULTS.cell,
+    supercell: SupercellChoice = DEFAULTS.supercell,
+    cell: Literal["variable", "fixed"] = DEFAULTS.cell,
     n_configs: int = DEFAULTS.n_configs,
     max_populations: int = DEFAULTS.max_populations,
-    engine: str = DEFAULTS.engine,
+    engine: Literal["native", "python-sscha"] = DEFAULTS.engine,
     seed: int = 0,
     masses: Mapping[str, float] | None = None,
-    start: Any = None,
+    start: StartOfRun | None = None,
     directory: str | Path | None = None,
     any_start: bool = False,
-    **tolerances: float,
+    *,
+    error_tolerance: float | None = DEFAULTS.error_tolerance,
+    free_energy_tolerance: float = DEFAULTS.free_energy_tolerance,
+    pressure_tolerance: GPa | None = DEFAULTS.pressure_tolerance,
+    strain_tolerance: float = DEFAULTS.strain_tolerance,
+    centroid_tolerance: float = DEFAULTS.centroid_tolerance,
+    min_effective_sample: float = DEFAULTS.min_effective_sample,
+    n_configs_start: int | None = DEFAULTS.n_configs_start,
+    symprec: float = DEFAULTS.symprec,
+    reference_spacing: float = DEFAULTS.reference_spacing,
 ) -> SschaResult:
     """SSCHA free energy of ``atoms`` at ``pressure`` (GPa) and ``temperature`` (K).
+
+    In a notebook every population is a line below the cell while the run goes on.
 
     Parameters
     ----------
     evaluator
         Our ``Potential``, any ASE calculator, or a labeler.
     supercell
-        Three repetitions of the primitive cell, or ``{"min_length": Angstrom}``.
+        Three repetitions of the primitive cell, three rows of whole numbers, or ``{"min_length":
+        Angstrom}``.
     cell
         ``"variable"`` relaxes the cell at the pressure, ``"fixed"`` keeps it.
     n_configs, max_populations
@@ -85,33 +130,32 @@ def free_energy(
     any_start
         A run in ``directory`` that differs in its start alone is the same run (its minimum does not
         depend on where it began): it is taken as it is, or goes on. Else it is refused.
-    tolerances
-        ``pressure_tolerance`` (GPa), ``free_energy_tolerance`` and ``error_tolerance`` (eV/atom),
-        ``n_configs_start``, ``min_effective_sample``, ``symprec`` (A), ``reference_spacing`` (2 pi
-        / A); defaults and meaning as in the block ``sscha`` of the input.
+    error_tolerance, free_energy_tolerance
+        eV/atom: the sampling error of G that ends the run (None: none), and the decrease of G that
+        may still be predicted at its end.
+    pressure_tolerance, strain_tolerance, centroid_tolerance
+        GPa, none and Angstrom: how far stress (None: not asked), cell and centroids may still be
+        from their end, or twice their errors.
+    min_effective_sample
+        Effective sample size over ``n_configs`` that ends a minimisation.
+    n_configs_start
+        Configurations of the first population, doubled up to ``n_configs`` (None: ``n_configs``).
+    symprec, reference_spacing
+        Angstrom and 2 pi / Angstrom: symmetry of the start, and spacing of the q points of the
+        finite-size term.
 
     Returns
     -------
     SschaResult
-        Also for runs that fail or do not converge: see its ``status`` and ``reason``.
+        Also for runs that fail or do not converge: see its ``converged``, ``status``, ``reason``.
 
     Raises
     ------
     InputError
         A wrong argument, or a folder that holds another run.
     """
-    settings = parse(
-        SschaSettings,
-        dict(
-            supercell=supercell,
-            cell=cell,
-            n_configs=n_configs,
-            max_populations=max_populations,
-            engine=engine,
-            **tolerances,
-        ),
-        "sscha",
-    )
+    given = dict(locals())
+    settings = parse(SschaSettings, {key: given[key] for key in DEFAULTS.of_a_run()}, "sscha")
     check_crystal(atoms, masses)
     try:
         pressure = check_pressure(pressure)
@@ -142,16 +186,20 @@ def free_energy(
             source.model_id,
             configurations,
         )
-        kept = directory is not None
         folder = RunFolder(
-            directory if kept else scratch, task.identity(), any_start=any_start, kept=kept
+            scratch if directory is None else directory,
+            task.identity(),
+            any_start=any_start,
+            kept=directory is not None,
         )
         return folder.finished(settings.max_populations, settings.error_tolerance) or _guarded(
             task, source, folder, start
         )
 
 
-def _guarded(task: Task, evaluator: Evaluator, folder: RunFolder, start: Any) -> SschaResult:
+def _guarded(
+    task: Task, evaluator: Evaluator, folder: RunFolder, start: StartOfRun | None
+) -> SschaResult:
     """Run; a failure becomes a result with its reason. Only physics is final: a broken evaluator
     may be repaired.
 
@@ -194,3 +242,169 @@ def _guarded(task: Task, evaluator: Evaluator, folder: RunFolder, start: Any) ->
             result.reason,
         )
     return result
+
+
+EFFECTIVE_SAMPLE = 0.2
+"""Part of the configurations that must count after reweighting; below it the weights' own noise
+makes the error bar doubtful."""
+
+
+def reweighted_result(
+    task: Task, source: StartOfRun | None, folder: RunFolder
+) -> SschaResult | None:
+    """The result of ``task`` from the ensemble of the run in ``source`` alone, without any
+    evaluation; None where that does not do.
+
+    Only where nothing but the masses is another (model, temperature and supercell the same, the run
+    converged and its populations kept), and the sample, the stress, the remaining decrease and the
+    error are good enough for a converged run; which of these was not is logged. The numbers are
+    those of a state that the configurations it is averaged over have not seen: that of ``source``
+    with the new masses, or where that has further to go, one that half of the configurations led to
+    and the other half averages.
+    """
+    began = time.perf_counter()
+    found = _source(task, source)
+    if found is None:
+        return None
+    start, ensemble, own = found
+    symmetry = Symmetry(start.state.atoms, start.state.supercell_matrix, SYMMETRY_OF_A_STATE)
+    cell = start.stiffness(symmetry, task.pressure)
+    state, averages, sample = start.state, *_averaged(own, ensemble, start.state, symmetry, cell)
+    sample = min(sample, overlap(own, state))
+    problem = (
+        "" if sample > EFFECTIVE_SAMPLE else f"ESS/N = {sample:.2f}, not above {EFFECTIVE_SAMPLE:g}"
+    )
+    if not problem and (problem := _problem(task, state, averages)):
+        first, second = _halves(ensemble)
+        state = minimise(
+            [(own, first)], symmetry, min_effective_sample=EFFECTIVE_SAMPLE, target=start.state
+        ).state
+        averages, sample = _averaged(own, second, state, symmetry, cell)
+        problem = (
+            f"ESS/N = {sample:.2f}"
+            if sample <= EFFECTIVE_SAMPLE
+            else _problem(task, state, averages)
+        )
+    if problem:
+        log.info(
+            "other masses: reweighting the ensemble of %s does not do (%s); new populations",
+            source,
+            problem,
+        )
+        return None
+    log.info(
+        "other masses: reweighted from the ensemble of %s (ESS/N = %.2f), no new configurations",
+        source,
+        sample,
+    )
+    result = finished_result(task, state, averages, Progress(), start, "", "", began)
+    result = replace(
+        result,
+        reason=(
+            f"reweighted from the ensemble of {Path(source).name} (ESS/N = {sample:.2f}): no new"
+            " configurations"
+        ),
+    )
+    folder.write_start(start)
+    folder.write_result(result)
+    return result
+
+
+def _source(task: Task, source: StartOfRun | None) -> tuple[Start, Ensemble, SschaState] | None:
+    """Start with the new masses, and ensemble and state of the run in ``source``; None where more
+    than the masses is another."""
+    if task.start is None or not isinstance(source, str | Path) or not Path(source).is_dir():
+        return None
+    path, result, state = Path(source), SschaResult.read(source), task.start
+    structure = with_masses(state.atoms, task.atoms, task.masses)
+    if np.allclose(structure.get_masses(), state.atoms.get_masses(), atol=1e-6, rtol=0.0):
+        return None
+    if (
+        not result.converged
+        or result.model_id != task.model_id
+        or state.temperature != task.temperature
+    ):
+        return None
+    ensemble, begun = final_ensemble(path, result), path / "start.npz"
+    if (
+        supercell_of(structure, task.settings) != state.supercell_matrix
+        or ensemble is None
+        or not begun.is_file()
+    ):
+        return None
+    response = read_start_file(begun).response
+    if task.settings.cell == "variable" and response is None:
+        return None
+    response = response if task.settings.cell == "variable" else None
+    return Start(replace(state, atoms=structure), response, 0), ensemble, state
+
+
+def overlap(own: SschaState, other: SschaState) -> float:
+    """ESS/N that many configurations of ``own`` have for ``other``, a state of the same centroids.
+
+    1 / integral(q^2 / p) of the two Gaussians = product of sqrt(2 l - 1) / l over the eigenvalues l
+    of one precision in the metric of the other; 0 where one is below 1/2 and the integral diverges.
+    A small sample does not know its own tails and shows more.
+    """
+    n = len(own.supercell)
+    translations = np.tile(np.eye(3), (n, n)) * (np.trace(own.precision) / (3.0 * n) / n)
+    values = eigh(other.precision + translations, own.precision + translations, eigvals_only=True)
+    return (
+        float(np.exp(np.sum(0.5 * np.log(2.0 * values - 1.0) - np.log(values))))
+        if values.min() > 0.5
+        else 0.0
+    )
+
+
+def _halves(ensemble: Ensemble) -> tuple[Ensemble, Ensemble]:
+    """Every other pair, and the rest."""
+    pairs = np.arange(len(ensemble.energies)) // 2
+    return ensemble.part(pairs % 2 == 0), ensemble.part(pairs % 2 == 1)
+
+
+def _averaged(
+    own: SschaState,
+    ensemble: Ensemble,
+    state: SschaState,
+    symmetry: Symmetry,
+    cell: CellStiffness | None,
+) -> tuple[Averages, float]:
+    """Averages of ``state`` over an ensemble of ``own`` (the same cell), and the effective part of
+    the sample."""
+    about, weights = reweighted(own, ensemble, state)
+    return average(state, about, symmetry, weights, cell), effective_number(weights) / len(weights)
+
+
+def reweighted_ensemble(
+    source: str | Path, state: SschaState
+) -> tuple[Ensemble, np.ndarray] | None:
+    """What `reweighted_result` averaged ``state`` over: displacements about its centroids, and
+    weights (n,).
+
+    ``source`` : the run that the ensemble is of. None where it is not there, or of another cell or
+    temperature than ``state``.
+    """
+    path = Path(source)
+    if not (path / "result.json").is_file():
+        return None
+    result = SschaResult.read(path)
+    ensemble = None if result.force_constants is None else final_ensemble(path, result)
+    if ensemble is None:
+        return None
+    own = result.state
+    if own.temperature != state.temperature or not agree(own, state, "cell", atol=1e-9):
+        return None
+    unmoved = agree(own, state, "force_constants", atol=1e-9)
+    return reweighted(own, ensemble if unmoved else _halves(ensemble)[1], state)
+
+
+def _problem(task: Task, state: SschaState, averages: Averages) -> str:
+    """Why these averages are not the end of a run; empty where they are."""
+    _, error = gibbs_energy(state, averages, task.pressure)
+    issues = open_issues(averages, error, len(state.atoms), task)
+    tolerance = task.settings.error_tolerance
+    if tolerance is not None and error > tolerance:
+        issues.append(
+            f"error of G {ev_to_mev(error):.2f} meV/atom, wanted {ev_to_mev(tolerance):.2f}"
+        )
+    return "; ".join(issues)

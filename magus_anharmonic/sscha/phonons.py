@@ -24,10 +24,11 @@ from ase import Atoms
 
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.evaluator import Evaluator
-from magus_anharmonic.io.files import replacing
+from magus_anharmonic.io import pictures
 from magus_anharmonic.io.tables import write_table
 from magus_anharmonic.sscha.hessian import Hessian
 from magus_anharmonic.sscha.reciprocal import interpolated_squares, nearest_images
+from magus_anharmonic.sscha.record import SYMPREC
 from magus_anharmonic.sscha.start import DISPLACEMENT
 from magus_anharmonic.sscha.state import SschaState, translations
 from magus_anharmonic.sscha.supercells import q_index, shape_supercell_matrix
@@ -64,8 +65,9 @@ class Dispersion:
     marks: list[tuple[float, float, float]]
 
 
-def band_path(atoms: Atoms, spacing: float = SPACING, symprec: float = 1e-3) -> BandPath:
-    """The path of seekpath for this very cell, with points ``spacing`` (2 pi / A) apart."""
+def band_path(atoms: Atoms, spacing: float = SPACING, symprec: float = SYMPREC) -> BandPath:
+    """The path of seekpath for this very cell in the space group that it has at ``symprec`` (A),
+    with points ``spacing`` (2 pi / A) apart."""
     import seekpath
 
     with warnings.catch_warnings():
@@ -113,12 +115,13 @@ def bands(state: SschaState, force_constants: np.ndarray, q: np.ndarray) -> np.n
 
 
 def dispersion(
-    hessian: Hessian, harmonic: np.ndarray | None = None, spacing: float = SPACING
+    hessian: Hessian, harmonic: np.ndarray | None = None, symprec: float = SYMPREC
 ) -> Dispersion:
-    """Harmonic (if given), auxiliary and free-energy Hessian bands; error bars at the q points of
-    the supercell."""
+    """Harmonic (if given), auxiliary and free-energy Hessian bands along the path of the space
+    group that ``state.atoms`` have at ``symprec`` (A); error bars at the q points of the
+    supercell."""
     state = hessian.state
-    path = band_path(state.atoms, spacing)
+    path = band_path(state.atoms, symprec=symprec)
     curves: Mapping[str, np.ndarray | None] = {
         "harmonic": harmonic,
         "auxiliary": state.force_constants,
@@ -179,65 +182,46 @@ def write_dispersion(found: Dispersion, path: Path) -> None:
     write_table(path, ["distance_2pi_per_A", "q1", "q2", "q3", *columns], rows)
 
 
-STYLES = {
-    "harmonic": dict(color="0.65", lw=1.0, ls="--"),
-    "auxiliary": dict(color="C0", lw=1.0, ls="-"),
-    "hessian": dict(color="C3", lw=1.4, ls="-"),
+LINES: dict[str, tuple[str, dict[str, Any]]] = {
+    "harmonic": ("harmonic", {"color": pictures.GREY, "lw": 1.0, "ls": "--"}),
+    "auxiliary": ("SSCHA auxiliary", {"color": pictures.color(0), "lw": 1.0}),
+    "hessian": ("free-energy Hessian (physical phonons)", {"color": pictures.color(1)}),
 }
-NAMES = {
-    "harmonic": "harmonic",
-    "auxiliary": "SSCHA auxiliary",
-    "hessian": "free-energy Hessian (physical phonons)",
-}
+"""Name in the legend and look of the bands."""
 
 
-def draw_dispersion(found: Dispersion, path: Path, title: str = "") -> None:
-    """Draw the bands; PNG or SVG by the suffix of ``path``. Imaginary frequencies are shown as
-    negative."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7.2, 4.6), layout="constrained")
-    axes = figure.add_subplot()
-    for name, values in found.bands.items():
-        for number, (first, last) in enumerate(found.path.segments):
-            part = slice(first, last + 1)
-            lines = axes.plot(found.path.distance[part], ev_to_mev(values[part]), **STYLES[name])
-            if number == 0:
-                lines[0].set_label(NAMES[name])
-    if found.marks:
-        where, hbar_omega, error = np.array(found.marks).T
-        bars = None if np.isnan(error).all() else ev_to_mev(np.nan_to_num(error))
-        label = "at the q points of the supercell" + (
-            "" if bars is None else ", with standard error"
+def draw_dispersion(found: Dispersion, folder: Path, title: str = "") -> None:
+    """Draw the bands into ``folder/dispersion.svg`` and ``.png``. Imaginary frequencies are shown
+    as negative."""
+    with pictures.figure(size=(7.2, 4.6), title=title) as (made, (axes,)):
+        for name, values in found.bands.items():
+            label, look = LINES[name]
+            for first, last in found.path.segments:
+                part = slice(first, last + 1)
+                lines = axes.plot(found.path.distance[part], ev_to_mev(values[part]), **look)
+                if first == 0:
+                    lines[0].set_label(label)
+        if found.marks:
+            where, hbar_omega, error = np.array(found.marks).T
+            known = not np.isnan(error).all()
+            look = {**LINES["hessian"][1], "fmt": "o", "ms": 3, "capsize": 2, "lw": 0.8}
+            label = "at the q points of the supercell" + (", with standard error" * known)
+            bars = ev_to_mev(np.nan_to_num(error)) if known else None
+            axes.errorbar(where, ev_to_mev(hbar_omega), yerr=bars, label=label, **look)
+        ticks = found.path.ticks
+        for tick, _ in ticks:
+            axes.axvline(tick, color="0.85", lw=0.8, zorder=0)
+        axes.axhline(0.0, color="k", lw=0.8)
+        axes.set_xticks([tick for tick, _ in ticks], [name for _, name in ticks])
+        axes.set_xlim(found.path.distance[0], found.path.distance[-1])
+        axes.set_ylabel("ħω (meV; imaginary shown as negative)")
+        mev_in_cm1 = EV_IN_CM1 / ev_to_mev(1.0)
+        right = axes.secondary_yaxis(
+            "right", functions=(lambda mev: mev * mev_in_cm1, lambda cm1: cm1 / mev_in_cm1)
         )
-        axes.errorbar(
-            where,
-            ev_to_mev(hbar_omega),
-            yerr=bars,
-            fmt="o",
-            ms=3,
-            color=STYLES["hessian"]["color"],
-            capsize=2,
-            lw=0.8,
-            label=label,
-        )
-    for tick, _ in found.path.ticks:
-        axes.axvline(tick, color="0.85", lw=0.8, zorder=0)
-    axes.axhline(0.0, color="k", lw=0.8)
-    axes.set_xticks(
-        [tick for tick, _ in found.path.ticks], [label for _, label in found.path.ticks]
-    )
-    axes.set_xlim(found.path.distance[0], found.path.distance[-1])
-    axes.set_ylabel("ħω (meV; imaginary shown as negative)")
-    mev_in_cm1 = EV_IN_CM1 / ev_to_mev(1.0)
-    right = axes.secondary_yaxis(
-        "right", functions=(lambda mev: mev * mev_in_cm1, lambda cm1: cm1 / mev_in_cm1)
-    )
-    right.set_ylabel("wave number (cm$^{-1}$)")
-    axes.set_title(title, fontsize=10, parse_math=False)
-    figure.legend(loc="outside lower center", ncols=2, fontsize=8, frameon=False)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=160, format=path.suffix.removeprefix("."))
+        right.set_ylabel("wave number (cm⁻¹)")
+        made.legend(loc="outside lower center", ncols=2)
+        pictures.save(made, folder, "dispersion")
 
 
 @dataclass(frozen=True)

@@ -1,27 +1,32 @@
-"""The Hessian of a finished SSCHA run (or of a structure, which is run first) to files, phonons and
-a verdict."""
+"""What a finished SSCHA run has to show: the Hessian (of a run, or of a structure, which is run
+first) as files, phonons and a verdict, and the picture of ``convergence.csv``."""
 
 from __future__ import annotations
 
 import logging
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from ase import Atoms
 
 from magus_anharmonic.errors import InputError, SschaError
 from magus_anharmonic.evaluator import Evaluator, as_evaluator
+from magus_anharmonic.io import pictures
 from magus_anharmonic.io.digests import versions
 from magus_anharmonic.io.files import write_json
-from magus_anharmonic.io.tables import write_table
+from magus_anharmonic.io.tables import table_rows, write_table
+from magus_anharmonic.notebook import Described
 from magus_anharmonic.runs.lock import locked
 from magus_anharmonic.sscha.ensemble import Ensemble, joined
-from magus_anharmonic.sscha.gibbs import DEFAULTS, free_energy
+from magus_anharmonic.sscha.gibbs import DEFAULTS
 from magus_anharmonic.sscha.hessian import Hessian, free_energy_hessian, levels
 from magus_anharmonic.sscha.phonons import bands, dispersion, draw_dispersion, write_dispersion
 from magus_anharmonic.sscha.qe_files import write_dyn
+from magus_anharmonic.sscha.record import SYMPREC
 from magus_anharmonic.sscha.result import SschaResult, final_ensemble
 from magus_anharmonic.sscha.sampling import sample_ensemble
 from magus_anharmonic.sscha.start import harmonic_force_constants, in_double_precision
@@ -29,6 +34,9 @@ from magus_anharmonic.sscha.state import SschaState
 from magus_anharmonic.sscha.symmetry import Symmetry
 from magus_anharmonic.sscha.unstable import supported_group
 from magus_anharmonic.units import EV_IN_CM1, ev_to_mev
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 log = logging.getLogger(__name__)
 
@@ -39,13 +47,17 @@ WHAT = "magus-anharmonic hessian"
 """Names this work in the lock of its folder."""
 
 
-@dataclass(frozen=True)
-class HessianReport:
+@dataclass(frozen=True, repr=False)
+class HessianReport(Described):
     """What was found, and where the files are."""
 
     result: SschaResult
     hessian: Hessian
     folder: Path
+
+    def described(self) -> dict[str, str]:
+        """What the Hessian says, and where its files are."""
+        return {**self.hessian.described(), "files": str(self.folder)}
 
     def sentences(self) -> list[str]:
         """The verdict in words."""
@@ -141,27 +153,25 @@ def hessian_of_structure(
     output: str | Path,
     evaluator: Evaluator,
     *,
+    run: Callable[[Atoms, Evaluator, Path], SschaResult],
     n_configs: int = DEFAULTS.n_configs,
     include_v4: bool = False,
     seed: int = 0,
-    **options: Any,
 ) -> HessianReport:
-    """SSCHA relaxation of one structure into ``output/sscha``, then its Hessian; ``options`` as
-    `free_energy` takes them.
+    """SSCHA relaxation of one structure into ``output/sscha`` by ``run``
+    (`ranking.jobs.free_energy_on`), then its Hessian.
 
     Raises ``SschaError`` when the relaxation fails, ``InputError`` where another process works in
     ``output``.
     """
-    run, output = Path(output) / "sscha", Path(output)
+    folder, output = Path(output) / "sscha", Path(output)
     with locked(output, WHAT):
-        result = free_energy(
-            atoms, evaluator, n_configs=n_configs, seed=seed, directory=run, **options
-        )
+        result = run(atoms, evaluator, folder)
         if result.force_constants is None:
             raise SschaError(f"{atoms.get_chemical_formula()}: SSCHA failed: {result.reason}")
         if not result.converged:
             log.warning("SSCHA %s; the Hessian is that of the last state", result.reason)
-        return _hessian_of_run(run, output, evaluator, n_configs, include_v4, seed)
+        return _hessian_of_run(folder, output, evaluator, n_configs, include_v4, seed)
 
 
 def shown_point(q: np.ndarray) -> str:
@@ -243,14 +253,13 @@ def write_report(report: HessianReport, harmonic: np.ndarray | None) -> None:
     write_dyn(state, folder / "dyn_auxiliary")
     write_dyn(state, folder / "dyn_hessian", hessian.force_constants)
     write_frequencies(hessian, folder / "frequencies.csv")
-    found = dispersion(hessian, harmonic)
+    found = dispersion(hessian, harmonic, report.result.symmetry_tolerance or SYMPREC)
     write_dispersion(found, folder / "dispersion.csv")
     title = (
         f"{state.atoms.get_chemical_formula()} at {report.result.target_pressure:g} GPa,"
         f" {state.temperature:g} K: {hessian.status}"
     )
-    for suffix in ("png", "svg"):
-        draw_dispersion(found, folder / f"dispersion.{suffix}", title)
+    draw_dispersion(found, folder, title)
     write_json(folder / "hessian.json", summary(report))
 
 
@@ -276,7 +285,7 @@ def write_frequencies(hessian: Hessian, path: Path) -> None:
     write_table(path, [*columns, "hessian_per_cm", "error_per_cm"], rows)
 
 
-def table_rows(hessian: Hessian, limit: int = 6) -> list[tuple[str, str, str, str]]:
+def softest_levels(hessian: Hessian, limit: int = 6) -> list[tuple[str, str, str, str]]:
     """The softest levels for the screen: q, degeneracy, auxiliary and Hessian wave number with
     error, cm^-1."""
     auxiliary = bands(hessian.state, hessian.state.force_constants, hessian.points) * EV_IN_CM1
@@ -295,3 +304,68 @@ def table_rows(hessian: Hessian, limit: int = 6) -> list[tuple[str, str, str, st
             )
             rows.append((hessian.hbar_omega[q, mode], row))
     return [row for _, row in sorted(rows)[:limit]]
+
+
+def read_convergence(path: Path) -> dict[str, list[float]]:
+    """The columns of a ``convergence.csv``; NaN where a field is empty."""
+    with table_rows(path) as reader:
+        rows = list(reader)
+    names = rows[0].keys() if rows else ()
+    return {name: [float(row[name]) if row[name] else math.nan for row in rows] for name in names}
+
+
+def draw_convergence(folder: str | Path, title: str = "") -> Path | None:
+    """Draw F and G, pressure, effective sample and gradients against population into
+    ``folder/convergence.png`` and ``.svg``.
+
+    Returns the picture, also one that is as new as the table; None without a table, or with a
+    warning where it was changed. Error bars are one standard error.
+    """
+    table, picture = Path(folder) / "convergence.csv", Path(folder) / "convergence.png"
+    if not table.is_file():
+        return None
+    if picture.is_file() and picture.stat().st_mtime >= table.stat().st_mtime:
+        return picture
+    try:
+        columns = read_convergence(table)
+    except InputError as error:
+        log.warning("no picture of the convergence: %s", error)
+        return None
+    if not columns:
+        return None
+    with pictures.figure(2, 2, title=title) as (figure, panels):
+        _draw(panels, columns)
+        return pictures.save(figure, picture.parent, picture.stem)[1]
+
+
+def _draw(panels: Sequence[Axes], columns: dict[str, list[float]]) -> None:
+    energy, pressure, sample, gradient = panels
+    x = columns["population"]
+    error = [ev_to_mev(value) for value in columns["error_eV_per_atom"]]
+    for index, (name, letter) in enumerate(
+        (("gibbs_eV_per_atom", "G"), ("free_energy_eV_per_atom", "F"))
+    ):
+        last = columns[name][-1]
+        heights = [ev_to_mev(value - last) for value in columns[name]]
+        label = f"{letter} - ({last:.4f} eV/atom)"
+        pictures.points(energy, x, heights, error, index=index, label=label, mfc="none")
+    energy.set_ylabel("meV/atom")
+    pictures.points(pressure, x, columns["pressure_GPa"], columns.get("pressure_error_GPa"))
+    pressure.set_ylabel("pressure (GPa)")
+    pictures.points(sample, x, columns["effective_sample"])
+    sample.set_ylabel("effective sample / configurations")
+    sample.set_ylim(bottom=0.0)
+    gradients = {
+        "centroid_force_eV_per_A": "largest force on a centroid (eV/\N{ANGSTROM SIGN})",
+        "fc_gradient_eV_per_A2": "force constants, at the end (eV/\N{ANGSTROM SIGN}²)",
+    }
+    for index, (name, label) in enumerate(gradients.items()):
+        pictures.points(gradient, x, columns[name], index=index, label=label, mfc="none")
+    if any(value > 0 for name in gradients for value in columns[name]):
+        pictures.log_scale(gradient)
+    gradient.set_ylabel("gradient")
+    for axes in (energy, gradient):
+        pictures.legend(axes, fontsize=8)
+    for axes in panels:
+        axes.set_xlabel("population")
+        axes.xaxis.get_major_locator().set_params(integer=True)

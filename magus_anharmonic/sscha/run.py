@@ -19,15 +19,6 @@ from magus_anharmonic.evaluator import Evaluator
 from magus_anharmonic.sscha.cell import CellStiffness
 from magus_anharmonic.sscha.engines import Population, engine
 from magus_anharmonic.sscha.ensemble import Averages, Ensemble, average, gamma_matrix, joined
-from magus_anharmonic.sscha.identity import (
-    EXACT,
-    Answer,
-    Higher,
-    Question,
-    answer,
-    ask,
-    symmetrised,
-)
 from magus_anharmonic.sscha.initial_state import start_run
 from magus_anharmonic.sscha.result import Progress, RunFolder, SschaResult
 from magus_anharmonic.sscha.sampling import evaluated, sample_ensemble
@@ -37,7 +28,7 @@ from magus_anharmonic.sscha.start import (
     floor_modes,
     nearest_neighbour,
 )
-from magus_anharmonic.sscha.state import SschaState, same_gaussian
+from magus_anharmonic.sscha.state import MELTED, SschaState, lindemann_ratios, melted, same_gaussian
 from magus_anharmonic.sscha.symmetry import Symmetry
 from magus_anharmonic.sscha.task import (
     SIGNIFICANT,
@@ -46,7 +37,15 @@ from magus_anharmonic.sscha.task import (
     gibbs_energy,
     unconverged,
 )
-from magus_anharmonic.sscha.warnings import MELTED, lindemann_ratios, melted
+from magus_anharmonic.sscha.unstable import (
+    EXACT,
+    Answer,
+    Higher,
+    Question,
+    answer,
+    ask,
+    symmetrised,
+)
 from magus_anharmonic.structures import space_group
 from magus_anharmonic.units import ev_per_a3_to_gpa, ev_to_mev
 

@@ -24,6 +24,7 @@ from magus_anharmonic.evaluator import Evaluation, Evaluator, has_stress
 from magus_anharmonic.sscha.cell import CellStiffness, StaticResponse, static_response_to_strain
 from magus_anharmonic.sscha.ensemble import gamma_matrix
 from magus_anharmonic.sscha.state import (
+    CLOSE_PACKING,
     SschaState,
     expand,
     fold,
@@ -34,7 +35,6 @@ from magus_anharmonic.sscha.state import (
 )
 from magus_anharmonic.sscha.supercells import SupercellMatrix, cell_index, cell_offsets
 from magus_anharmonic.sscha.symmetry import Symmetry, symmetric_primitive
-from magus_anharmonic.sscha.warnings import CLOSE_PACKING
 from magus_anharmonic.structures import space_group, stripped
 from magus_anharmonic.units import HBAR, GPa, gpa_to_ev_per_a3
 

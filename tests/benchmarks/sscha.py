@@ -31,8 +31,8 @@ HERE = Path(__file__).resolve().parent
 sys.path = [path for path in sys.path if Path(path).resolve() != HERE]
 
 from magus_anharmonic.sscha import engines, python_sscha  # noqa: E402
+from magus_anharmonic.sscha.engines import Pool  # noqa: E402
 from magus_anharmonic.sscha.ensemble import Ensemble  # noqa: E402
-from magus_anharmonic.sscha.reweight import Pool  # noqa: E402
 from magus_anharmonic.sscha.state import SschaState, expand, sample  # noqa: E402
 from magus_anharmonic.sscha.symmetry import Symmetry  # noqa: E402
 

@@ -1,4 +1,4 @@
-"""``python -m magus_anharmonic.cli``."""
+"""``python -m magus_anharmonic``."""
 
 from __future__ import annotations
 

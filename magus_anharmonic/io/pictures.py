@@ -80,6 +80,7 @@ def save(made: Figure, folder: Path, name: str) -> list[Path]:
         path = folder / f"{name}{suffix}"
         with replacing(path) as temporary:
             made.savefig(temporary, format=suffix[1:], dpi=DPI, metadata=metadata)
+        made.set_layout_engine("none")  # as it was laid out for the first file
         paths.append(path)
     return paths
 
