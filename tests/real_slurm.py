@@ -42,7 +42,7 @@ ReturnToService=2
 MpiDefault=none
 KillWait=2
 NodeName={host} NodeAddr=127.0.0.1 CPUs=8 RealMemory=64000
-PartitionName=work Nodes={host} Default=YES MaxTime=60 State=UP
+PartitionName=normal Nodes={host} Default=YES MaxTime=60 State=UP
 """
 
 
@@ -99,7 +99,7 @@ def slurm(folder: Path) -> Iterator[Path]:
         yield configuration
     finally:
         # jobs first: slurmd's helpers outlive it
-        subprocess.run(["scancel", "--full", "-p", "work"], env=environment, timeout=60)
+        subprocess.run(["scancel", "--full", "-p", "normal"], env=environment, timeout=60)
         for name in reversed(names):
             _end(folder / f"{name}.pid")
 

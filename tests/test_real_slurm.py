@@ -53,7 +53,7 @@ def queue(daemons, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     yield tmp_path
     close_clusters()
-    subprocess.run(["scancel", "-p", "work"], check=True)
+    subprocess.run(["scancel", "-p", "normal"], check=True)
     real_slurm.wait_for(lambda: not jobs(), "jobs are left in the queue")
 
 
@@ -66,7 +66,7 @@ def jobs(state: str = "") -> list[str]:
 
 
 def keys(folder: Path, scheduler: str = "slurm", **workers) -> dict:
-    given = {"count": 1, "cores": 1, "memory": "2 GB", "queue": "work", "walltime": "00:30:00"}
+    given = {"count": 1, "cores": 1, "memory": "2 GB", "queue": "normal", "walltime": "00:30:00"}
     where = {"scratch": str(folder / "scratch"), "logs": str(folder / "logs"), "interface": "lo"}
     return {"scheduler": scheduler, "workers": {**given, **where, **workers}}
 
@@ -195,7 +195,7 @@ def test_a_full_machine_is_waited_for(queue):
 
 
 def test_a_queue_that_takes_no_jobs_is_asked_again_and_says_why(queue, caplog):
-    close = ["scontrol", "update", "PartitionName=work"]
+    close = ["scontrol", "update", "PartitionName=normal"]
     subprocess.run([*close, "State=INACTIVE"], check=True)
 
     def reopen():
