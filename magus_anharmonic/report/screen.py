@@ -22,9 +22,16 @@ def console(width_in_files: int = 120, *, stderr: bool = False) -> Console:
     """
     from rich.console import Console
     from rich.segment import Segment
+    from rich.table import Table
 
     class Screen(Console):
-        """Shows control characters instead of sending them; rich's own are marked as such."""
+        """Shows control characters instead of sending them (rich's own are marked as such), and
+        folds what a column of a table has no room for, instead of cutting it."""
+
+        def print(self, *objects: Any, **options: Any) -> None:
+            for column in (c for one in objects if isinstance(one, Table) for c in one.columns):
+                column.overflow, column.no_wrap = "fold", False
+            super().print(*objects, **options)
 
         def render(self, *args: Any, **kwargs: Any) -> Iterable[Segment]:
             for segment in super().render(*args, **kwargs):
@@ -53,12 +60,9 @@ def show_ranking(folder: Path) -> None:
     pictures = []
     for block in blocks or [rows]:
         several = len(blocks) > 1
+        named = {"title": f"{block[0].composition}: ranking by free energy"} if several else {}
         screen.print()
-        screen.print(
-            table(block, title=f"{block[0].composition}: ranking by free energy")
-            if several
-            else table(block)
-        )
+        screen.print(table(block, width=screen.width, **named))
         for line in sentences(block):
             screen.print(f"* {line}", highlight=False)
         pictures.append(

@@ -17,9 +17,6 @@ from magus_anharmonic.units import ev_to_mev
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-WORDS = {"stable": "minimum", "saddle": "saddle point"}
-"""States in the table on the screen, where another word says more."""
-
 
 def hull_sentences(rows: Sequence[Candidate]) -> list[str]:
     """Who is on the hull of free energies, and how far above it the lowest of the other
@@ -66,36 +63,37 @@ def _probability_in_words(row: Candidate) -> str:
     return "" if row.p_on_hull_sampling is None else f" ({row.p_on_hull_sampling:.0%})"
 
 
+COLUMNS = {
+    "rank": 4, "id": 8, "atoms": 5, "space group": 8, "static H": 6, "G": 5, "+-": 3,
+    "rank by H": 4, "change": 6, "status": 11,
+}  # fmt: skip
+"""Of the table on the screen, and how many letters of each are never folded."""
+
+
 def table(
-    rows: Sequence[Candidate], limit: int = 10, title: str = "Ranking by free energy"
+    rows: Sequence[Candidate],
+    limit: int = 10,
+    title: str = "Ranking by free energy",
+    width: int = 120,
 ) -> Table:
-    """The ranking of one composition as a rich table: ranked structures by G, then the rest by
-    enthalpy."""
+    """The ranking of one composition as a rich table for a screen of this ``width``: ranked
+    structures by G, then the rest by enthalpy.
+
+    Where nothing is ranked, no G is: an upper bound has no lowest to stand above.
+    """
     rows = numbered(rows)
     reference = min((row.enthalpy for row in rows if row.enthalpy is not None), default=0.0)
-    shown = {row.id: row.gibbs for row in rows if row.gibbs is not None and row.status != "failed"}
-    # where nothing is ranked, the lowest of what is shown: absolute energies are no heights
-    lowest = min(
-        (row.gibbs for row in rows if row.phase_ranked), default=min(shown.values(), default=0.0)
+    lowest = min((row.gibbs for row in rows if row.phase_ranked), default=None)
+    wide = width > 100
+    result = Table(
+        title=f"{title} (energies in meV/atom above the lowest)",
+        padding=(0, int(wide)),
+        show_edge=wide,
     )
-    result = Table(title=f"{title} (energies in meV/atom above the lowest)")
-    for name in (
-        "rank",
-        "id",
-        "atoms",
-        "space group",
-        "static H",
-        "G",
-        "+-",
-        "rank by H",
-        "change",
-        "status",
-    ):
-        result.add_column(
-            name,
-            justify="left" if name in ("id", "space group", "status") else "right",
-            no_wrap=True,
-        )
+    for name, least in COLUMNS.items():
+        head = name if wide else name.replace(" ", "\n", 1)
+        text = name in ("id", "space group", "status")
+        result.add_column(head, justify="left" if text else "right", min_width=least)
     for row in rows[:limit]:
         result.add_row(
             str(row.rank_quantum or "-"),
@@ -103,13 +101,11 @@ def table(
             str(row.natoms),
             " -> ".join(symbol_of(group) for group in (row.spg_static, row.spg_quantum) if group),
             _milli(row.enthalpy, reference),
-            _milli(shown.get(row.id), lowest),
-            _milli(row.gibbs_error, 0.0) if row.status in WITH_ERROR else "-",
+            _height(row, lowest),
+            "-" if lowest is None or row.status not in WITH_ERROR else _milli(row.gibbs_error, 0.0),
             str(row.rank_static or "-"),
             _change(row, rows),
-            f"same as {label_of(row.same_as, rows)}"
-            if row.same_as
-            else WORDS.get(row.status, row.status),
+            f"same as {label_of(row.same_as, rows)}" if row.same_as else row.status,
         )
     if len(rows) > limit:
         result.caption = f"{len(rows) - limit} more in ranking.csv"
@@ -123,6 +119,13 @@ def label_of(identity: str, rows: Sequence[Candidate]) -> str:
 
 def _milli(value: float | None, reference: float) -> str:
     return "-" if value is None else f"{ev_to_mev(value - reference):.1f}"
+
+
+def _height(row: Candidate, lowest: float | None) -> str:
+    """G above the lowest phase."""
+    if lowest is None and row.status == "unconverged":
+        return "not\nconverged"
+    return "-" if lowest is None or row.status == "failed" else _milli(row.gibbs, lowest)
 
 
 def _change(row: Candidate, rows: Sequence[Candidate]) -> str:
@@ -188,8 +191,7 @@ def sentences(rows: Sequence[Candidate]) -> list[str]:
             f" the phase of the lowest free energy, {best.spg_quantum or best.spg_static}."
         )
     else:
-        gain = ev_to_mev(static_best.gibbs - best.gibbs)
-        error = ev_to_mev(math.hypot(best.gibbs_error or 0.0, static_best.gibbs_error or 0.0))
+        gain, (error, _) = ev_to_mev(static_best.gibbs - best.gibbs), _error(static_best, best)
         lines.append(
             f"The order changed: {static_best.label} has the lowest enthalpy, {best.label}"
             f" ({best.spg_quantum or best.spg_static}) the lowest free energy, by {gain:.1f} +-"
@@ -251,14 +253,28 @@ def _undecided(ranked: Sequence[Candidate]) -> list[str]:
     if len(ranked) < 2:
         return []
     best, second = ranked[0], ranked[1]
-    gap = ev_to_mev(second.gibbs - best.gibbs)
-    error = ev_to_mev(math.hypot(best.gibbs_error or 0.0, second.gibbs_error or 0.0))
+    gap, (error, parts) = ev_to_mev(second.gibbs - best.gibbs), _error(second, best)
     if gap >= 2 * error:
         return []
     return [
-        f"The first two ({gap:.1f} meV/atom apart) are not told apart: the statistical error of the"
-        f" difference is {error:.1f}."
+        f"The first two ({gap:.1f} meV/atom apart) are not told apart: the error of the difference"
+        f" is {error:.1f} ({parts})."
     ]
+
+
+def _error(row: Candidate, best: Candidate) -> tuple[float, str]:
+    """Total error of the difference of G to the lowest phase, meV/atom, and its parts in words."""
+    if row.difference_sampling_error is None:  # another stands for it, or a table of earlier
+        both = math.hypot(row.gibbs_error or 0.0, best.gibbs_error or 0.0)
+        return ev_to_mev(both), "sampling alone"
+    parts = {
+        "sampling": row.difference_sampling_error,
+        "finite size": row.difference_finite_size_error,
+        "model": row.difference_model_error,
+    }
+    told = (f"{name} {_milli(part, 0.0).replace('-', 'unknown')}" for name, part in parts.items())
+    total = math.hypot(*(part for part in parts.values() if part is not None))
+    return ev_to_mev(total), ", ".join(told)
 
 
 def picture(rows: Sequence[Candidate], path: str | Path) -> Path:

@@ -16,7 +16,7 @@ from magus_anharmonic.io.tables import Column, columns_of
 from magus_anharmonic.paper.quantities import new_space_group
 from magus_anharmonic.ranking.candidate import Candidate, by_composition, numbered
 from magus_anharmonic.report.raw_tables import number
-from magus_anharmonic.report.summary import WORDS, hull_sentences, sentences
+from magus_anharmonic.report.summary import hull_sentences, sentences
 from magus_anharmonic.sscha.record import WITH_ERROR
 from magus_anharmonic.units import GPa, duration, ev_to_mev
 
@@ -74,7 +74,7 @@ class RankingView:
         """In words."""
         if row.same_as:
             return f"same phase as {row.same_as[:8]}"
-        return WORDS.get(row.status, row.status)
+        return row.status
 
     @property
     def title(self) -> str:

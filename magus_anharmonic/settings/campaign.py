@@ -29,7 +29,7 @@ from magus_anharmonic.settings.search import (
     SschaSettings,
     parse_settings,
 )
-from magus_anharmonic.settings.section import Section, load_yaml, parse
+from magus_anharmonic.settings.section import Device, Section, Seed, load_yaml, parse
 from magus_anharmonic.units import GPa
 
 OWNED_BY_THE_CAMPAIGN = (
@@ -47,16 +47,14 @@ class CampaignSettings(Section):
     """A whole campaign. Blocks that are left out are steps that are not done; `learning` left out:
     the foundation is the final model."""
 
-    seed: int = Field(0, ge=0, description="same campaign file and seed, same result")
+    seed: Seed = 0
     foundation: section.InsidePath = Field(
         "mattersim-v1.0.0-1M",
         description=(
             "a name MatterSim knows, a path relative to the campaign file, or a shipped one"
         ),
     )
-    device: Literal["cpu", "cuda"] | None = Field(
-        None, description="cpu or cuda; left out: cuda when there is one"
-    )
+    device: Device = None
     host: Literal["auto", "magus", "embedded"] = Field(
         "auto", description="who searches; auto: stock MAGUS when it is installed"
     )
@@ -161,20 +159,19 @@ class CampaignSettings(Section):
         blocks = {
             "search": self.search,
             "learning.search": self.learning.search if self.learning else {},
+            "produce.search": self.produce.search if self.produce else {},
         }
-        blocks["produce.search"] = self.produce.search if self.produce else {}
         for where, block in blocks.items():
             problems += [
                 f"{where}.{key}: is set by the campaign itself; leave it out"
                 for key in block
                 if _owned(str(key))
             ]
-        for where, block in (("calculator", self.calculator),):
-            problems += [
-                f"{where}.{key}: is set by the campaign itself; leave it out"
-                for key in block
-                if section.snake_case(str(key)) == "checkpoint"
-            ]
+        problems += [
+            f"calculator.{key}: is set by the campaign itself; leave it out"
+            for key in self.calculator
+            if section.snake_case(str(key)) == "checkpoint"
+        ]
         if not problems:
             for build in (self._check_searches, self._check_sscha):
                 try:
@@ -262,15 +259,7 @@ def load_campaign(path: str | Path) -> CampaignSettings:
 
 def parse_campaign(data: dict[str, Any]) -> CampaignSettings:
     """Validate the mapping of a ``campaign.yaml``."""
-    try:
-        return parse(CampaignSettings, data)
-    except InputError as error:
-        lines = [
-            line.removeprefix("input: ")
-            for problem in error.problems
-            for line in problem.splitlines()
-        ]
-        raise InputError(*lines) from None
+    return parse(CampaignSettings, data)
 
 
 def resolved(settings: CampaignSettings, folder: Path) -> CampaignSettings:
