@@ -88,7 +88,6 @@ class Espresso(Code):
                 " a list of elements, e.g. [H, S], whose files are then looked for in pseudo_dir"
             )
         pseudopotentials = {str(symbol): str(name) for symbol, name in given.items()}
-        _check_files(folder, pseudopotentials)
         if made.execution.get("command") is not None:
             try:
                 _command(made.execution)
@@ -104,6 +103,7 @@ class Espresso(Code):
             "pseudopotentials": pseudopotentials,
             "input_data": _input_data(made.arguments.get("input_data", {}), cutoffs),
         }
+        _check_files(folder, pseudopotentials)
         return replace(made, arguments=arguments, files={**made.files, **files})
 
     def calculator(self, recipe: Recipe, atoms: Atoms, directory: Path) -> Any:
