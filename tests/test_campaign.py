@@ -152,6 +152,10 @@ def test_without_learning_the_foundation_is_the_model(tmp_path):
             {"sscha": {"settings": {"n_config": 10}}},
             ["sscha.settings.n_config: unknown key", "n_configs"],
         ),
+        (
+            {"sscha": {"settings": {"evaluator": "emt"}}},
+            ["sscha.settings.evaluator: a campaign ranks by its final model"],
+        ),
         ({"search": {"pressure": 10}}, ["search.pressure: is set by the campaign"]),
         ({"labeler": None}, ["learning: needs the block labeler"]),
         ({"produce": None}, ["relax: needs the block produce"]),

@@ -151,9 +151,9 @@ class Espresso(Code):
         )
         return ExtrapolatedEspresso(profile=profile, directory=str(directory), **arguments)
 
-    def writes_to(self, recipe: Mapping[str, Any]) -> list[Path]:
+    def writes_to(self, recipe: Recipe) -> list[Path]:
         """pw.x's own folder for wave functions, where one is given."""
-        outdir = recipe["arguments"]["input_data"]["control"].get("outdir")
+        outdir = recipe.arguments["input_data"]["control"].get("outdir")
         return [Path(outdir)] if outdir else []
 
     def default_workers(self, cores: int) -> int:

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.settings import section
+from magus_anharmonic.settings.calculators import CalculatorSettings, LabelerSettings
 from magus_anharmonic.settings.campaign_blocks import CampaignLearning as CampaignLearning
 from magus_anharmonic.settings.campaign_blocks import CampaignSscha as CampaignSscha
 from magus_anharmonic.settings.campaign_blocks import DftSettings as DftSettings
@@ -22,8 +23,6 @@ from magus_anharmonic.settings.campaign_blocks import PhaseSettings as PhaseSett
 from magus_anharmonic.settings.campaign_blocks import ProduceSettings as ProduceSettings
 from magus_anharmonic.settings.campaign_blocks import RelaxSettings as RelaxSettings
 from magus_anharmonic.settings.search import (
-    CalculatorSettings,
-    LabelerSettings,
     LearningSettings,
     Settings,
     SschaSettings,
@@ -189,7 +188,8 @@ class CampaignSettings(Section):
 
     def _check_sscha(self) -> None:
         if self.sscha is not None:
-            parse(SschaSettings, self.sscha.settings, "sscha.settings")
+            if parse(SschaSettings, self.sscha.settings, "sscha.settings").evaluator is not None:
+                raise InputError("sscha.settings.evaluator: a campaign ranks by its final model")
 
     def input_yaml(
         self,
