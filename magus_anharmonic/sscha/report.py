@@ -14,7 +14,7 @@ import numpy as np
 from ase import Atoms
 
 from magus_anharmonic.errors import InputError, SschaError
-from magus_anharmonic.evaluator import Evaluator, as_evaluator
+from magus_anharmonic.evaluator import EnergySource, Evaluator, as_evaluator
 from magus_anharmonic.io import pictures
 from magus_anharmonic.io.digests import versions
 from magus_anharmonic.io.files import write_json
@@ -74,7 +74,7 @@ def hessian_of_run(
     run: str | Path,
     output: str | Path,
     *,
-    evaluator: Evaluator | None = None,
+    evaluator: EnergySource | None = None,
     n_configs: int | None = None,
     include_v4: bool = False,
     seed: int = 0,
@@ -94,14 +94,14 @@ def hessian_of_run(
 def _hessian_of_run(
     run: Path,
     output: Path,
-    evaluator: Evaluator | None,
+    source: EnergySource | None,
     n_configs: int | None,
     include_v4: bool,
     seed: int,
 ) -> HessianReport:
     result = SschaResult.read(run)
     state = result.state
-    evaluator = None if evaluator is None else as_evaluator(evaluator, [state.atoms])
+    evaluator = None if source is None else as_evaluator(source, [state.atoms])
     if evaluator is not None and evaluator.model_id != result.model_id:
         raise InputError(
             f"--checkpoint: is the model {evaluator.model_id}, the run in {run} was made with"
