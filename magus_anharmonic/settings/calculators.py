@@ -11,6 +11,7 @@ from pydantic import Field, field_validator, model_validator
 from magus_anharmonic import third_party
 from magus_anharmonic.settings.section import (
     Count,
+    Device,
     Force,
     In,
     InsidePath,
@@ -37,7 +38,8 @@ class RelaxationSettings(Section):
     old_names = {"kicks": "perturbations"}
 
     calculator: str = Field(
-        description="mattersim, emt, lj or the import path of an ASE calculator"
+        description="mattersim, emt, lj, a name of an installed package, or the import path of an"
+        " ASE calculator"
     )
     job_prefix: str | list[str] = Field(
         "ASE", description="MAGUS's folder name; the embedded host makes no such folder"
@@ -72,9 +74,7 @@ class CalculatorSettings(RelaxationSettings):
         "mattersim-v1.0.0-1M",
         description="a name MatterSim knows, a path, or a checkpoint this package ships",
     )
-    device: Literal["cpu", "cuda"] | None = Field(
-        None, description="cpu or cuda; left out: cuda when there is one"
-    )
+    device: Device = None
 
     @model_validator(mode="after")
     def _perturbations_break_symmetry(self) -> CalculatorSettings:
@@ -167,8 +167,9 @@ class LabelerSettings(Section):
 
     calculator: str = Field(
         description=(
-            "gpaw | vasp | espresso | main (MAGUS's MainCalculator, under magus search -m) | "
-            "import path of an ASE calculator, e.g. ase.calculators.emt.EMT"
+            "gpaw | vasp | espresso | main (MAGUS's MainCalculator, under magus search -m) | an"
+            " installed package's name | import path of an ASE calculator, e.g."
+            " ase.calculators.emt.EMT"
         )
     )
     arguments: dict[str, Any] = Field(
