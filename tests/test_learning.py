@@ -14,14 +14,16 @@ from magus_anharmonic.errors import InputError, MagusAnharmonicError
 from magus_anharmonic.io.files import append_jsonl, read_jsonl
 from magus_anharmonic.labelers import CallableLabeler
 from magus_anharmonic.learning.choose import (
+    SIDES,
+    Families,
     choose,
     distort,
+    fingerprint,
     random_directions,
     random_strain,
     shortest_distance,
 )
 from magus_anharmonic.learning.dataset import LabelStore, labelled, read_dataset, side, side_of
-from magus_anharmonic.learning.families import SIDES, Families, fingerprint
 from magus_anharmonic.learning.learn import DATASET, learn, training_sets
 from magus_anharmonic.learning.round import Round
 from magus_anharmonic.settings import LearningSettings, parse

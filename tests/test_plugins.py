@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import pickle
 import sys
 from pathlib import Path
@@ -13,6 +14,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from ase import Atoms
+from ase.build import bulk
+from ase.calculators.emt import EMT
+from ase.calculators.lj import LennardJones
 from ase.io import read, write
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -157,8 +161,19 @@ NO_CRYSTALS = (
         ),
         ({"learning": {"labeler": {"calculator": "main"}}}, "main is for `magus search -m`"),
         (
-            {"MainCalculator": {"calculator": "emt"}, "sscha": {}},
-            "MainCalculator.calculator: is emt",
+            {
+                "MainCalculator": {"calculator": "emt"},
+                "learning": {"labeler": {"calculator": "gpaw"}},
+            },
+            "MainCalculator.calculator: is emt; learning: needs calculator: mattersim here",
+        ),
+        (
+            {"sscha": {}, "MainCalculator": {"calculator": "espresso", "jobPrefix": "QE"}},
+            "every single point would be lost; name another calculator for SSCHA as sscha.evaluator",
+        ),
+        (
+            {"sscha": {"evaluator": "ase.calculators.emt.Emt"}},
+            "sscha.evaluator.calculator: 'ase.calculators.emt.Emt': ase.calculators.emt has no",
         ),
         *(
             ({"structureType": kind, "sscha": {}}, f"structureType: {kind}: SSCHA needs crystals")
@@ -799,6 +814,24 @@ def test_the_fitness_reads_flat_keys_and_is_finite_for_everybody(magus):
     assert np.argsort(values)[::-1].tolist()[:3] == [1, 0, 2]
 
 
+def test_the_fitness_of_another_package_is_known_to_magus(magus, monkeypatch):
+    from magus.populations.populations import Population
+
+    from magus_anharmonic import third_party
+    from magus_anharmonic.ranking.fitness import third_party_fitness
+
+    monkeypatch.setattr(third_party, "declared", lambda kind: {"Size": [], "Broken": []})
+    parts = {"Size": lambda population: map(len, population), "Broken": 3}
+    monkeypatch.setattr(third_party, "load", lambda kind, name: parts[name])
+    magus.plugins.register()
+    pop = Population([Atoms("H2"), Atoms("H")])
+    magus.fitness.fit_dict["Size"]({}).calc(pop)
+    assert [ind.info["fitness"]["size"] for ind in pop] == [2.0, 1.0]
+    with pytest.raises(SystemExit):
+        magus.fitness.fit_dict["Broken"]({})
+    third_party_fitness.cache_clear()
+
+
 # Hook
 
 
@@ -1008,6 +1041,171 @@ def test_with_a_seed_magus_s_own_random_numbers_repeat_round_by_round(rounds_of)
     search.curgen = 6
     search.update_volume_ratio()
     assert np.random.random() != draws[0]
+
+
+# Calculators of MAGUS
+
+
+class Inside:
+    """What MAGUS's emt, lj, mace, nep, chgnet, deepmd are: one with an ASE calculator in it."""
+
+    def __init__(self, **parameters):
+        super().__init__(**parameters)
+        self.scf_calc = Scaled()
+
+
+class Scaled(EMT):
+    """EMT that may become another energy surface, as a model that is trained does."""
+
+    scale = 1.0
+
+    def calculate(self, *arguments, **options):
+        super().calculate(*arguments, **options)
+        self.results = {key: self.scale * value for key, value in self.results.items()}
+
+
+class Jobs:
+    """What MAGUS's vasp and mtp are: single points by programs, in any order, from its folder."""
+
+    def scf_(self, pop):
+        os.chdir(self.calc_dir)
+        found = []
+        for atoms in reversed(pop):
+            after = atoms.copy()
+            after.calc = EMT()
+            after.info.update(
+                energy=after.get_potential_energy(),
+                forces=after.get_forces(),
+                stress=after.get_stress(),
+            )
+            after.calc = None
+            found.append(self.returned(after))
+        if self.fails:
+            raise RuntimeError("the program ended with code 1")
+        return found
+
+    fails = False
+    returned = staticmethod(lambda atoms: atoms)
+
+
+def own_calculator(magus, kind):
+    """``kind`` as a calculator of MAGUS that keeps what it is to relax."""
+    from magus.calculators.base import Calculator
+
+    def relax_(self, pop, **options):
+        for atoms in pop:
+            atoms.info.update(energy=0.0, enthalpy=0.0)
+        return pop
+
+    made = type(kind.__name__, (kind, Calculator), {"relax_": relax_})
+    magus.utils.CALCULATOR_PLUGIN.register("own")(made)
+    return made
+
+
+def own_keys(**more):
+    return {
+        "symbols": ["Cu"],
+        "pressure": 5,
+        "numGen": 2,
+        "Fitness": ["SSCHA"],
+        "scheduler": "serial",
+        "sscha": {"supercell": [1, 1, 1], "n_configs": 10},
+        "MainCalculator": {"calculator": "own", "jobPrefix": "Own"},
+        **more,
+    }
+
+
+@pytest.mark.parametrize(("kind", "name"), [(Inside, "scaled-"), (Jobs, "dft-")])
+@pytest.mark.parametrize("named", [None, {"calculator": "lj", "arguments": {"sigma": 2.3}}])
+def test_free_energies_rank_by_any_calculator_of_magus_or_by_the_one_that_is_named(
+    magus, kind, name, named
+):
+    own_calculator(magus, kind)
+    keys = own_keys()
+    keys["sscha"]["evaluator"] = named
+    search = search_of(magus, keys)
+    from magus_anharmonic.plugins import hook
+
+    calls: list[Atoms] = []
+    state = hook._ROUNDS[search].state
+    state.free_energy = sscha_stand_in(calls)
+    search.one_step([bulk("Cu", a=3.5), bulk("Cu", "bcc", a=2.8)])
+    found = list(search.good_pop)
+    assert calls and len(found) == 2
+    assert {atoms.info["model"] for atoms in found} == {state.potential.model_id}
+    assert state.potential.model_id.startswith("lennardjones-" if named else name)
+    for atoms in found:
+        atoms.calc = LennardJones(sigma=2.3) if named else EMT()
+        enthalpy = atoms.get_potential_energy() + gpa_to_ev_per_a3(5) * atoms.get_volume()
+        assert atoms.info["enthalpy"] * len(atoms) == pytest.approx(enthalpy, abs=1e-6)
+        assert atoms.info["gibbs"] == pytest.approx(atoms.info["enthalpy"] + 0.1, abs=1e-3)
+    assert Path.cwd() == magus.work
+    again = hook._ROUNDS[search_of(magus, keys, restart=True)].state
+    assert again.potential.model_id == state.potential.model_id
+
+
+def test_the_model_that_magus_trains_itself_ranks_as_it_is_in_each_round(magus):
+    own_calculator(magus, Inside)
+    ml = {"calculator": "own", "jobPrefix": "ML"}
+    from magus_anharmonic.plugins import hook
+
+    search = search_of(magus, own_keys(MLCalculator=ml), ml=True)
+    rounds, search.cur_pop = hook._ROUNDS[search], population_of(magus, [bulk("Cu", a=3.5)])
+    rounds.state.free_energy = sscha_stand_in([])
+    ids = []
+    for scale in (1.0, 2.0):
+        search.ml_calculator.scf_calc.scale = scale
+        search.ml_calculator.scf_calc.reset()
+        rounds.finish(search)
+        ids.append(search.cur_pop[0].info["model"])
+        expected = bulk("Cu", a=3.5)
+        expected.calc = EMT()
+        energy = scale * expected.get_potential_energy()
+        assert search.cur_pop[0].info["energy"] == pytest.approx(energy)
+    assert ids[0] != ids[1]
+
+
+def population_of(magus, structures):
+    from magus.populations.populations import Population
+
+    found = Population(structures, "init", 1)
+    for atoms in found:
+        atoms.info["enthalpy"] = 0.0
+    return found
+
+
+def sorted_atoms(atoms):
+    after = atoms[::-1]
+    after.info = atoms.info
+    return after
+
+
+def without_stress(atoms):
+    del atoms.info["stress"]
+    return atoms
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"returned": staticmethod(sorted_atoms)}, "it moved or reordered the atoms"),
+        ({"returned": staticmethod(without_stress)}, "it gave no energy, forces or stress"),
+        ({"fails": True}, "the program ended with code 1"),
+    ],
+)
+def test_single_points_of_magus_that_are_none_are_not_taken(magus, change, said):
+    from magus_anharmonic.evaluator import evaluate_each
+    from magus_anharmonic.plugins.calculator import evaluator_of_magus
+
+    made = own_calculator(magus, type("Bad", (Jobs,), change))
+    calculator = made(workDir=str(magus.work), jobPrefix="Own")
+    structures = [bulk("Cu", cubic=True)]
+    structures[0].positions[1] += 0.3
+    found = evaluate_each(
+        evaluator_of_magus(calculator, "MainCalculator", own_keys()), structures, Exception
+    )
+    assert said in found[0]
+    assert Path.cwd() == magus.work
 
 
 # Learning under `magus search -m`

@@ -145,7 +145,8 @@ def test_the_gradient_of_the_deformation_is_exact_far_from_the_start(optimizer):
         values = rng.normal(0, size, (3, 3))
         return values.ravel() if optimizer == "ase" else (values + values.T).ravel()
 
-    state = MinimiserState(strained("Cu", (2, 1, 1), 4), 0.3, 0.1, True, None, optimizer)
+    options = SimpleNamespace(pressure=0.3, max_move=0.1, relax_cell=True)
+    state = MinimiserState(strained("Cu", (2, 1, 1), 4), options, None, optimizer)
     rng = np.random.default_rng(0)
     x = state.x + np.concatenate([rng.normal(0, 0.05, 6), strain(0.2)])
 
@@ -574,7 +575,7 @@ def test_invalid_arguments_are_refused():
 def test_long_runs_report_progress_with_an_estimate(monkeypatch, caplog):
     clock = iter(np.arange(0.0, 1e6, 7.0))
     monkeypatch.setattr(
-        "magus_anharmonic.runs.progress.time", SimpleNamespace(monotonic=lambda: float(next(clock)))
+        "magus_anharmonic.runs.record.time", SimpleNamespace(monotonic=lambda: float(next(clock)))
     )
     with caplog.at_level(logging.INFO, logger=relax_module.__name__):
         relax(Counted(), [strained("Cu", (2, 1, 1), 5)])
