@@ -306,8 +306,8 @@ def _recorded_seed(folder: Path, restart: bool) -> int:
     from magus_anharmonic.runs.record import read_run_record, record_file
 
     if restart and record_file(folder).exists():
-        recorded = read_run_record(folder).get("seed")
-        if isinstance(recorded, int):
+        recorded = read_run_record(folder).seed
+        if recorded is not None:
             return recorded
     return secrets.randbelow(2**31)
 

@@ -13,8 +13,9 @@ from ase.units import Bohr, GPa, Ry
 
 from magus_anharmonic.errors import InputError, LabelerError
 from magus_anharmonic.labelers import CallableLabeler, get_labeler
+from magus_anharmonic.labelers.base import Recipe
 from magus_anharmonic.labelers.espresso import zero_smearing_energy
-from magus_anharmonic.labelers.worker import atoms_to_json, run_job
+from magus_anharmonic.labelers.worker import run_job
 from magus_anharmonic.settings import LabelerSettings
 
 # H first and last, so that a code that sorts by species must be sorted back.
@@ -250,6 +251,9 @@ UPF = {"H": "H.upf", "S": "S.upf"}
 def espresso(tmp_path):
     """A function (line about convergence) -> labeler whose pw.x is a small program."""
 
+    for name in UPF.values():
+        (tmp_path / name).touch()
+
     def make(line=ACHIEVED, exit_code=0, **arguments):
         output = PWO.replace("CONVERGENCE", line)
         command = fake_program(
@@ -357,14 +361,8 @@ def job(task, directory, code="ase.calculators.emt.EMT", **more):
         cell=np.eye(3) * 3.7,
         pbc=True,
     )
-    recipe = {"code": code, "arguments": {}, "k_spacing": None, "execution": {}}
-    return {
-        "task": task,
-        "atoms": atoms_to_json(atoms),
-        "recipe": recipe,
-        "directory": str(directory),
-        **more,
-    }
+    recipe = Recipe(code, {}, None, {})
+    return {"task": task, "atoms": atoms, "recipe": recipe, "directory": str(directory), **more}
 
 
 def test_worker_answers_with_plain_data(tmp_path):

@@ -33,7 +33,7 @@ from magus_anharmonic.evaluator import (
     set_energy_errors,
 )
 from magus_anharmonic.io.digests import digest
-from magus_anharmonic.labelers.scheduled import CallableLabeler
+from magus_anharmonic.labelers.pool import CallableLabeler
 from magus_anharmonic.plugins.parameters import calculator_settings, settings_of, stop
 from magus_anharmonic.scheduler import is_remote, open_scheduler
 from magus_anharmonic.settings import snake_case
@@ -238,7 +238,7 @@ class MatterSimCalculator(Calculator):
         return self._done(individuals, reasons, "relaxation")
 
     def _relaxed(self, starts: list[Atoms]) -> list[Relaxation]:
-        from magus_anharmonic.potential.remote import relax_on, relax_options
+        from magus_anharmonic.potential.relax import relax_on, relax_options
 
         options = relax_options(self.options)
         if not is_remote(self.settings.scheduler):

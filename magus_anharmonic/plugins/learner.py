@@ -12,9 +12,9 @@ from ase import Atoms
 from magus.populations.populations import Population
 
 from magus_anharmonic.generation import validation_rmse
-from magus_anharmonic.labelers.scheduled import CallableLabeler
+from magus_anharmonic.labelers.pool import CallableLabeler
+from magus_anharmonic.learning.choose import parent_name, sides_of_families
 from magus_anharmonic.learning.dataset import LabelStore, on_side, read_dataset
-from magus_anharmonic.learning.families import parent_name, sides_of_families
 from magus_anharmonic.learning.learn import finished, keep_label, learn
 from magus_anharmonic.learning.round import Purpose, Round
 from magus_anharmonic.plugins.calculator import (

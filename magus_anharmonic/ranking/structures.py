@@ -47,15 +47,19 @@ from magus_anharmonic.settings import (
     CalculatorSettings,
     RelaxationSettings,
     Settings,
-    import_path,
+    is_evaluator,
     parse_calculator,
 )
 from magus_anharmonic.sscha.engines import effective_number, minimise, reweighted
 from magus_anharmonic.sscha.ensemble import Ensemble, average
 from magus_anharmonic.sscha.qe_files import generating_matrices, read_ensemble, state_from_dyn
 from magus_anharmonic.sscha.result import SschaResult
-from magus_anharmonic.sscha.start import LARGEST_AMPLITUDE_LATER, floor_modes
-from magus_anharmonic.sscha.state import SschaState, state_digest
+from magus_anharmonic.sscha.state import (
+    LARGEST_AMPLITUDE_LATER,
+    SschaState,
+    floor_modes,
+    state_digest,
+)
 from magus_anharmonic.sscha.symmetry import Symmetry
 from magus_anharmonic.structures import stripped, structure_id
 from magus_anharmonic.units import GPa, ev_per_a3_to_gpa, gpa_to_ev_per_a3
@@ -162,7 +166,7 @@ def _relaxation_block(settings: Settings) -> RelaxationSettings:
     """Where it is said how to relax with what is ranked by: the block of the calculator, or the
     defaults where it is one of MAGUS's own."""
     block = settings.evaluator or settings.calculator
-    if block is None and import_path(str(settings.main_calculator.get("calculator", ""))):
+    if block is None and is_evaluator(str(settings.main_calculator.get("calculator", ""))):
         block = parse_calculator(settings.main_calculator, "MainCalculator")
     return block or CalculatorSettings()
 
@@ -179,7 +183,7 @@ def relax_inplace(
     Returns one reason per structure, empty where it went well; a structure that dissolves, overlaps
     or runs away stays as it was.
     """
-    from magus_anharmonic.potential.remote import relax_on, relax_options
+    from magus_anharmonic.potential.relax import relax_on, relax_options
 
     options = relax_options(_relaxation_block(settings))
     if max_steps is not None:
@@ -371,11 +375,7 @@ def rank_alone(
     with locked(output, "magus-anharmonic rank"):
         check_results_version(output)
         begun = (Path(output) / "run.json").is_file()
-        if (
-            "start" in sources
-            and begun
-            and read_run_record(output).get("start") != sources["start"]
-        ):
+        if "start" in sources and begun and read_run_record(output).start != sources["start"]:
             raise InputError(f"{output}: holds a ranking with another start; give another folder")
         evaluator = as_evaluator(ranking_evaluator(settings), structures)
         seed = settings.seed or 0

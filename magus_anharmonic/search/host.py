@@ -33,12 +33,13 @@ from magus_anharmonic.generation import (
 from magus_anharmonic.io.files import read_jsonl
 from magus_anharmonic.ranking.structures import ranking_evaluator, reevaluate
 from magus_anharmonic.report import report_at_end
-from magus_anharmonic.runs.failures import record_failure
 from magus_anharmonic.runs.lock import check_free, guarded, locked, remove_unfinished
 from magus_anharmonic.runs.record import (
+    RunRecord,
     check_continues,
     check_results_version,
     read_run_record,
+    record_failure,
     write_run_record,
 )
 from magus_anharmonic.search import population as pops
@@ -168,7 +169,9 @@ def _open(
     known = record is None or _check_model(archive, relaxer, record)
     seed = settings.seed
     if seed is None:
-        seed = secrets.randbits(31) if record is None else record["seed"]
+        seed = record.seed if record else None
+    if seed is None:
+        seed = secrets.randbits(31)
     settings = settings.model_copy(update={"seed": seed})
     write_run_record(
         archive.anharmonic,
@@ -181,7 +184,7 @@ def _open(
     return settings, known
 
 
-def _check_model(archive: Archive, relaxer: Relaxer, record: dict[str, Any]) -> bool:
+def _check_model(archive: Archive, relaxer: Relaxer, record: RunRecord) -> bool:
     """Refuse to go on with another model than the one that the search had: a checkpoint or a
     parameter was replaced meanwhile.
 
@@ -195,11 +198,7 @@ def _check_model(archive: Archive, relaxer: Relaxer, record: dict[str, Any]) -> 
         models = {f"gen{line['generation']}": line["new_model"] for line in lines}
         file, known = str(own), models.get(own.stem)
     else:
-        starts = [
-            start.get("model")
-            for start in [*(record.get("earlier_starts") or ()), record]
-            if isinstance(start, dict)
-        ]
+        starts = [*(start.get("model") for start in record.earlier_starts), record.model]
         # a search that learns records later starts with the models that it made; one with another
         # calculator has one model
         named = [one for one in (starts[0], starts[-1]) if one and not is_unnamed(one)]

@@ -14,6 +14,7 @@ from magus_anharmonic.settings.calculators import (
     WorkerSettings,
     as_magus_reads,
     import_path,
+    is_evaluator,
     parse_calculator,
     stages,
 )
@@ -76,6 +77,7 @@ __all__ = [
     "check_pressure",
     "fields_at",
     "import_path",
+    "is_evaluator",
     "load_settings",
     "load_yaml",
     "nearest",

@@ -11,6 +11,7 @@ from pydantic import Field, field_validator, model_validator
 from magus_anharmonic import third_party
 from magus_anharmonic.settings.section import (
     Count,
+    Device,
     Force,
     In,
     InsidePath,
@@ -37,7 +38,8 @@ class RelaxationSettings(Section):
     old_names = {"kicks": "perturbations"}
 
     calculator: str = Field(
-        description="mattersim, emt, lj or the import path of an ASE calculator"
+        description="mattersim, emt, lj, a name of an installed package, or the import path of an"
+        " ASE calculator"
     )
     job_prefix: str | list[str] = Field(
         "ASE", description="MAGUS's folder name; the embedded host makes no such folder"
@@ -72,9 +74,7 @@ class CalculatorSettings(RelaxationSettings):
         "mattersim-v1.0.0-1M",
         description="a name MatterSim knows, a path, or a checkpoint this package ships",
     )
-    device: Literal["cpu", "cuda"] | None = Field(
-        None, description="cpu or cuda; left out: cuda when there is one"
-    )
+    device: Device = None
 
     @model_validator(mode="after")
     def _perturbations_break_symmetry(self) -> CalculatorSettings:
@@ -103,6 +103,12 @@ def import_path(name: str) -> str | None:
     return path if IMPORT_PATH.fullmatch(path) and not path.endswith(".pth") else None
 
 
+def is_evaluator(name: str) -> bool:
+    """Whether a block's ``calculator`` is one that is made here: an ASE calculator, or another
+    package's evaluator."""
+    return import_path(name) is not None or name in third_party.declared("evaluators")
+
+
 def parse_calculator(
     named: str | Mapping[str, Any], where: str
 ) -> CalculatorSettings | AseCalculatorSettings:
@@ -110,8 +116,7 @@ def parse_calculator(
     the import path of an ASE calculator, another package's evaluator, or a checkpoint. Raises
     ``InputError`` that begins with ``where``."""
     if isinstance(named, str):
-        calculates = import_path(named) or named in third_party.declared("evaluators")
-        named = {"calculator" if calculates else "checkpoint": named}
+        named = {"calculator" if is_evaluator(named) else "checkpoint": named}
     ours = named.get("calculator", "mattersim") == "mattersim"
     return parse(CalculatorSettings if ours else AseCalculatorSettings, dict(named), where)
 
@@ -162,8 +167,9 @@ class LabelerSettings(Section):
 
     calculator: str = Field(
         description=(
-            "gpaw | vasp | espresso | main (MAGUS's MainCalculator, under magus search -m) | "
-            "import path of an ASE calculator, e.g. ase.calculators.emt.EMT"
+            "gpaw | vasp | espresso | main (MAGUS's MainCalculator, under magus search -m) | an"
+            " installed package's name | import path of an ASE calculator, e.g."
+            " ase.calculators.emt.EMT"
         )
     )
     arguments: dict[str, Any] = Field(

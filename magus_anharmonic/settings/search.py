@@ -27,7 +27,9 @@ from magus_anharmonic.settings.calculators import (
 )
 from magus_anharmonic.settings.section import (
     Count,
+    Element,
     Energy,
+    Even,
     In,
     InsidePath,
     Kelvin,
@@ -70,7 +72,8 @@ class SschaSettings(Section):
     evaluator: InsidePath | dict[str, Any] | None = Field(
         None,
         description=(
-            "whose energies: a checkpoint, the import path of an ASE calculator, or a block as"
+            "whose energies: a checkpoint, the import path of an ASE calculator, a name of an"
+            " installed package, or a block as"
             " MainCalculator ({calculator: ..., arguments: {...}}); left out: the calculator of the"
             " search, whatever it is"
         ),
@@ -108,7 +111,7 @@ class SschaSettings(Section):
     cell: Literal["variable", "fixed"] = Field(
         "variable", description="relax the cell at the target pressure, or keep it"
     )
-    n_configs: Count = Field(
+    n_configs: Even = Field(
         1000,
         description=(
             "most configurations of a population, even (+u/-u pairs); fewer far from the minimum"
@@ -148,7 +151,7 @@ class SschaSettings(Section):
             " validation RMSE in a ranking"
         ),
     )
-    n_configs_start: Count | None = Field(
+    n_configs_start: Even | None = Field(
         None,
         description=(
             "of the first population, doubled up to n_configs; left out: n_configs; with"
@@ -220,13 +223,6 @@ class SschaSettings(Section):
             raise problem
         return tuple(value)
 
-    @field_validator("n_configs", "n_configs_start")
-    @classmethod
-    def _even(cls, value: int | None) -> int | None:
-        if value is not None and value % 2:
-            raise ValueError("must be even: configurations come in +u/-u pairs")
-        return value
-
     def of_a_run(self) -> dict[str, Any]:
         """The keys that change what one run gives, and their values."""
         return {
@@ -270,12 +266,13 @@ class Settings(Section):
         ge=0,
         description="same input and seed, same result; left out: drawn once and recorded",
     )
-    symbols: list[str] = Field(default_factory=list, description="MAGUS's key: the elements")
+    symbols: list[Element] = Field(default_factory=list, description="MAGUS's key: the elements")
     formula_type: Literal["fix", "var"] = Field("fix", description="MAGUS's key")
     fitness: list[str] = Field(
         default_factory=list,
         description=(
-            "MAGUS's key; [SSCHA] ranks by free energy, above its hull with formulaType: var"
+            "MAGUS's key, also with names of installed packages; [SSCHA] ranks by free energy,"
+            " above its hull with formulaType: var"
         ),
     )
     num_gen: Count | None = Field(None, description="MAGUS's key: the number of generations")
@@ -323,16 +320,6 @@ class Settings(Section):
                 " name"
             )
         return block
-
-    @field_validator("symbols")
-    @classmethod
-    def _elements(cls, value: list[str]) -> list[str]:
-        from ase.data import atomic_numbers
-
-        for symbol in value:
-            if symbol == "X" or symbol not in atomic_numbers:
-                raise ValueError(f"{symbol!r} is not a chemical element")
-        return value
 
     @model_validator(mode="after")
     def _combinations(self) -> Settings:

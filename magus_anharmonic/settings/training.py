@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from magus_anharmonic.settings.calculators import LabelerSettings
 from magus_anharmonic.settings.section import (
@@ -15,6 +15,7 @@ from magus_anharmonic.settings.section import (
     NonNegative,
     Positive,
     Section,
+    Three,
 )
 
 
@@ -88,7 +89,7 @@ class LearningSettings(TrainingKeys):
     n_replay: Annotated[int, Field(ge=0, strict=True)] = Field(
         100, description="structures drawn from the previous training set"
     )
-    split: tuple[Count, Count, Count] = Field(
+    split: Three = Field(
         (8, 1, 1),
         description=(
             "train : validation : test in every generation, by whole phases, at least one structure"
@@ -108,10 +109,3 @@ class LearningSettings(TrainingKeys):
             " name"
         ),
     )
-
-    @field_validator("split", mode="before")
-    @classmethod
-    def _three_parts(cls, value: Any) -> Any:
-        if not isinstance(value, list | tuple) or len(value) != 3:
-            raise ValueError("must be three whole numbers, e.g. [8, 1, 1]")
-        return tuple(value)
