@@ -28,7 +28,6 @@ from magus_anharmonic.sscha.phonons import (
     Dispersion,
     Level,
     dispersion,
-    levels_by_displacing,
     levels_by_irrep,
     lowest_levels,
 )
@@ -198,11 +197,8 @@ def _harmonic(
     return atoms, levels
 
 
-def harmonic_levels(atoms: Atoms, evaluator: Any, wanted: Sequence[str] = ()) -> list[Level]:
-    """Harmonic levels at Gamma (eV/A^2/amu) of a relaxed primitive cell: the wanted
-    representations, or all."""
-    if wanted:
-        return levels_by_displacing(atoms, evaluator, wanted)
+def harmonic_levels(atoms: Atoms, evaluator: Any) -> list[Level]:
+    """Harmonic levels at Gamma (eV/A^2/amu) of a relaxed primitive cell."""
     once = (1, 1, 1)
     compact = harmonic_force_constants(atoms, once, Symmetry(atoms, once), evaluator)
     return levels_by_irrep(
@@ -300,7 +296,7 @@ def _harmonic_by_dft(
                 raise MagusAnharmonicError(f"DFT relaxation failed: {relaxed.reason}")
             atoms = symmetric_primitive(relaxed.atoms, SYMPREC)
             counting = CountingEvaluator(LabelerEvaluator(labeler))
-            levels = harmonic_levels(atoms, counting, wanted.irreps)
+            levels = harmonic_levels(atoms, counting)
             record = {
                 "key": key,
                 "levels": [[level.irrep, level.square] for level in levels],

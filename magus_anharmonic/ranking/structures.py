@@ -53,8 +53,12 @@ from magus_anharmonic.sscha.engines import effective_number, minimise, reweighte
 from magus_anharmonic.sscha.ensemble import Ensemble, average
 from magus_anharmonic.sscha.qe_files import generating_matrices, read_ensemble, state_from_dyn
 from magus_anharmonic.sscha.result import SschaResult
-from magus_anharmonic.sscha.start import LARGEST_AMPLITUDE_LATER, floor_modes
-from magus_anharmonic.sscha.state import SschaState, state_digest
+from magus_anharmonic.sscha.state import (
+    LARGEST_AMPLITUDE_LATER,
+    SschaState,
+    floor_modes,
+    state_digest,
+)
 from magus_anharmonic.sscha.symmetry import Symmetry
 from magus_anharmonic.structures import stripped, structure_id
 from magus_anharmonic.units import GPa, ev_per_a3_to_gpa, gpa_to_ev_per_a3

@@ -220,7 +220,7 @@ def _saddles(rows: Sequence[Candidate]) -> list[str]:
         if row.status != "saddle":
             continue
         below = next((other for other in rows if other.parent == row.id), None)
-        lowest, error = row.free_energy.hessian_lowest, row.free_energy.hessian_error or 0.0
+        lowest, error = row.free_energy.hessian_deciding, row.free_energy.hessian_error or 0.0
         mode = "" if lowest is None else f" (a mode at {lowest:.0f} +- {error:.0f} cm^-1)"
         found = (
             "what lies below it was not found"
