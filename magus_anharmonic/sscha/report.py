@@ -269,7 +269,7 @@ def write_phonopy(state: SschaState, path: BandPath, folder: Path) -> None:
         masses=state.masses,
     )
     matrix = shape_supercell_matrix(state.supercell_matrix).T
-    phonon = Phonopy(cell, supercell_matrix=matrix, primitive_matrix=np.eye(3))
+    phonon = Phonopy(cell, supercell_matrix=matrix, primitive_matrix=np.eye(3), is_symmetry=False)
     order = atom_order(state.supercell, phonon.supercell.positions)
     n = len(order)
     full = state.full.reshape(n, 3, n, 3).transpose(0, 2, 1, 3)
