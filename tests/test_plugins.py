@@ -575,10 +575,16 @@ def test_a_restart_for_which_the_log_of_magus_names_no_place_is_refused(tmp_path
 # Calculator
 
 
-def test_energies_forces_and_stress_equal_those_of_mattersim_itself(magus, tiny_checkpoint, h3s):
+@pytest.fixture
+def calculator(magus, tiny_checkpoint):
+    return magus.Parameters(keys(tiny_checkpoint)).MainCalculator
+
+
+def test_energies_forces_and_stress_equal_those_of_mattersim_itself(
+    calculator, magus, tiny_checkpoint, h3s
+):
     from mattersim.forcefield import MatterSimCalculator, Potential
 
-    calculator = magus.Parameters(keys(tiny_checkpoint)).MainCalculator
     done = calculator.scf(population(magus, h3s))
     oracle = Potential.from_checkpoint(
         load_path=str(tiny_checkpoint), device="cpu", load_training_state=False
@@ -638,8 +644,7 @@ def test_keys_of_the_relaxation_reach_it(magus, tiny_checkpoint, h3s, monkeypatc
     assert (given["max_steps"], given["perturbations"], given["optimizer"]) == (7, 2, "fire")
 
 
-def test_a_list_comes_back_as_a_list_and_nothing_as_nothing(magus, tiny_checkpoint, h3s):
-    calculator = magus.Parameters(keys(tiny_checkpoint)).MainCalculator
+def test_a_list_comes_back_as_a_list_and_nothing_as_nothing(calculator, h3s):
     assert isinstance(calculator.scf([h3s(bond_shift=0.0)]), list)
     assert calculator.relax([]) == [] and calculator.scf([]) == []
 
@@ -678,10 +683,9 @@ class Refusing:
 
 @pytest.mark.parametrize("mode", ["scf", "relax"])
 def test_a_failure_is_dropped_with_its_reason_and_never_keeps_an_old_energy(
-    magus, tiny_checkpoint, h3s, caplog, mode
+    calculator, h3s, caplog, mode
 ):
     caplog.set_level(logging.INFO)
-    calculator = magus.Parameters(keys(tiny_checkpoint)).MainCalculator
     calculator.use(Refusing())
     bad = Atoms(
         "H",
@@ -697,8 +701,7 @@ def test_a_failure_is_dropped_with_its_reason_and_never_keeps_an_old_energy(
     assert len(kept) == 1 and kept.info["reason"]
 
 
-def test_the_model_is_loaded_late_and_left_out_of_pickles(magus, tiny_checkpoint, h3s):
-    calculator = magus.Parameters(keys(tiny_checkpoint)).MainCalculator
+def test_the_model_is_loaded_late_and_left_out_of_pickles(calculator, h3s):
     assert calculator._potential is None
     energy = calculator.scf([h3s(bond_shift=0.0)])[0].info["energy"]
     data = pickle.dumps(calculator)
@@ -729,13 +732,12 @@ def test_a_search_that_learns_goes_on_with_its_latest_model(magus, tiny_checkpoi
 
 
 def test_cuda_in_a_forked_worker_is_refused_in_plain_words(
-    magus, tiny_checkpoint, h3s, monkeypatch
+    calculator, tiny_checkpoint, h3s, monkeypatch
 ):
     import torch
 
     from magus_anharmonic.plugins.modes import check_input
 
-    calculator = magus.Parameters(keys(tiny_checkpoint)).MainCalculator
     monkeypatch.setattr(torch.cuda, "_is_in_bad_fork", lambda: True)
     with pytest.raises(MagusAnharmonicError, match="magus search -p"):
         calculator.scf([h3s(bond_shift=0.0)])
@@ -1201,9 +1203,8 @@ def test_single_points_of_magus_that_are_none_are_not_taken(magus, change, said)
     calculator = made(workDir=str(magus.work), jobPrefix="Own")
     structures = [bulk("Cu", cubic=True)]
     structures[0].positions[1] += 0.3
-    found = evaluate_each(
-        evaluator_of_magus(calculator, "MainCalculator", own_keys()), structures, Exception
-    )
+    search = SimpleNamespace(main_calculator=calculator, parameters=own_keys())
+    found = evaluate_each(evaluator_of_magus(search, ml=False), structures, Exception)
     assert said in found[0]
     assert Path.cwd() == magus.work
 
@@ -1257,10 +1258,19 @@ def ml_keys(magus, tiny_checkpoint):
     )
 
 
-def test_a_round_of_the_ml_mode_labels_distortions_and_trains_on_them(magus, ml_keys, h3s):
+@pytest.fixture
+def search(magus, ml_keys):
+    return search_of(magus, ml_keys, ml=True)
+
+
+@pytest.fixture
+def ml(search):
+    return search.ml_calculator
+
+
+def test_a_round_of_the_ml_mode_labels_distortions_and_trains_on_them(search, magus, h3s):
     from magus_anharmonic.io.files import read_jsonl
 
-    search = search_of(magus, ml_keys, ml=True)
     ml = search.ml_calculator
     assert ml.init_times == 0 and ml.trainset == [] and ml.get_loss([]) == [0.0]
     first = ml.potential.model_id
@@ -1287,9 +1297,8 @@ def test_a_round_of_the_ml_mode_labels_distortions_and_trains_on_them(magus, ml_
 
 
 def test_a_restart_repeats_a_round_with_its_own_model_and_volumes_and_asks_for_no_label_again(
-    magus, ml_keys, h3s
+    search, magus, ml_keys, h3s
 ):
-    search = search_of(magus, ml_keys, ml=True)
     search.one_step(population(magus, h3s).pop)
     files = [
         *Path("results/anharmonic/labels").glob("*.*"),
@@ -1315,9 +1324,8 @@ def test_a_restart_repeats_a_round_with_its_own_model_and_volumes_and_asks_for_n
 
 
 def test_a_round_that_was_killed_between_its_labels_and_its_training_asks_for_the_missing_ones(
-    magus, ml_keys, h3s
+    search, magus, ml_keys, h3s
 ):
-    search = search_of(magus, ml_keys, ml=True)
     ml = search.ml_calculator
     planned = ml.expand_perturb(ml.select(population(magus, h3s)))
     ml.updatedataset(list(search.main_calculator.scf(planned))[:3])
@@ -1337,20 +1345,18 @@ class Asked:
         return pop
 
 
-def test_the_miner_s_step_in_the_place_of_the_learning_one_is_refused(magus, ml_keys, caplog):
+def test_the_miner_s_step_in_the_place_of_the_learning_one_is_refused(search, caplog):
     """The fault: ``-m -smfr`` puts a step of its own on the search, which relaxed with DFT and
     never trained, without a word."""
-    search = search_of(magus, ml_keys, ml=True)
     search.one_step = pytest.fail
     with pytest.raises(SystemExit) as stopped:
         search.run()
     assert stopped.value.code == 2 and "search with -m or with -smfr" in caplog.text
 
 
-def test_a_label_that_fails_is_recorded_and_the_search_goes_on(magus, ml_keys, h3s):
+def test_a_label_that_fails_is_recorded_and_the_search_goes_on(search, magus, h3s):
     from magus_anharmonic.io.files import read_jsonl
 
-    search = search_of(magus, ml_keys, ml=True)
     search.main_calculator.fail, search.main_calculator.voigt = {1}, False
     search.one_step(population(magus, h3s).pop)
     assert len(search.ml_calculator.store) == 3
@@ -1360,8 +1366,7 @@ def test_a_label_that_fails_is_recorded_and_the_search_goes_on(magus, ml_keys, h
     assert (metrics["n_labels"], metrics["n_failures"]) == (3, 1)
 
 
-def test_labels_of_an_earlier_batch_that_come_back_are_not_taken(magus, ml_keys, h3s, caplog):
-    search = search_of(magus, ml_keys, ml=True)
+def test_labels_of_an_earlier_batch_that_come_back_are_not_taken(search, magus, h3s, caplog):
     ml, main = search.ml_calculator, search.main_calculator
     pop = population(magus, h3s)
     old = main.scf(ml.expand_perturb(ml.select(pop)))
@@ -1372,8 +1377,7 @@ def test_labels_of_an_earlier_batch_that_come_back_are_not_taken(magus, ml_keys,
     assert "earlier batch" in caplog.text
 
 
-def test_selection_keeps_the_kind_of_the_population_and_never_touches_it(magus, ml_keys, h3s):
-    ml = search_of(magus, ml_keys, ml=True).ml_calculator
+def test_selection_keeps_the_kind_of_the_population_and_never_touches_it(ml, magus, h3s):
     pop = ml.relax(population(magus, h3s))
     chosen = ml.select(pop)
     assert type(chosen) is type(pop) and len(chosen) == 2
@@ -1387,8 +1391,7 @@ def test_selection_keeps_the_kind_of_the_population_and_never_touches_it(magus, 
     assert isinstance(ml.select(list(pop)), list)
 
 
-def test_predictions_leave_the_labels_as_they_are(magus, ml_keys, h3s):
-    search = search_of(magus, ml_keys, ml=True)
+def test_predictions_leave_the_labels_as_they_are(search, magus, h3s):
     ml, labelled = search.ml_calculator, search.main_calculator.scf(population(magus, h3s))
     before = [ind.info["energy"] for ind in labelled]
     predicted = ml.calc_efs(labelled)
@@ -1404,8 +1407,7 @@ def test_predictions_leave_the_labels_as_they_are(magus, ml_keys, h3s):
     )
 
 
-def test_labels_of_the_other_loops_of_magus_are_kept_too(magus, ml_keys, h3s):
-    search = search_of(magus, ml_keys, ml=True)
+def test_labels_of_the_other_loops_of_magus_are_kept_too(search, magus, h3s):
     ml = search.ml_calculator
     ml.updatedataset([*search.main_calculator.scf(population(magus, h3s))])
     ml.train()

@@ -479,7 +479,7 @@ def test_random_structures_respect_every_key():
         "pPri": 0.5,
     }
     geometry, checker, generator = parts(**changes)
-    structures = generator.generate(8, 2.0, np.random.default_rng(1))
+    structures = generator.generate(5, 2.0, np.random.default_rng(1))
     for atoms in structures:
         counts = geometry.counts(atoms)
         assert counts[1] == 2 * counts[0] and 3 <= len(atoms) <= 12
@@ -500,9 +500,7 @@ def spglib_operations(number):
     return len(np.unique(spglib.get_symmetry_from_database(hall)["rotations"], axis=0))
 
 
-@pytest.mark.parametrize(
-    ("number", "n_atoms"), [(225, 1), (229, 1), (166, 1), (38, 2), (12, 2), (62, 4)]
-)
+@pytest.mark.parametrize(("number", "n_atoms"), [(225, 1), (166, 1), (38, 2), (62, 4)])
 def test_atoms_counted_in_the_primitive_cell_keep_the_space_group(number, n_atoms):
     one = {
         "symbols": ["Al"],
@@ -551,13 +549,17 @@ def test_a_generator_that_cannot_succeed_says_so_instead_of_trying_for_ever():
 # --- offspring ------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def parents():
-    generator = parts(max_n_atoms=8)[2]
-    structures = generator.generate(6, 2.0, np.random.default_rng(3))
+@pytest.fixture(scope="module")
+def drawn():
+    structures = parts(max_n_atoms=8)[2].generate(6, 2.0, np.random.default_rng(3))
     for index, atoms in enumerate(structures):
         atoms.info.update(identity=f"gen1-{index}", enthalpy=0.1 * index, dominators=index)
     return structures
+
+
+@pytest.fixture
+def parents(drawn):
+    return [atoms.copy() for atoms in drawn]
 
 
 @pytest.mark.parametrize("name", ["cutandsplice", "lattice", "rattle", "perm"])
@@ -720,7 +722,8 @@ def test_the_distance_to_the_hull_is_that_of_ase():
         a.info["enthalpy"] - reference.decompose(a.get_chemical_formula())[0] / len(a)
         for a in structures
     ]
-    assert population.hull_distance(structures) == pytest.approx(expected, abs=1e-9)
+    found = population.ehull_fitness(structures)
+    assert [-value for value in found] == pytest.approx(expected, abs=1e-9)
 
 
 @pytest.mark.parametrize(
