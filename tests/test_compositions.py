@@ -17,7 +17,6 @@ from scipy.stats import norm
 from test_fitness import INFO
 
 from magus_anharmonic.errors import InputError
-from magus_anharmonic.hull import comparable
 from magus_anharmonic.learning.choose import lowest_distinct
 from magus_anharmonic.ranking.candidate import by_composition, numbered
 from magus_anharmonic.ranking.elimination import Rules, Standing, race
@@ -103,12 +102,6 @@ def test_estimates_stand_against_the_hull_but_do_not_make_it():
     assert found["mixed"].gibbs_above_hull == pytest.approx(0.025)
     assert found["guess"].gibbs_above_hull == pytest.approx(-3.0 + 1.825)
     assert found["beyond"].gibbs_above_hull is None and found["guess"].p_on_hull_sampling is None
-
-
-def test_one_composition_has_no_hull():
-    same = [candidate("a", "H3S", -1.0), candidate("b", "S2H6", -0.9)]
-    assert with_heights(same, 0.01) == same
-    assert comparable(["H3S", "S2H6"], [-1.2, np.inf]) == [-1.2, np.inf]
 
 
 def test_ranks_and_probabilities_are_those_inside_of_a_composition():
@@ -216,11 +209,6 @@ def test_the_fitness_is_finite_whatever_the_infos_of_several_compositions_hold(p
     assert len(values) == len(pairs) and all(
         type(value) is float and math.isfinite(value) for value in values
     )
-
-
-def test_one_composition_is_ranked_by_g_itself():
-    infos = [{"enthalpy": -1.0, "model": "m"}, {"enthalpy": -2.0, "model": "m"}]
-    assert fitness_values(infos, ["H3S", "H3S"]) == fitness_values(infos) == [1.0, 2.0]
 
 
 # --- ranking and search ---------------------------------------------------------------------------

@@ -283,13 +283,6 @@ def test_files_words_and_picture_hold_the_same_boundary(tmp_path):
     assert not (tmp_path / "out" / "hull.csv").exists()
 
 
-def test_the_same_points_and_seed_give_the_same_diagram():
-    points = [p for p in two_isotopes() if p.temperature_K == 0]
-    a, b, other = (phase_diagram(points, n_samples=200, seed=seed) for seed in (4, 4, 5))
-    assert a.boundaries and a.boundaries == b.boundaries and a.shifts == b.shifts
-    assert other.boundaries != a.boundaries
-
-
 def test_a_phase_that_turns_into_another_is_bracketed_and_called_one_phase():
     points = [
         replace(p, space_group="Im-3m (229)" if p.phase == "Im-3m" else "R3m (160)")
