@@ -74,6 +74,15 @@ def leaves_a_program(item, shared=None):
     return how
 
 
+def slow_the_first_time(file, shared=None):
+    """How often it has begun; the first one takes ten minutes."""
+    with open(file, "a") as begun:
+        begun.write("x")
+    number = Path(file).stat().st_size
+    time.sleep(600 if number == 1 else 0)
+    return number
+
+
 def dies_once(item, shared=None):
     """Kills its worker the first time that ``item`` (folder, name) is run, and leaves a line for
     every run that ends."""

@@ -8,8 +8,7 @@ import pytest
 from rich.console import Console
 
 from magus_anharmonic.io.tables import columns
-from magus_anharmonic.ranking.candidate import Candidate, numbered
-from magus_anharmonic.ranking.table import read_ranking
+from magus_anharmonic.ranking.candidate import Candidate, numbered, read_ranking
 from magus_anharmonic.report.screen import console
 from magus_anharmonic.report.summary import picture, sentences, table
 

@@ -145,7 +145,7 @@ def line(record: Any) -> dict[str, str]:
 
 def values(record: Any) -> dict[str, Any]:
     """The values of a record by their columns; ``None`` for what is no finite number."""
-    found = {one.name: reduce(getattr, one.path, record) for one in columns_of(type(record))}
+    found = {one.name: one.value(record) for one in columns_of(type(record))}
     return {
         name: None if isinstance(value, float) and not math.isfinite(value) else value
         for name, value in found.items()
@@ -201,8 +201,7 @@ def rows_of(table: type[Row], path: str | Path) -> Iterator[Row]:
 
 def write(table: type[Row], path: str | Path, rows: Iterable[Row]) -> None:
     """Write ``rows`` to the CSV file ``path`` atomically; see `Column.text`."""
-    known = columns_of(table)
-    write_table(path, columns(table), ([one.text(row) for one in known] for row in rows))
+    write_table(path, columns(table), (line(row).values() for row in rows))
 
 
 def write_table(path: str | Path, columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:

@@ -47,8 +47,7 @@ def console(width_in_files: int = 120, *, stderr: bool = False) -> Console:
 def show_ranking(folder: Path) -> None:
     """Print what a finished run found: a table and plain words for each composition, picture and
     folder."""
-    from magus_anharmonic.ranking.candidate import by_composition
-    from magus_anharmonic.ranking.table import read_ranking
+    from magus_anharmonic.ranking.candidate import by_composition, read_ranking
     from magus_anharmonic.report.summary import hull_sentences, picture, sentences, table
 
     ranking = folder / "ranking.csv"
@@ -88,7 +87,7 @@ def show_ranking(folder: Path) -> None:
 def require_free_energy(folder: Path) -> None:
     """Raise ``MagusAnharmonicError`` where SSCHA ran and no structure has a free energy, so that a
     job script sees it."""
-    from magus_anharmonic.ranking.table import read_ranking
+    from magus_anharmonic.ranking.candidate import read_ranking
     from magus_anharmonic.sscha.record import WITH_ERROR
 
     ranking = folder / "ranking.csv"
