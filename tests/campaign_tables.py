@@ -67,7 +67,7 @@ def write_campaign(folder: Path, *, n_structures: int = 60, seed: int = 0) -> Pa
     t.write(t.GradientError, out / t.GradientError.FILE, gradients())
     learning = [
         t.LearningPoint(
-            "learn-075GPa", g, f"m{g}", "validation", 0.05 / g, 0.3 / g, 2.0 / g, 100 * g
+            "learn-075GPa", g, f"m{g}", "validation", 0.05 / g, 0.3 / g, 2.0 / g, 100 * g, 50
         )
         for g in range(1, 5)
     ]

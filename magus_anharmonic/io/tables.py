@@ -295,6 +295,14 @@ def _number(text: str) -> float:
     return value
 
 
+def number(text: str | None) -> float | None:
+    """The finite number that a cell of an unknown table holds, or None."""
+    try:
+        return _number(text or "")
+    except ValueError:
+        return None
+
+
 def cell(value: Any, digits: str = ".10g") -> str:
     """A value as it stands in a table: numbers with ten digits, nothing for ``None`` and what is no
     finite number, yes or no for a truth value, several values with spaces."""
