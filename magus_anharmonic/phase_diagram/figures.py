@@ -237,7 +237,7 @@ def _difference(
     bars = {"fmt": "o", "ms": 4, "alpha": alpha, "capsize": 2, "color": color}
     axes.errorbar(
         [pressure + shift for pressure in common],
-        [ev_to_mev(q.gibbs_eV_per_atom - p.gibbs_eV_per_atom) for p, q in found],
+        [ev_to_mev(q.gibbs - p.gibbs) for p, q in found],
         yerr=[ev_to_mev(math.hypot(p.error, q.error)) for p, q in found],
         mfc=color if look["ls"] == "-" else "white",
         **bars,

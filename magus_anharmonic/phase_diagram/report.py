@@ -80,7 +80,7 @@ def _failed(point: GibbsPoint) -> str:
 
 
 def _unfinished(point: GibbsPoint) -> str:
-    bound = f"its {point.gibbs_eV_per_atom:.4f} eV/atom is an upper bound and "
+    bound = f"its {point.gibbs:.4f} eV/atom is an upper bound and "
     return (
         f"{point.phase} ({point.isotopes}) did not converge at"
         f" {_where(point.pressure_GPa, point.temperature_K)}"
@@ -119,10 +119,10 @@ def _alike(diagram: PhaseDiagram) -> list[str]:
         groups.setdefault(at, []).append(one)
     for (isotopes, _, *at), found in groups.items():
         for one, other in itertools.combinations(found, 2):
-            gap = abs(one.gibbs_eV_per_atom - other.gibbs_eV_per_atom)
+            gap = abs(one.gibbs - other.gibbs)
             error = math.hypot(one.error, other.error)
-            swelling = abs(one.volume_A3_per_atom - other.volume_A3_per_atom)
-            volume_error = math.hypot(one.volume_error_A3_per_atom, other.volume_error_A3_per_atom)
+            swelling = abs(one.volume - other.volume)
+            volume_error = math.hypot(one.volume_error, other.volume_error)
             if gap <= 2 * error and swelling <= 2 * volume_error:
                 text.append(
                     f"At {_where(*at)} ({isotopes}) {one.phase} and {other.phase} agree in G"
