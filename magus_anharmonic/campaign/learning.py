@@ -30,6 +30,7 @@ from magus_anharmonic.campaign.steps import (
     file_digest,
     foundation_digest,
     structure_file,
+    write_part,
 )
 from magus_anharmonic.campaign.structures import (
     LABELS,
@@ -40,7 +41,6 @@ from magus_anharmonic.campaign.structures import (
     populations,
     relaxed_structures,
 )
-from magus_anharmonic.campaign.tables import write_part
 from magus_anharmonic.errors import DamagedFile, InputError, MagusAnharmonicError
 from magus_anharmonic.io.digests import as_stored
 from magus_anharmonic.io.files import (
