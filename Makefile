@@ -40,6 +40,7 @@ lint: setup
 docs: setup
 	@$(BIN)/python docs/make_keys.py
 	@$(BIN)/python docs/make_columns.py
+	@$(BIN)/python docs/make_api.py
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict --config-file .ci/mkdocs.yml
 	@echo "build/docs/index.html"
 

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from latex2mathml.converter import convert
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
 
 FOUND = re.compile(
     r'<(span|div) class="arithmatex">\s*\\(?:\(|\[)(.*?)\\(?:\)|\])\s*</\1>', re.DOTALL
@@ -16,7 +18,7 @@ FOUND = re.compile(
 REPOSITORY = re.compile(r"\[([^\]]+)\]\(\.\./(?!docs/)([^)#]+)\)")
 
 
-def on_config(config: Any, **_: Any) -> Any:
+def on_config(config: MkDocsConfig, **_: Any) -> MkDocsConfig:
     """Pages of ``docs/`` without a line in nav come last, under "More"."""
     named = set(_pages(config.nav))
     more = sorted(
@@ -25,6 +27,21 @@ def on_config(config: Any, **_: Any) -> Any:
     if more:
         config.nav = [*config.nav, {"More": more}]
     return config
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """The script by which the search box works in pages opened as files, and the style sheet."""
+    for path in sorted(Path(__file__).with_name("site").iterdir()):
+        files.append(
+            File.generated(config, f"assets/{path.name}", content=path.read_text(encoding="utf-8"))
+        )
+    return files
+
+
+def on_post_page(output: str, **_: Any) -> str:
+    """What a screen reader asks of the theme: a name of the search box, no empty headings."""
+    output = output.replace('role="dialog">', 'role="dialog" aria-label="Search">')
+    return re.sub(r"<th([^>]*)></th>", r"<td\1></td>", output)
 
 
 def _pages(entries: Any) -> list[str]:

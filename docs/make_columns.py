@@ -54,12 +54,18 @@ def render() -> str:
         " edit.\n\nAn empty cell: there is no such number. Tables of earlier versions are read by"
         " the names that they have.\n"
     )
-    tail = (
-        "## The same numbers elsewhere\n\n* `free_energies.db` and `record.json` in the folder of a"
-        f" run hold a run's {stored}.\n* `Atoms.info` of a ranked structure and the frames of"
-        f" `quantum.traj` have {keys}, and `gibbs_model`, the model that they belong to.\n* The"
-        " report shows the columns of `ranking.csv` below each ranking."
-    )
+    tail = f"""## The same numbers elsewhere
+
+* `free_energies.db` and `record.json` in the folder of a run hold a run's {stored}.
+* `Atoms.info` of a ranked structure and the frames of `quantum.traj` have {keys}, and \
+`gibbs_model`, the model that they belong to.
+* The report shows the columns of `ranking.csv` below each ranking.
+* `results.json` has the rows of all temperatures (`pandas.DataFrame(data["rows"])`), each with \
+these columns, and `structure` (static, relaxed) and `centroids` (SSCHA) for \
+`pymatgen.core.Structure.from_dict`; `columns` has unit, meaning and equation of each.
+* `relaxed.extxyz` (of `rank`) has every structure as it was relaxed, merged and failed ones too, \
+with energy, forces and stress of the model. Its `info` is that of the input and the columns of \
+the row that stands for it; what is called as a column keeps its own value as `<key>_given`."""
     return "\n\n".join([head.rstrip(), *(section(*table) for table in TABLES), tail]) + "\n"
 
 

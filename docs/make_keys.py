@@ -16,6 +16,7 @@ from magus_anharmonic.search.keys import HostKeys
 from magus_anharmonic.settings import (
     CalculatorSettings,
     FinetuneSettings,
+    In,
     LabelerSettings,
     LearningSettings,
     Settings,
@@ -112,7 +113,8 @@ def type_text(annotation: Any) -> str:
     """A type in words that need no Python."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
-        return type_text(arguments[0])
+        units = [f" in {item.unit}" for item in arguments[1:] if isinstance(item, In)]
+        return type_text(arguments[0]) + "".join(units)
     if origin in (Union, types.UnionType):
         return " or ".join(type_text(item) for item in arguments if item is not type(None))
     if origin is Literal:
@@ -216,7 +218,11 @@ def render() -> str:
         "# Keys\n\nMade by `python docs/make_keys.py` from the settings models; do not"
         " edit.\n\nKeys are accepted in snake_case and camelCase (`n_sample`, `nSample`). A wrong"
         " key, type, unit or combination stops the run\nbefore any work, with the key's path, the"
-        " value, what is allowed and the nearest valid key (exit code 2). Pressures are in GPa.\n"
+        " value, what is allowed and the nearest valid key (exit code 2).\n\nWhere the type names a"
+        " unit, a bare number is in it, and a text may have another one: `150 GPa`, `300 K`, `5"
+        " meV`, `2 h`. What looks like a\npressure in Pa (`150e9`) is refused. MAGUS reads its own"
+        " keys itself: with stock MAGUS `pressure` and the keys of the\nembedded host's table"
+        " below are bare numbers.\n"
     )
     return "\n\n".join([head.rstrip(), *(section(*item) for item in SECTIONS)]) + "\n"
 

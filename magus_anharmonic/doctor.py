@@ -20,6 +20,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import magus_anharmonic
+from magus_anharmonic import third_party
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.io.digests import from_json
 from magus_anharmonic.processes import run_bounded
@@ -73,6 +74,7 @@ def collect(settings: Settings | None = None) -> list[Check]:
         ),
         *_checkpoint(settings),
         *_labelers(settings),
+        *_third_party(settings),
         *_sscha(settings),
         _embedded_host(),
         _scheduler(settings),
@@ -283,7 +285,7 @@ def _unseen(symbols: Iterable[str], species: frozenset[int] | None) -> list[str]
 
 
 def _labelers(settings: Settings | None) -> list[Check]:
-    from magus_anharmonic.labelers import code_of
+    from magus_anharmonic.labelers import available
     from magus_anharmonic.labelers.codes import ALLOW, REGISTRY, allowed_modules
     from magus_anharmonic.scheduler import is_remote
 
@@ -315,13 +317,37 @@ def _labelers(settings: Settings | None) -> list[Check]:
             if settings and settings.learning and name == asked
             else {}
         )
-        ok, text = code_of(name).available(arguments)
+        ok, text = available(name, arguments)
         fix = (
             ""
             if ok
             else {"gpaw": "pip install 'magus-anharmonic[gpaw]'"}.get(name, "see docs/labelers.md")
         )
         checks.append(Check(f"labeler {name}", ok if ok or needed else None, text, fix, needed))
+    return checks
+
+
+def _third_party(settings: Settings | None) -> list[Check]:
+    """What other packages declare, each loaded: a broken one is missing only to who asks for it."""
+    asked: set[object] = set()
+    if settings is not None:
+        asked = {*settings.fitness, settings.main_calculator.get("calculator")}
+        asked |= {settings.learning.labeler.calculator} if settings.learning else set()
+    checks = []
+    for kind, word in {
+        "labelers": "labeler",
+        "evaluators": "evaluator",
+        "fitness": "fitness",
+    }.items():
+        for name, points in third_party.declared(kind).items():
+            whose = " and ".join(third_party.origin(point) for point in points)
+            needed, what = name in asked, f"{word} {name} of another package"
+            try:
+                third_party.load(kind, name)
+                checks.append(Check(what, True, whose, needed=needed))
+            except InputError as error:
+                fix = "mend or uninstall it"
+                checks.append(Check(what, False if needed else None, str(error), fix, needed))
     return checks
 
 

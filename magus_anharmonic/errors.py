@@ -95,6 +95,11 @@ class SschaError(MagusAnharmonicError):
     """An SSCHA run ended without a usable state; the message is the reason shown in the ranking."""
 
 
+class NotConverged(MagusAnharmonicError):
+    """A number was asked of an SSCHA run that did not converge; the message says where what it has
+    is."""
+
+
 class MachineError(MagusAnharmonicError):
     """Memory, disk or a process gave out: says nothing about the structure at work, and the run
     stops where it can go on."""

@@ -22,6 +22,7 @@ from magus_anharmonic.errors import (
     is_out_of_memory,
     one_line,
 )
+from magus_anharmonic.notebook import Described
 from magus_anharmonic.structures import change_of
 
 log = logging.getLogger(__name__)
@@ -57,8 +58,8 @@ def has_stress(found: Evaluation) -> bool:
     return not np.isnan(found.stress).all()
 
 
-@dataclass(frozen=True)
-class Relaxation:
+@dataclass(frozen=True, repr=False)
+class Relaxation(Described):
     """The end of one relaxation.
 
     atoms carries species, cell and positions alone; energy eV; enthalpy eV/atom; forces (N, 3)
@@ -75,6 +76,16 @@ class Relaxation:
     failed: bool
     n_steps: int
     reason: str = ""
+
+    def described(self) -> dict[str, str]:
+        """Structure, enthalpy and how it ended."""
+        state = "failed" if self.failed else "converged" if self.converged else "unconverged"
+        return {
+            "structure": self.atoms.get_chemical_formula(),
+            "enthalpy": f"{self.enthalpy:.5f} eV/atom",
+            "status": state + (f" ({self.reason})" if self.reason else ""),
+            "evaluations": str(self.n_steps),
+        }
 
     @classmethod
     def without_result(cls, atoms: Atoms, reason: str, n_steps: int = 0) -> Relaxation:
@@ -226,7 +237,7 @@ class LabelerEvaluator:
     """Evaluator that asks a labeler (DFT); a label that fails raises, because an ensemble needs all
     of them."""
 
-    def __init__(self, labeler: Any) -> None:
+    def __init__(self, labeler: LabelSource) -> None:
         self.labeler = labeler
 
     @property
@@ -248,7 +259,21 @@ class LabelerEvaluator:
         )
 
 
-def as_evaluator(source: Any, structures: Iterable[Atoms] = ()) -> Evaluator:
+class LabelSource(Protocol):
+    """What of a labeler (DFT) makes an evaluator: `magus_anharmonic.labelers.Labeler`."""
+
+    @property
+    def settings_hash(self) -> str: ...
+
+    def label(self, structures: Sequence[Atoms], /) -> Sequence[Any]: ...
+
+
+EnergySource = Evaluator | BaseCalculator | LabelSource
+"""What energies, forces and stresses may come from: our ``Potential``, any ASE calculator, a
+labeler."""
+
+
+def as_evaluator(source: EnergySource, structures: Iterable[Atoms] = ()) -> Evaluator:
     """Make an evaluator of a Potential, an ASE calculator or a labeler; TypeError for anything
     else.
 

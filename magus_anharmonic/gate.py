@@ -9,6 +9,8 @@ top of one another. What does not is refused before any work, by the name it has
 from __future__ import annotations
 
 import glob
+import logging
+import os
 import re
 import warnings
 from collections.abc import Iterator, Sequence
@@ -22,8 +24,11 @@ from ase.data import atomic_masses, chemical_symbols, covalent_radii
 from ase.geometry import minkowski_reduce
 
 from magus_anharmonic.errors import InputError, one_line
+from magus_anharmonic.io.digests import from_json
 from magus_anharmonic.io.files import readable
-from magus_anharmonic.structures import HYDROGEN, SAME_MASS
+from magus_anharmonic.structures import HYDROGEN, SAME_MASS, from_pymatgen
+
+log = logging.getLogger(__name__)
 
 NAMES = ("name", "id", "identity", "label", "key", "title")
 """``info`` keys by which structures are called."""
@@ -50,22 +55,26 @@ WITHOUT_ELEMENTS = {"lammps-dump-binary": "it holds numbers of types, no element
 def read_structures(
     path: str | Path, *, index: int | str = ":", format: str | None = None, crystal: bool = True
 ) -> list[Atoms]:
-    """The structures of any file that ASE reads, checked; raises ``InputError`` that names the file
-    and every structure that will not do.
+    """The structures of any file that ASE reads, or that pymatgen wrote as JSON, checked; raises
+    ``InputError`` that names the file and every structure that will not do.
 
     ``index``: as in ASE. ``crystal``: see `check_structure`.
     """
     from ase.io import read
-    from ase.io.formats import filetype
+    from ase.io.formats import filetype, string2index
 
     file = Path(path)
     if not file.is_file():
         raise InputError(f"{file}: no such file")
     with readable(file, "structures by ASE", InputError, isotope_hint):
-        _require_elements(file, format or filetype(str(file)))
+        kind = format or filetype(str(file))
+        _require_elements(file, kind)
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
-            found: Any = read(file, index=index, format=format)
+            known = from_pymatgen(_json(file)) if kind == "json" else []
+            found: Any = (
+                known[string2index(str(index))] if known else read(file, index=index, format=format)
+            )
     for warning in said:
         warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
     _require_sites_of_one_element(file, [str(warning.message) for warning in said])
@@ -76,26 +85,37 @@ def read_structures(
     return structures
 
 
+def _json(file: Path) -> Any:
+    from ase.io.formats import open_with_compression
+
+    with open_with_compression(str(file)) as stream:
+        return from_json(stream.read())
+
+
 def read_sources(sources: Sequence[str | Path]) -> list[Atoms]:
     """The structures of files, folders, patterns and databases, in their order, each with
     ``info['name']``: its file, and where that holds several ``file@number``.
 
-    A source is a file that ASE reads, whole or in ASE's own syntax (``all.extxyz@0:3``,
+    A source is a file (`read_structures`), whole or in ASE's own syntax (``all.extxyz@0:3``,
     ``found.db@energy<0``: the rows selected, named by their id); a folder, of which every file is
     taken whose format ASE knows; or a pattern as of a shell (``relaxed/*.vasp``). Raises
-    ``InputError`` that names every source and structure that will not do.
+    ``InputError`` that names every source and structure that will not do; what is named twice is
+    taken once.
     """
-    found: list[Atoms] = []
+    found: dict[str, Atoms] = {}
     problems: list[str] = []
     for source in sources:
         try:
             for file, index in _files(str(source)):
-                found += _named(file, index)
+                for atoms in _named(file, index):
+                    name = atoms.info["name"]
+                    if found.setdefault(os.path.abspath(name), atoms) is not atoms:
+                        log.warning("%s: is named twice, and taken once", name)
         except InputError as error:
             problems += error.problems
     if problems:
         raise InputError(*problems)
-    return found
+    return list(found.values())
 
 
 def _files(source: str) -> list[tuple[Path, str]]:
@@ -105,9 +125,12 @@ def _files(source: str) -> list[tuple[Path, str]]:
         name, index = source, ""
     path = Path(name)
     if path.is_dir():
-        files = [file for file in sorted(path.iterdir()) if _known_format(file)]
+        there = [file for file in sorted(path.iterdir()) if file.is_file()]
+        files = [file for file in there if _known_format(file)]
         if not files:
             raise InputError(f"{path}: holds no file of a format that ASE knows")
+        if others := [file.name for file in there if file not in files]:
+            log.info("%s: no structures in %s", path, ", ".join(others))
         return [(file, index) for file in files]
     if path.is_file() or not any(mark in name for mark in "*?["):
         return [(path, index)]
@@ -118,15 +141,14 @@ def _files(source: str) -> list[tuple[Path, str]]:
 
 
 def _known_format(file: Path) -> bool:
-    from ase.io.formats import UnknownFileTypeError, filetype
+    from ase.io.formats import UnknownFileTypeError, filetype, ioformats
 
-    if not file.is_file() or file.name.startswith("."):
+    if file.name.startswith("."):
         return False
     try:
-        filetype(str(file))
+        return filetype(str(file)) in ioformats
     except UnknownFileTypeError:
         return False
-    return True
 
 
 def _named(file: Path, index: str) -> list[Atoms]:
@@ -135,7 +157,7 @@ def _named(file: Path, index: str) -> list[Atoms]:
     every = read_structures(file)
     names = [f"{file}@{number}" if len(every) > 1 else str(file) for number in range(len(every))]
     for atoms, name in zip(every, names, strict=True):
-        atoms.info["name"] = name
+        _call(atoms, name)
     if not index:
         return every
     numbers = re.fullmatch(r"(-?\d*)(:(-?\d*))?(:(-?\d*))?", index)
@@ -150,6 +172,13 @@ def _named(file: Path, index: str) -> list[Atoms]:
     return chosen
 
 
+def _call(atoms: Atoms, name: str) -> None:
+    """What its file calls it is kept as ``name_given``."""
+    if "name" in atoms.info:
+        atoms.info["name_given"] = atoms.info["name"]
+    atoms.info["name"] = name
+
+
 def _rows(file: Path, selection: str) -> list[Atoms]:
     """Rows of a database of ASE, called by their id."""
     from ase.db import connect
@@ -161,7 +190,8 @@ def _rows(file: Path, selection: str) -> list[Atoms]:
     found = []
     for row in rows:
         atoms = row.toatoms()
-        atoms.info["name"] = f"{file}@id={row.id}"
+        atoms.info.update(row.key_value_pairs)
+        _call(atoms, f"{file}@id={row.id}")
         found.append(atoms)
     check_structures(found, f"{file}: ")
     return found

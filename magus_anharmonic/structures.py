@@ -112,6 +112,56 @@ def stripped(atoms: Atoms, *, constraints: bool = False) -> Atoms:
     return copy
 
 
+def as_pymatgen(atoms: Atoms) -> dict[str, Any]:
+    """``Structure.as_dict()`` of pymatgen; deuterium and tritium are D and T, other masses are not
+    kept there."""
+    hydrogens = {round(mass): symbol for symbol, mass in HYDROGEN.items()}
+    symbols = [
+        hydrogens.get(round(mass), "H") if symbol == "H" else symbol
+        for symbol, mass in zip(atoms.symbols, atoms.get_masses(), strict=True)
+    ]
+    sites = [
+        {"species": [{"element": symbol, "occu": 1}], "abc": abc.tolist(), "properties": {}}
+        for symbol, abc in zip(symbols, atoms.get_scaled_positions(wrap=False), strict=True)
+    ]
+    return {
+        "@module": "pymatgen.core.structure",
+        "@class": "Structure",
+        "lattice": {"matrix": atoms.cell.array.tolist(), "pbc": [True, True, True]},
+        "sites": sites,
+    }
+
+
+def from_pymatgen(data: Any) -> list[Atoms]:
+    """The structures in what pymatgen writes as JSON: one, a list of them or a mapping from names,
+    also inside of entries and documents (``structure``); empty where there is none.
+
+    ``info`` has the properties, and where sites are shared ``occupancy``.
+    """
+    if isinstance(data, list):
+        return [atoms for one in data for atoms in from_pymatgen(one)]
+    if not isinstance(data, dict):
+        return []
+    if not ("sites" in data and "lattice" in data):
+        inner = data["structure"] if "structure" in data else list(data.values())
+        return from_pymatgen(inner)
+    shares = [{one["element"]: one["occu"] for one in site["species"]} for site in data["sites"]]
+    symbols = [next(iter(share)) for share in shares]
+    atoms = Atoms(
+        ["H" if symbol in HYDROGEN else symbol for symbol in symbols],
+        cell=data["lattice"]["matrix"],
+        scaled_positions=[site["abc"] for site in data["sites"]],
+        pbc=True,
+    )
+    if HYDROGEN.keys() & set(symbols):
+        natural = zip(symbols, atoms.get_masses(), strict=True)
+        atoms.set_masses([HYDROGEN.get(symbol, mass) for symbol, mass in natural])
+    atoms.info.update(data.get("properties") or {})
+    if any(share != {symbol: 1} for share, symbol in zip(shares, symbols, strict=True)):
+        atoms.info["occupancy"] = dict(enumerate(shares))
+    return [atoms]
+
+
 def fixed_atoms(atoms: Atoms) -> np.ndarray:
     """(N,) bool: the atoms that ASE's FixAtoms holds; raises MagusAnharmonicError for every other
     constraint."""

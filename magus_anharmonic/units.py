@@ -6,6 +6,8 @@ says so in its name or type.
 
 from __future__ import annotations
 
+import math
+import re
 from typing import Annotated, Any, TypeVar
 
 from ase import units as _ase
@@ -52,6 +54,90 @@ def ev_per_a3_to_gpa(stress: Values) -> Values:
 def ev_to_mev(energy: Values) -> Values:
     """Energy in eV to meV; likewise forces in eV/A to meV/A, slopes in GPa/K to MPa/K."""
     return 1000.0 * energy
+
+
+UNITS: dict[str, dict[str, float]] = {
+    "pressure": {
+        "GPa": 1.0,
+        "MPa": 1e-3,
+        "kPa": 1e-6,
+        "Pa": 1e-9,
+        "Mbar": 100.0,
+        "kbar": 0.1,
+        "bar": 1e-4,
+        "atm": 1.01325e-4,
+        "eV/A^3": EV_PER_A3_IN_GPA,
+    },
+    "temperature": {"K": 1.0},
+    "energy": {
+        per: energy
+        for name, energy in {
+            "eV": 1.0,
+            "meV": 1e-3,
+            "Ry": _ase.Ry,
+            "mRy": 1e-3 * _ase.Ry,
+            "Ha": _ase.Ha,
+            "kJ/mol": _ase.kJ / _ase.mol,
+            "kcal/mol": _ase.kcal / _ase.mol,
+        }.items()
+        for per in ((f"{name}/atom", name) if "mol" not in name else (name,))
+    },
+    "length": {"A": 1.0, "Angstrom": 1.0, "nm": 10.0, "pm": 0.01, "bohr": BOHR},
+    "force": {"eV/A": 1.0, "meV/A": 1e-3, "Ry/bohr": _ase.Ry / BOHR, "Ha/bohr": _ase.Ha / BOHR},
+    "reciprocal spacing": {
+        "2 pi/A": 1.0,
+        "1/A": 0.5 / math.pi,
+        "2 pi/bohr": 1 / BOHR,
+        "1/bohr": 0.5 / math.pi / BOHR,
+    },
+    "time": {"s": 1.0, "min": 60.0, "h": 3600.0, "d": 86400.0},
+    "mass": {"amu": 1.0, "u": 1.0},
+}
+"""Dimension -> the units that a value may be given in, and what they are in the first, which is
+that of a bare number."""
+EXAMPLES = {
+    "pressure": "150 GPa",
+    "temperature": "300 K",
+    "energy": "5 meV",
+    "length": "0.1 A",
+    "force": "10 meV/A",
+    "reciprocal spacing": "0.03 2 pi/A",
+    "time": "2 h",
+    "mass": "2.014 amu",
+}
+NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
+
+
+def dimension_of(unit: str) -> str:
+    """The dimension of a unit of `UNITS`; empty for any other text."""
+    return next((name for name, units in UNITS.items() if unit in units), "")
+
+
+def quantity(value: Any, unit: str) -> float:
+    """A number in ``unit`` (one that a bare number has, see `UNITS`): a number as it is, a text
+    such as ``150 GPa`` converted.
+
+    Raises ValueError for what is neither, and for a unit of another dimension.
+    """
+    dimension = dimension_of(unit)
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return value
+    found = re.fullmatch(rf"\s*({NUMBER})\s*(.*?)\s*", value) if isinstance(value, str) else None
+    if found is None:
+        raise ValueError(f"must be a number in {unit}, or one with its unit: {EXAMPLES[dimension]}")
+    number, given = float(found[1]), re.sub(r"\s*([/*])\s*", r"\1", found[2].replace("Å", "A"))
+    given = re.sub(r"^2[ *]?pi", "2 pi", given)
+    if not given:
+        return number
+    if given not in UNITS[dimension]:
+        close = [name for name in UNITS[dimension] if name.lower() == given.lower()]
+        other = dimension_of(given)
+        why = f"is a unit of {other}" if other else "is no unit that is known here"
+        hint = f"; did you mean {close[0]}?" if close else ""
+        needed = f"needed is {dimension}, e.g. {EXAMPLES[dimension]}"
+        raise ValueError(f"{given} {why}{hint or f'; {needed}'}")
+    # 3 kbar are 0.3 GPa, without what binary fractions add
+    return float(f"{number * UNITS[dimension][given]:.12g}")
 
 
 def duration(seconds: float) -> str:

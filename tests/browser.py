@@ -1,17 +1,12 @@
 """A headless Chromium driven over a pipe (Chrome DevTools Protocol): no driver, no port, no package
 beside the browser."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil
 import subprocess
 import tempfile
 import time
-from pathlib import Path
-from types import TracebackType
-from typing import Any
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 OPTIONS = (
@@ -27,7 +22,7 @@ OPTIONS = (
 )
 
 
-def find_browser() -> str | None:
+def find_browser():
     """Path of a Chromium, or None; ``BROWSER_FOR_TESTS`` names another one."""
     return os.environ.get("BROWSER_FOR_TESTS") or next(filter(None, map(shutil.which, NAMES)), None)
 
@@ -36,13 +31,13 @@ class Browser:
     """One page of a headless browser; ``events`` holds everything that the browser said of its own
     accord."""
 
-    def __init__(self, executable: str, timeout: float = 90.0) -> None:
+    def __init__(self, executable, timeout=90.0):
         self.timeout, self.events, self.count, self.buffer = timeout, [], 0, b""
         self.profile = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
         command_read, self.commands = os.pipe()
         self.answers, answer_write = os.pipe()
 
-        def wire() -> None:
+        def wire():
             """The browser reads commands from descriptor 3 and writes to 4; both are moved out of
             the way first."""
             read, write = os.dup(command_read), os.dup(answer_write)
@@ -69,22 +64,17 @@ class Browser:
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.send(f"{domain}.enable")
 
-    def __enter__(self) -> Browser:
+    def __enter__(self):
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind, error, trace):
         self.process.kill()
         self.process.wait()
         os.close(self.commands)
         os.close(self.answers)
         self.profile.cleanup()
 
-    def call(self, method: str, session: str | None = None, **parameters: Any) -> dict[str, Any]:
+    def call(self, method, session=None, **parameters):
         """Send one command and return its result; what arrives in between goes to ``events``."""
         self.count += 1
         message = {
@@ -104,11 +94,11 @@ class Browser:
             self.events.append(answer)
         raise TimeoutError(method)
 
-    def send(self, method: str, **parameters: Any) -> dict[str, Any]:
+    def send(self, method, **parameters):
         """A command to the page."""
         return self.call(method, self.session, **parameters)
 
-    def receive(self) -> dict[str, Any]:
+    def receive(self):
         """The next message of the browser."""
         while b"\0" not in self.buffer:
             got = os.read(self.answers, 1 << 20)
@@ -118,7 +108,7 @@ class Browser:
         message, self.buffer = self.buffer.split(b"\0", 1)
         return json.loads(message)
 
-    def open(self, page: Path, width: int = 1200, height: int = 900, *, dark: bool = False) -> None:
+    def open(self, page, width=1200, height=900, *, dark=False):
         """Open a file in a window of that size (CSS pixels) and wait until it is loaded and
         drawn."""
         self.navigate("about:blank")
@@ -139,7 +129,7 @@ class Browser:
         )
         self.evaluate("document.fonts.ready.then(() => 1)")
 
-    def navigate(self, url: str) -> None:
+    def navigate(self, url):
         """Go to an address and wait for its ``load``; what was heard of the page before is
         forgotten."""
         self.events.clear()
@@ -149,7 +139,7 @@ class Browser:
             assert time.monotonic() < until, "the page does not load"
             self.events.append(self.receive())
 
-    def evaluate(self, expression: str) -> Any:
+    def evaluate(self, expression):
         """Value of a JavaScript expression (promises are awaited); raises AssertionError with the
         message when it throws."""
         answer = self.send(
@@ -160,7 +150,7 @@ class Browser:
         )
         return answer["result"].get("value")
 
-    def complaints(self) -> list[str]:
+    def complaints(self):
         """Errors and warnings of the console, uncaught exceptions and refused requests since the
         page was opened."""
         found = []
@@ -181,7 +171,7 @@ class Browser:
                 found.append(parameters["entry"]["text"])
         return found
 
-    def requests(self) -> list[str]:
+    def requests(self):
         """Addresses of all requests since the page was opened, ``data:`` and ``blob:`` left out:
         they leave no computer."""
         sent = [

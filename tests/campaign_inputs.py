@@ -1,17 +1,13 @@
 """A campaign file for tests: every kind of step, nothing that needs DFT."""
 
-from __future__ import annotations
-
 import copy
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import yaml
 from ase import Atoms
 from ase.io import write
 
-GIVEN: dict[str, Any] = {
+GIVEN = {
     "seed": 3,
     "foundation": "h3s-gpaw-small",
     "host": "embedded",
@@ -39,7 +35,7 @@ GIVEN: dict[str, Any] = {
 }
 
 
-def changed(**changes: Any) -> dict[str, Any]:
+def changed(**changes):
     """`GIVEN` with some blocks laid over its own; None removes a block."""
     data = copy.deepcopy(GIVEN)
     for name, value in changes.items():
@@ -52,7 +48,7 @@ def changed(**changes: Any) -> dict[str, Any]:
     return data
 
 
-def write_campaign(folder: Path, **changes: Any) -> Path:
+def write_campaign(folder, **changes):
     folder.mkdir(parents=True, exist_ok=True)
     cell = 1.5 * np.array([[-1, 1, 1], [1, -1, 1], [1, 1, -1]])
     cubic = Atoms("SH3", positions=np.vstack([np.zeros(3), 1.5 * np.eye(3)]), cell=cell, pbc=True)

@@ -1,11 +1,5 @@
 """A synthetic campaign whose tables have known answers."""
 
-from __future__ import annotations
-
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
-
 import numpy as np
 from records import a_candidate
 
@@ -14,7 +8,7 @@ from magus_anharmonic.paper import tables as t
 from magus_anharmonic.ranking.candidate import Candidate
 
 
-def write_campaign(folder: Path, *, n_structures: int = 60, seed: int = 0) -> Path:
+def write_campaign(folder, *, n_structures=60, seed=0):
     """All tables of a campaign below ``folder``; returns ``folder``. Its answers: see the tests
     that use it."""
     rng = np.random.default_rng(seed)
@@ -75,7 +69,7 @@ def write_campaign(folder: Path, *, n_structures: int = 60, seed: int = 0) -> Pa
     return folder
 
 
-def foundation(n: int, rng: np.random.Generator) -> list[t.Enthalpy]:
+def foundation(n, rng):
     """R3m is the 6th of n + 1 distinct structures, 65 meV/atom above the lowest; the lowest was
     found three times."""
     heights = np.concatenate([[0.0, 0.02, 0.03, 0.04, 0.05], 0.08 + 0.3 * rng.random(n - 5)])
@@ -127,7 +121,7 @@ def foundation(n: int, rng: np.random.Generator) -> list[t.Enthalpy]:
     ]
 
 
-def relaxed() -> list[t.Enthalpy]:
+def relaxed():
     """C2/c below 112 GPa, R3m to 177 GPa, then Im-3m: straight lines."""
     rows = []
     for p in (50.0, 100.0, 150.0, 200.0):
@@ -145,7 +139,7 @@ def relaxed() -> list[t.Enthalpy]:
     return rows
 
 
-def ranked(id: str, group: str, h: float, g: float | None, **more: Any) -> Candidate:
+def ranked(id, group, h, g, **more):
     """H3S at 100 GPa; ``h``, ``g`` : eV/atom."""
     return a_candidate(
         id,
@@ -164,7 +158,7 @@ def ranked(id: str, group: str, h: float, g: float | None, **more: Any) -> Candi
     )
 
 
-def ranking() -> list[Candidate]:
+def ranking():
     """Twenty structures: G = H + 0.2 eV/atom, but the first four fall to Im-3m, 30 meV/atom below
     the line's start; one failed."""
     rows = []
@@ -188,7 +182,7 @@ def ranking() -> list[Candidate]:
     return [*rows, ranked("bad", "", -2.9, None, status="failed", reason="melted")]
 
 
-def soft_mode(rng: np.random.Generator) -> list[t.Mode]:
+def soft_mode(rng):
     """Harmonic zero at 173 GPa, SSCHA Hessian of the model at 100 and of DFT at 105 GPa, with error
     bars."""
     rows = []
@@ -214,7 +208,7 @@ def soft_mode(rng: np.random.Generator) -> list[t.Mode]:
     return rows
 
 
-def gradients() -> list[t.GradientError]:
+def gradients():
     return [
         t.GradientError("Im-3m", 60.0, 500, "force", "eV/A", 0.128, None, None, None),
         t.GradientError(
@@ -237,7 +231,7 @@ def gradients() -> list[t.GradientError]:
     ]
 
 
-def read_rows(path: Path) -> Iterator[dict[str, str]]:
+def read_rows(path):
     """The rows of a CSV file one by one; none when there is no such file."""
     if path.is_file():
         with table_rows(path) as rows:

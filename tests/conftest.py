@@ -1,12 +1,7 @@
 """Fixtures that several test files share."""
 
-from __future__ import annotations
-
 import os
 import signal
-from collections.abc import Callable
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -21,12 +16,9 @@ os.environ.setdefault("DASK_LOGGING__DISTRIBUTED", "critical")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-if TYPE_CHECKING:
-    from magus_anharmonic.potential import Potential
-
 
 @pytest.fixture(scope="session")
-def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_checkpoint(tmp_path_factory):
     """A MatterSim-format model with random weights and a per-species shift of the usual size: 2
     blocks, 16 units."""
     import torch
@@ -47,7 +39,7 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def potential(tiny_checkpoint: Path) -> Potential:
+def potential(tiny_checkpoint):
     """The tiny model, loaded on the CPU."""
     from magus_anharmonic.potential import load
 
@@ -55,11 +47,11 @@ def potential(tiny_checkpoint: Path) -> Potential:
 
 
 @pytest.fixture(scope="session")
-def h3s() -> Callable[..., Atoms]:
+def h3s():
     """``h3s(a=3.0, bond_shift=0.0)``: 4 atoms, S at the corner of a bcc cell; Im-3m, or R3m when H
     is off the middle (Angstrom)."""
 
-    def build(a: float = 3.0, bond_shift: float = 0.0) -> Atoms:
+    def build(a=3.0, bond_shift=0.0):
         cell = 0.5 * a * np.array([[-1, 1, 1], [1, -1, 1], [1, 1, -1]])
         positions = 0.5 * a * np.array([[0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1]], dtype=float)
         positions[1:] += bond_shift * np.eye(3)

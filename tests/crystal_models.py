@@ -10,7 +10,6 @@ structure belongs to the crystal whose volume per atom is nearest.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,17 +37,17 @@ class Crystal:
     shift: tuple[float, float, float] = (0.0, 0.0, 0.0)
 
     @property
-    def atoms(self) -> Atoms:
+    def atoms(self):
         hydrogen = np.array(self.edges) / 2.0 + self.offset + self.shift
         return Atoms("LiH", positions=[np.zeros(3), hydrogen], cell=self.edges, pbc=True)
 
     @property
-    def vectors(self) -> np.ndarray:
+    def vectors(self):
         """(9, 3) link vectors of the reference, A."""
         return np.concatenate([CORNERS * self.edges - self.offset, np.zeros((1, 3))])
 
     @property
-    def axes(self) -> np.ndarray:
+    def axes(self):
         """(9, 3, 3) orthonormal axes of the links as rows: along the bond, two across; Cartesian
         for the cage."""
         frames = []
@@ -61,18 +60,18 @@ class Crystal:
 
 
 def crystal(
-    edges: tuple[float, float, float],
-    along: float,
-    across: float,
-    cubic: float,
-    quartic: float,
+    edges,
+    along,
+    across,
+    cubic,
+    quartic,
     *,
-    well: float = 0.0,
-    wall: float = 0.0,
-    depth: float = 0.0,
-    offset: tuple[float, float, float] = (0.0, 0.0, 0.0),
-    shift: tuple[float, float, float] = (0.0, 0.0, 0.0),
-) -> Crystal:
+    well=0.0,
+    wall=0.0,
+    depth=0.0,
+    offset=(0.0, 0.0, 0.0),
+    shift=(0.0, 0.0, 0.0),
+):
     """Equal bonds: k2 ``along`` and ``across``, k3 ``cubic`` and k4 ``quartic``; eV/A^n.
 
     ``well`` : taken off the curvature of the cage along z, ``wall`` : its k4.
@@ -86,12 +85,12 @@ def crystal(
 class Crystals:
     """Evaluator of a family of `Crystal`; all structures of one cell in one operation."""
 
-    def __init__(self, crystals: Sequence[Crystal], model_id: str = "crystals") -> None:
+    def __init__(self, crystals, model_id="crystals"):
         self.crystals, self.model_id = list(crystals), model_id
         self.volumes = np.array([np.prod(one.edges) / 2.0 for one in crystals])
         self.n_structures = 0
 
-    def evaluate(self, structures: Sequence[Atoms]) -> Evaluation:
+    def evaluate(self, structures):
         """Energies, forces, stresses; structures next to each other with the same cell share their
         list of links."""
         self.n_structures += len(structures)
@@ -108,9 +107,7 @@ class Crystals:
             stresses.append(found[2])
         return Evaluation(np.concatenate(energies), forces, np.concatenate(stresses))
 
-    def _one_cell(
-        self, like: Atoms, positions: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _one_cell(self, like, positions):
         one = self.crystals[
             int(np.argmin(np.abs(np.log(self.volumes * len(like) / like.get_volume()))))
         ]
@@ -132,7 +129,7 @@ class Crystals:
         return energy, forces, 0.5 * (stress + stress.transpose(0, 2, 1))
 
 
-def _links(one: Crystal, like: Atoms, mean: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _links(one, like, mean):
     """Matrix (9 n_H, n) that makes link vectors of positions, and what the lattice adds (9 n_H, 3),
     A.
 
@@ -158,7 +155,7 @@ def _links(one: Crystal, like: Atoms, mean: np.ndarray) -> tuple[np.ndarray, np.
     return np.array(rows), np.array(constants)
 
 
-def family(n: int = 20, seed: int = 5) -> list[Crystal]:
+def family(n=20, seed=5):
     """Crystals whose stiffness, anharmonicity, symmetry and depth are drawn at random; every fourth
     has a double well."""
     rng = np.random.default_rng(seed)

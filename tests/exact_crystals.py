@@ -47,7 +47,7 @@ class ExactCrystal:
     """An `Evaluator` for supercells of ``atoms`` (primitive, at rest: every link has d = 0 there);
     ``offset`` in eV per cell."""
 
-    def __init__(self, name: str, atoms: Atoms, links: list[Link], offset: float = 0.0) -> None:
+    def __init__(self, name, atoms, links, offset=0.0):
         self.atoms, self.links, self.offset, self.model_id = (
             atoms,
             links,
@@ -62,11 +62,11 @@ class ExactCrystal:
         self.rest = np.einsum("lx,lx->l", self.directions, self.vectors(atoms))
         self.n_structures = 0
 
-    def with_offset(self, offset: float) -> ExactCrystal:
+    def with_offset(self, offset):
         """The same crystal, ``offset`` (eV/atom) higher."""
         return ExactCrystal(self.model_id, self.atoms, self.links, offset * len(self.atoms))
 
-    def vectors(self, atoms: Atoms) -> np.ndarray:
+    def vectors(self, atoms):
         """(links, 3) sum_a c_a x_a of a primitive cell."""
         cell = atoms.cell.array
         return np.array(
@@ -76,11 +76,11 @@ class ExactCrystal:
             ]
         )
 
-    def mean(self, atoms: Atoms) -> np.ndarray:
+    def mean(self, atoms):
         """(links,) d of a primitive cell."""
         return np.einsum("lx,lx->l", self.directions, self.vectors(atoms)) - self.rest
 
-    def averages(self, m: np.ndarray, s: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def averages(self, m, s):
         """<p>, <p'>, <p''> for Gaussians of mean m and variance s, (..., links)."""
         k2, k3, k4, depth, a = self.k2, self.k3, self.k4, self.depth, self.steepness
         one, two = np.exp(-a * m + a**2 * s / 2), np.exp(-2 * a * m + 2 * a**2 * s)
@@ -96,11 +96,11 @@ class ExactCrystal:
         curvature = k2 + 6 * k3 * m + 12 * k4 * (m**2 + s) + 2 * depth * a**2 * (2 * two - one)
         return value, slope, curvature
 
-    def evaluate(self, structures: list[Atoms]) -> Evaluation:
+    def evaluate(self, structures):
         """See `Evaluator`. Structures of one cell are named together, by their mean: one alone may
         be far from its sites."""
         self.n_structures += len(structures)
-        groups: dict[bytes, list[int]] = {}
+        groups = {}
         for number, atoms in enumerate(structures):
             groups.setdefault(atoms.cell.array.tobytes() + atoms.numbers.tobytes(), []).append(
                 number
@@ -120,9 +120,7 @@ class ExactCrystal:
                 forces[number] = force
         return Evaluation(energy, forces, stress)
 
-    def _batch(
-        self, atoms: Atoms, positions: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _batch(self, atoms, positions):
         """Energies, forces and stresses of ``positions`` (c, n, 3) in the cell of ``atoms``."""
         middle = atoms.copy()
         middle.positions = positions.mean(axis=0)
@@ -157,10 +155,10 @@ class ExactCrystal:
         )
 
     @cached_property
-    def _known(self) -> dict[bytes, tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    def _known(self):
         return {}
 
-    def _incidence(self, atoms: Atoms) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _incidence(self, atoms):
         """Atoms (m, k), coefficients and images (m, k, 3; in cells of ``atoms``) of all links of a
         supercell; displacements stay small."""
         base = self.atoms.cell.array
@@ -178,12 +176,10 @@ class ExactCrystal:
             self._known[key] = self._links_of(matrix, site, cells)
         return self._known[key]
 
-    def _links_of(
-        self, matrix: np.ndarray, site: np.ndarray, cells: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _links_of(self, matrix, site, cells):
         inverse, size = np.linalg.inv(matrix), round(abs(np.linalg.det(matrix)))
 
-        def name(cell: np.ndarray) -> tuple[int, ...]:
+        def name(cell):
             return tuple(int(x) % size for x in np.rint(cell @ inverse * size))
 
         place = {(int(s), *name(c)): i for i, (s, c) in enumerate(zip(site, cells, strict=True))}
@@ -209,14 +205,7 @@ class Scha:
     """Minimum of F + P V (``pressure`` in GPa) in a supercell of ``repeats``: ``gibbs`` eV/atom,
     ``minimum`` the centroids."""
 
-    def __init__(
-        self,
-        crystal: ExactCrystal,
-        supercell_matrix: tuple[int, int, int],
-        temperature: float = 0.0,
-        pressure: float = 0.0,
-        cell: str = "fixed",
-    ) -> None:
+    def __init__(self, crystal, supercell_matrix, temperature=0.0, pressure=0.0, cell="fixed"):
         self.crystal, self.temperature, self.pressure, self.cell = (
             crystal,
             temperature,
@@ -238,7 +227,7 @@ class Scha:
         self.incidence = self.incidence.reshape(len(index), -1)
         self.masses = np.repeat(np.tile(crystal.atoms.get_masses(), self.n_cells), 3)
 
-    def modes(self, matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def modes(self, matrix):
         """Quanta (eV) and vectors over the root of the masses, translations left out."""
         root = np.sqrt(self.masses)
         translations = np.zeros((len(root), 3))
@@ -252,7 +241,7 @@ class Scha:
             :, None
         ]
 
-    def variance(self, hbar_omega: np.ndarray) -> np.ndarray:
+    def variance(self, hbar_omega):
         """<Q^2> of oscillators, A^2 amu."""
         thermal = (
             1.0
@@ -261,7 +250,7 @@ class Scha:
         )
         return HBAR**2 / (2.0 * hbar_omega) * thermal
 
-    def at(self, atoms: Atoms, matrix: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
+    def at(self, atoms, matrix):
         """F in eV per cell, <p'> and <p''> (n_cells, links) of centroids and force constants
         (eV/A^2, of the supercell)."""
         hbar_omega, vectors = self.modes(matrix)
@@ -279,7 +268,7 @@ class Scha:
             curvature,
         )
 
-    def solve(self, steps: int = 4000, mixing: float = 0.4, tolerance: float = 1e-6) -> Scha:
+    def solve(self, steps=4000, mixing=0.4, tolerance=1e-6):
         """Damped self-consistent steps of force constants, centroids and cell; raises
         ``AssertionError`` when they do not end."""
         crystal, atoms = self.crystal, self.crystal.atoms.copy()
@@ -311,10 +300,10 @@ class Scha:
         self.gibbs = (self.at(atoms, matrix)[0] + self.pressure / GPA * atoms.get_volume()) / self.n
         return self
 
-    def _matrix(self, curvature: np.ndarray) -> np.ndarray:
+    def _matrix(self, curvature):
         return (self.incidence * curvature.reshape(-1, 1)).T @ self.incidence
 
-    def _strain(self, atoms: Atoms, slope: np.ndarray, curvature: np.ndarray) -> np.ndarray:
+    def _strain(self, atoms, slope, curvature):
         if self.cell == "fixed":
             return np.zeros((3, 3))
         directions, vectors, volume = (
@@ -335,7 +324,7 @@ class Scha:
 Spring = Callable[[int, int, np.ndarray, float], dict[str, float]]
 
 
-def springs(name: str, atoms: Atoms, cutoff: float, spring: Spring) -> ExactCrystal:
+def springs(name, atoms, cutoff, spring):
     """Bonds up to ``cutoff`` (A): ``spring(a, b, unit, length)`` gives k2, k3, k4 along the bond
     and ``across`` for both ways across it."""
     links = []
@@ -354,7 +343,7 @@ def springs(name: str, atoms: Atoms, cutoff: float, spring: Spring) -> ExactCrys
     return ExactCrystal(name, atoms, links)
 
 
-def hcp() -> ExactCrystal:
+def hcp():
     """Two light atoms, c/a free."""
     atoms = bulk("Mg", "hcp", a=3.0, c=4.85)
     atoms.numbers[:] = 4
@@ -363,12 +352,12 @@ def hcp() -> ExactCrystal:
     )
 
 
-def perovskite() -> ExactCrystal:
+def perovskite():
     """Cubic, five atoms, light anions."""
     places = [[0, 0, 0], [0.5] * 3, [0.5, 0.5, 0], [0.5, 0, 0.5], [0, 0.5, 0.5]]
     atoms = Atoms(numbers=[20, 6, 1, 1, 1], cell=[4.0] * 3, scaled_positions=places, pbc=True)
 
-    def spring(a: int, b: int, unit: np.ndarray, length: float) -> dict[str, float]:
+    def spring(a, b, unit, length):
         near = length < 2.5
         return dict(
             k2=3.0 if near else 0.8, k3=-2.0 if near else -0.4, k4=4.0 if near else 0.5, across=0.4
@@ -377,7 +366,7 @@ def perovskite() -> ExactCrystal:
     return springs("perovskite", atoms, 2.9, spring)
 
 
-def triclinic() -> ExactCrystal:
+def triclinic():
     """Four atoms without any symmetry."""
     places = [[0, 0, 0], [1.5, 0.2, 0.3], [0.4, 1.7, 1.9], [2.0, 1.8, 2.5]]
     atoms = Atoms(
@@ -385,7 +374,7 @@ def triclinic() -> ExactCrystal:
     )
     rng = np.random.default_rng(3)
 
-    def spring(a: int, b: int, unit: np.ndarray, length: float) -> dict[str, float]:
+    def spring(a, b, unit, length):
         return dict(
             k2=2.0 * rng.uniform(0.5, 1.5), k3=-1.5 * rng.uniform(0.5, 1.5), k4=2.0, across=0.4
         )
@@ -393,10 +382,10 @@ def triclinic() -> ExactCrystal:
     return springs("triclinic", atoms, 2.9, spring)
 
 
-def rock_salt() -> ExactCrystal:
+def rock_salt():
     """LiH-like."""
 
-    def spring(a: int, b: int, unit: np.ndarray, length: float) -> dict[str, float]:
+    def spring(a, b, unit, length):
         near = length < 2.5
         return dict(
             k2=2.0 if near else 0.5, k3=-2.0 if near else -0.3, k4=3.0 if near else 0.2, across=0.25
@@ -405,16 +394,16 @@ def rock_salt() -> ExactCrystal:
     return springs("rock salt", bulk("LiH", "rocksalt", a=4.1), 3.0, spring)
 
 
-def heavy_light() -> ExactCrystal:
+def heavy_light():
     """A heavy metal with hydrogen in it."""
 
-    def spring(a: int, b: int, unit: np.ndarray, length: float) -> dict[str, float]:
+    def spring(a, b, unit, length):
         return dict(k2=1.5 if length < 2.5 else 2.0, k3=-1.5, k4=3.0, across=0.35)
 
     return springs("heavy and light", bulk("PdH", "zincblende", a=4.3), 3.2, spring)
 
 
-def layered() -> ExactCrystal:
+def layered():
     """Stiff sheets, weakly and anharmonically held: C11 about a hundred times C33."""
     places = [[0, 0, 0], [1 / 3, 2 / 3, 0]]
     atoms = Atoms(
@@ -424,7 +413,7 @@ def layered() -> ExactCrystal:
         pbc=True,
     )
 
-    def spring(a: int, b: int, unit: np.ndarray, length: float) -> dict[str, float]:
+    def spring(a, b, unit, length):
         if abs(unit[2]) < 0.1:
             return (
                 dict(k2=40.0, k3=-20.0, k4=10.0, across=3.0)
@@ -440,13 +429,7 @@ def layered() -> ExactCrystal:
     return springs("layered", atoms, 3.75, spring)
 
 
-def molecular(
-    symbol: str = "H",
-    depth: float = 4.6,
-    steepness: float = 1.95,
-    lattice: float = 0.004,
-    turning: float = 0.2,
-) -> ExactCrystal:
+def molecular(symbol="H", depth=4.6, steepness=1.95, lattice=0.004, turning=0.2):
     """Two molecules on an orthorhombic lattice: stiff Morse bonds, weak springs between centres,
     librations."""
     half, centre = 0.37, np.array([1.6, 1.7, 1.7])
@@ -480,7 +463,7 @@ def molecular(
     return ExactCrystal(f"molecular {symbol}", atoms, links)
 
 
-def nitrogen() -> ExactCrystal:
+def nitrogen():
     """Heavier molecules in a firmer lattice."""
     return molecular("N", depth=9.9, steepness=2.7, lattice=0.02, turning=0.5)
 

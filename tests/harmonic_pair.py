@@ -30,7 +30,7 @@ class HarmonicCrystal:
     noise: float = 0.0
     model_id: str = "harmonic-crystal"
 
-    def evaluate(self, structures: list[Atoms]) -> Evaluation:
+    def evaluate(self, structures):
         matrix = expand(self.state.force_constants, self.state.supercell_matrix)
         u = (
             np.array([atoms.positions for atoms in structures])
@@ -45,14 +45,12 @@ class HarmonicCrystal:
         return Evaluation(energies, list(forces.reshape(u.shape)), np.zeros((len(u), 3, 3)))
 
     @property
-    def free_energy(self) -> float:
+    def free_energy(self):
         """Exact, eV per primitive cell."""
         return self.constant + self.state.harmonic_free_energy
 
 
-def crystal(
-    supercell_matrix: tuple[int, int, int] = (2, 1, 1), temperature: float = 0.0, seed: int = 1
-) -> SschaState:
+def crystal(supercell_matrix=(2, 1, 1), temperature=0.0, seed=1):
     """Three atoms without symmetry on random, stable springs that obey the acoustic sum rule."""
     atoms = Atoms(
         "SH2",
@@ -66,9 +64,7 @@ def crystal(
     )
 
 
-def springs(
-    atoms: Atoms, supercell_matrix: tuple[int, int, int], seed: int, scale: float = 1.0
-) -> np.ndarray:
+def springs(atoms, supercell_matrix, seed, scale=1.0):
     """Compact force constants of random positive springs, translations free."""
     rng = np.random.default_rng(seed)
     n_cells, n = int(np.prod(supercell_matrix)), len(atoms)
@@ -77,14 +73,12 @@ def springs(
     return scale * Symmetry(atoms, supercell_matrix).force_constants(fold(full, supercell_matrix))
 
 
-def labelled(
-    model: HarmonicCrystal, reference: HarmonicCrystal, n_configs: int, seed: int = 0
-) -> Labelled:
+def labelled(model, reference, n_configs, seed=0):
     """Both evaluated on an ensemble of the model's own state."""
     state = model.state
     u = sample_displacements(state, n_configs, seed)
 
-    def ensemble(source: HarmonicCrystal) -> Ensemble:
+    def ensemble(source):
         found = source.evaluate(displaced(state, u))
         return Ensemble(u, found.energy, np.array(found.forces), found.stress)
 
@@ -92,9 +86,7 @@ def labelled(
     return Labelled(state, ensemble(reference), ensemble(model), centroid)  # type: ignore[arg-type]
 
 
-def pair(
-    strength: float, *, supercell_matrix: tuple[int, int, int] = (2, 1, 1), noise: float = 0.0
-) -> tuple[HarmonicCrystal, HarmonicCrystal]:
+def pair(strength, *, supercell_matrix=(2, 1, 1), noise=0.0):
     """A model, and a reference whose minimum is shifted and whose springs differ, both in
     proportion to ``strength``."""
     state = crystal(supercell_matrix)

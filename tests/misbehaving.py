@@ -1,7 +1,5 @@
 """An ASE calculator that fails in the way its arguments ask for, by number of atoms."""
 
-from __future__ import annotations
-
 import errno
 import os
 import signal

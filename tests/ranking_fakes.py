@@ -1,12 +1,9 @@
 """Stand-ins for SSCHA with known answers, importable by worker processes."""
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import time
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 from ase import Atoms
@@ -28,10 +25,10 @@ class Emt:
     """EMT as an evaluator; good for Al, Cu, Ag, Au, Ni, Pd, Pt. A calculator per call: a used one
     does not pickle."""
 
-    def __init__(self, model_id: str = "emt") -> None:
+    def __init__(self, model_id="emt"):
         self.model_id = model_id
 
-    def evaluate(self, structures: list[Atoms]) -> Evaluation:
+    def evaluate(self, structures):
         """See `Evaluator`."""
         return CalculatorEvaluator(EMT()).evaluate(structures)
 
@@ -40,10 +37,10 @@ class Flat:
     """Evaluator with E = depth per atom for every structure: only volume makes enthalpies
     differ."""
 
-    def __init__(self, model_id: str = "flat", depth: float = -1.0) -> None:
+    def __init__(self, model_id="flat", depth=-1.0):
         self.model_id, self.depth = model_id, depth
 
-    def evaluate(self, structures: list[Atoms]) -> Evaluation:
+    def evaluate(self, structures):
         """See `Evaluator`."""
         energy = np.array([self.depth * len(atoms) for atoms in structures])
         return Evaluation(
@@ -53,7 +50,7 @@ class Flat:
         )
 
 
-def h3s(lattice: float = 3.1, shift: float = 0.0) -> Atoms:
+def h3s(lattice=3.1, shift=0.0):
     """H3S in its 4-atom cell: Im-3m, or R3m with the three H moved off the bond centres by
     ``shift`` (Angstrom)."""
     cell = 0.5 * lattice * np.array([[-1.0, 1, 1], [1, -1, 1], [1, 1, -1]])
@@ -61,7 +58,7 @@ def h3s(lattice: float = 3.1, shift: float = 0.0) -> Atoms:
     return Atoms("SH3", positions=[np.zeros(3), *hydrogens], cell=cell, pbc=True)
 
 
-def centred(atoms: Atoms) -> Atoms:
+def centred(atoms):
     """R3m H3S of `h3s` (or a supercell of it) with the hydrogens moved to the nearest bond centres:
     Im-3m."""
     result = stripped(atoms)
@@ -84,9 +81,7 @@ class Result(SimpleNamespace):
     converged, numbers = FreeEnergy.converged, FreeEnergy.numbers
 
 
-def sscha_result(
-    atoms: Atoms, centroids: Atoms, gibbs: float, temperature: float, **changes: Any
-) -> Result:
+def sscha_result(atoms, centroids, gibbs, temperature, **changes):
     """A converged `SschaResult` in the fields that the ranking reads."""
     values = dict(
         vars(FreeEnergy(status="converged")),
@@ -110,7 +105,7 @@ def sscha_result(
     return Result(**{**values, **changes})
 
 
-def count_call(directory: Any, atoms: Atoms, temperature: float, start: Any) -> None:
+def count_call(directory, atoms, temperature, start):
     """Leave a line per call beside the folder of the run."""
     append_jsonl(
         directory.parent.parent / "calls.jsonl",
@@ -124,16 +119,7 @@ def count_call(directory: Any, atoms: Atoms, temperature: float, start: Any) -> 
     )
 
 
-def shifted(
-    atoms: Atoms,
-    evaluator: Any,
-    *,
-    pressure: float,
-    temperature: float,
-    start: Any,
-    directory: Any,
-    **options: Any,
-) -> Any:
+def shifted(atoms, evaluator, *, pressure, temperature, start, directory, **options):
     """G = H + 0.2 eV/atom - T * 1e-4 eV/(atom K); the structure stays as it is."""
     count_call(directory, atoms, temperature, start)
     cell = primitive(atoms)
@@ -142,16 +128,7 @@ def shifted(
     return sscha_result(cell, cell, enthalpy + ZERO_POINT - 1e-4 * temperature, temperature)
 
 
-def symmetrising(
-    atoms: Atoms,
-    evaluator: Any,
-    *,
-    pressure: float,
-    temperature: float,
-    start: Any,
-    directory: Any,
-    **options: Any,
-) -> Any:
+def symmetrising(atoms, evaluator, *, pressure, temperature, start, directory, **options):
     """Quantum H3S: hydrogens end at the bond centres. G depends on the cell that was run, as finite
     size makes it."""
     count_call(directory, atoms, temperature, start)
@@ -160,7 +137,7 @@ def symmetrising(
     return sscha_result(cell, centroids, -1.0 + 0.001 * len(cell), temperature)
 
 
-def failing_on_gold(atoms: Atoms, evaluator: Any, **options: Any) -> Any:
+def failing_on_gold(atoms, evaluator, **options):
     """Like `shifted`, but gold dissociates, silver meets a defect and nickel kills its process."""
     symbol = atoms.get_chemical_symbols()[0]
     if symbol == "Au":
@@ -172,14 +149,14 @@ def failing_on_gold(atoms: Atoms, evaluator: Any, **options: Any) -> Any:
     return shifted(atoms, evaluator, **options)
 
 
-def slow(atoms: Atoms, evaluator: Any, **options: Any) -> Any:
+def slow(atoms, evaluator, **options):
     """Like `shifted` after a minute; says that it has begun."""
     count_call(options["directory"], atoms, options["temperature"], None)
     time.sleep(60)
     return shifted(atoms, evaluator, **options)
 
 
-def rotating(atoms: Atoms, evaluator: Any, **options: Any) -> Any:
+def rotating(atoms, evaluator, **options):
     """As `shifted`, and the state holds one H2 molecule whose libration costs next to nothing."""
     result = shifted(atoms, evaluator, **options)
     molecule = Atoms(
@@ -191,15 +168,7 @@ def rotating(atoms: Atoms, evaluator: Any, **options: Any) -> Any:
     return result
 
 
-def falling(
-    atoms: Atoms,
-    evaluator: Any,
-    *,
-    max_populations: int,
-    n_configs_start: int,
-    n_configs: int,
-    **options: Any,
-) -> Any:
+def falling(atoms, evaluator, *, max_populations, n_configs_start, n_configs, **options):
     """As `shifted`, reached from 0.08 eV/atom above in halves; converged below 0.2 meV/atom.
     Populations double in size."""
     result = shifted(atoms, evaluator, **options)

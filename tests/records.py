@@ -1,31 +1,22 @@
 """Runs and candidates from their numbers, for tests."""
 
-from __future__ import annotations
-
 from dataclasses import fields
-from typing import Any
-
-from ase import Atoms
 
 from magus_anharmonic.ranking.candidate import Candidate
-from magus_anharmonic.ranking.run import Key, Run
+from magus_anharmonic.ranking.run import Run
 from magus_anharmonic.sscha.record import FreeEnergy
 
 NUMBERS = {one.name for one in fields(FreeEnergy)}
 
 
-def stored_run(
-    structure: str, key: Key, start: Atoms, status: str = "converged", **values: Any
-) -> Run:
+def stored_run(structure, key, start, status="converged", **values):
     """A run; ``values`` : fields of it or of its free energy."""
     energy = {name: values.pop(name) for name in NUMBERS & values.keys()}
     numbers = FreeEnergy(status=status, **energy)
     return Run(structure=structure, key=key, start=start, free_energy=numbers, **values)
 
 
-def a_candidate(
-    id: str, atoms: Atoms | None = None, status: str = "static", **values: Any
-) -> Candidate:
+def a_candidate(id, atoms=None, status="static", **values):
     """A candidate; ``values`` : fields of it or of its free energy."""
     energy = {name: values.pop(name) for name in NUMBERS & values.keys()}
     return Candidate(id=id, atoms=atoms, free_energy=FreeEnergy(status=status, **energy), **values)

@@ -6,8 +6,6 @@ middle, s the change of the F-F
 distance: the smallest model in which the third order (d, d, s) makes a symmetric state unstable.
 """
 
-from __future__ import annotations
-
 import numpy as np
 from ase import Atoms
 from ase.build import bulk
@@ -26,12 +24,12 @@ HALF = 1.2
 class HydrogenBond:
     """Evaluator; every F-H-F unit is on its own."""
 
-    def __init__(self, k: float = -6.0, c: float = 12.0, g: float = 14.0) -> None:
+    def __init__(self, k=-6.0, c=12.0, g=14.0):
         self.k, self.c, self.g = k, c, g
         self.model_id = f"bond {k:g} {c:g} {g:g}"
 
     @staticmethod
-    def crystal(shift: float = 0.0) -> Atoms:
+    def crystal(shift=0.0):
         """P4/mmm, or P4mm with the proton ``shift`` A off the middle."""
         return Atoms(
             "HF2",
@@ -76,7 +74,7 @@ class HydrogenBond:
             np.zeros((len(structures), 3, 3)),
         )
 
-    def free_energy(self, symmetric: bool) -> tuple[float, float]:
+    def free_energy(self, symmetric):
         """SCHA free energy of (d, s) at 0 K in eV (transverse modes left out), minimised, and the
         centroid d.
 
@@ -87,7 +85,7 @@ class HydrogenBond:
         masses = np.array([proton * 2 * fluorine / (proton + 2 * fluorine), fluorine / 2.0])
         root = np.sqrt(masses)
 
-        def value(x: np.ndarray) -> float:
+        def value(x):
             d, s = (0.0 if symmetric else x[0]), x[1]
             factor = np.array([[x[2], 0.0], [0.0 if symmetric else x[3], x[4]]])
             matrix = factor @ factor.T + 1e-6 * np.eye(2)
@@ -118,13 +116,13 @@ class RockSaltWells:
     transition of first order.
     """
 
-    def __init__(self, c: float = 0.9, depth: float = 0.016 / 3.0) -> None:
+    def __init__(self, c=0.9, depth=0.016 / 3.0):
         """``c`` in eV/A^4, ``depth`` of a well along one axis in eV per cell."""
         self.k, self.c = -float(np.sqrt(16.0 * c * depth)), c
         self.model_id = f"rock salt {c:g} {depth:g}"
 
     @staticmethod
-    def crystal() -> Atoms:
+    def crystal():
         """Fm-3m, two atoms."""
         return bulk("SnTe", "rocksalt", a=6.3)
 
@@ -146,13 +144,13 @@ class RockSaltWells:
             forces.append(force)
         return Evaluation(np.array(energies), forces, np.zeros((len(structures), 3, 3)))
 
-    def free_energy(self, symmetric: bool) -> tuple[float, float]:
+    def free_energy(self, symmetric):
         """SCHA free energy at 0 K in eV/atom by closed Gaussian averages, and the centroid along
         one axis (A); the three axes alike."""
         tin, tellurium = atomic_masses[50], atomic_masses[52]
         mass = tin * tellurium / (tin + tellurium)
 
-        def value(x: np.ndarray) -> float:
+        def value(x):
             d, spring = (0.0 if symmetric else x[0]), np.exp(x[1])
             hbar_omega = HBAR * np.sqrt(spring / mass)
             a = HBAR**2 / (2.0 * hbar_omega * mass)

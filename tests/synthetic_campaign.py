@@ -1,12 +1,8 @@
 """A campaign folder of any size with made-up numbers, by the contract of its tables: for tests of
 the report and its benchmark."""
 
-from __future__ import annotations
-
 import csv
 import json
-from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 import numpy as np
 from ase import Atoms
@@ -20,9 +16,7 @@ PHASES = {"Cccm": 0.0, "R3m": 0.006, "Im-3m": 0.010}
 GROUPS = {"Cccm": "Cccm (66)", "R3m": "R3m (160)", "Im-3m": "Im-3m (229)"}
 
 
-def synthetic_campaign(
-    folder: Path, n_structures: int = 40, *, seed: int = 0, pressures: Sequence[float] = PRESSURES
-) -> Path:
+def synthetic_campaign(folder, n_structures=40, *, seed=0, pressures=PRESSURES):
     """Write ``folder/campaign`` with ``n_structures`` structures, all tables and no figures;
     returns ``folder``."""
     rng = np.random.default_rng(seed)
@@ -42,7 +36,7 @@ def synthetic_campaign(
     return folder
 
 
-def table(path: Path, header: str, rows: Iterable[Sequence[object]]) -> None:
+def table(path, header, rows):
     """A CSV file with the columns of ``header``."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
@@ -50,14 +44,7 @@ def table(path: Path, header: str, rows: Iterable[Sequence[object]]) -> None:
         writer.writerows(rows)
 
 
-def _enthalpies(
-    tables: Path,
-    ids: list[str],
-    names: list[str],
-    groups: list[str],
-    base: np.ndarray,
-    pressures: Sequence[float],
-) -> None:
+def _enthalpies(tables, ids, names, groups, base, pressures):
     table(
         tables / "enthalpies.csv",
         "id phase formula natoms space_group pressure_GPa volume_A3_per_atom enthalpy_eV_per_atom"
@@ -81,18 +68,11 @@ def _enthalpies(
     )
 
 
-def _enthalpy(base: float, pressure: float) -> float:
+def _enthalpy(base, pressure):
     return 0.01 * pressure + base * (1 - pressure / 110) if base < 0.015 else 0.01 * pressure + base
 
 
-def _ranking(
-    tables: Path,
-    ids: list[str],
-    groups: list[str],
-    base: np.ndarray,
-    pressure: float,
-    rng: np.random.Generator,
-) -> None:
+def _ranking(tables, ids, groups, base, pressure, rng):
     order = np.argsort([_enthalpy(value, pressure) for value in base])
     rows = []
     for place, i in enumerate(order):
@@ -159,7 +139,7 @@ def _ranking(
     )
 
 
-def _small_tables(tables: Path, ids: list[str], groups: list[str]) -> None:
+def _small_tables(tables, ids, groups):
     errors = [
         ("foundation", "ffffffffffff", 41, 350, 5.1),
         ("finetuned", "0123456789ab", 8.4, 128, 1.2),
@@ -235,7 +215,7 @@ def _small_tables(tables: Path, ids: list[str], groups: list[str]) -> None:
     )
 
 
-def _parity(tables: Path, n: int, rng: np.random.Generator) -> None:
+def _parity(tables, n, rng):
     values = rng.normal(0, 2, (n, 2)) @ np.array([[1, 1], [0, 0.05]])
     kinds = [("energy", "eV/atom"), ("force", "eV/A"), ("stress", "GPa")]
     table(
@@ -248,7 +228,7 @@ def _parity(tables: Path, n: int, rng: np.random.Generator) -> None:
     )
 
 
-def _structures(tables: Path, ids: list[str], pressures: Sequence[float]) -> None:
+def _structures(tables, ids, pressures):
     crystal = bulk("S", "bcc", a=3.1, cubic=True)
     middle = Atoms(
         "H6",
@@ -284,7 +264,7 @@ def _structures(tables: Path, ids: list[str], pressures: Sequence[float]) -> Non
     write(tables / "structures.extxyz", frames, format="extxyz")
 
 
-def _state(folder: Path, n: int, pressures: Sequence[float]) -> None:
+def _state(folder, n, pressures):
     counts = {"wall_s": 8000.0, "n_structures": n, "n_evaluations": 90 * n, "n_labels": 0}
     steps = {
         f"produce-{p:03g}GPa": {"status": "done", "kind": "produce", "pressure_GPa": p, **counts}

@@ -1,11 +1,8 @@
 """Numbers behind the paper's figures, on tables with known answers; pictures exist, also where
 there is little to show."""
 
-from __future__ import annotations
-
 import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -32,7 +29,7 @@ NAMES = {
 }
 
 
-def test_table_one_is_in_the_papers_order_and_units(tmp_path: Path) -> None:
+def test_table_one_is_in_the_papers_order_and_units(tmp_path):
     write_campaign(tmp_path)
     lines = quantities.table_one(
         tables.read(tables.ModelError, tmp_path / "tables" / "model_errors.csv")
@@ -49,19 +46,19 @@ def test_table_one_is_in_the_papers_order_and_units(tmp_path: Path) -> None:
     ) == pytest.approx((6.1, 117.7, 0.48))
 
 
-def test_the_rank_of_a_named_phase_counts_distinct_structures() -> None:
+def test_the_rank_of_a_named_phase_counts_distinct_structures():
     (found,) = enthalpies.ranks(foundation(60, np.random.default_rng(0)))
     assert (found.phase, found.rank, found.n_distinct) == ("R3m", 6, 61)
     assert found.above_lowest_meV_per_atom == pytest.approx(65.0)
 
 
-def test_two_structures_of_equal_enthalpy_and_other_space_group_are_two() -> None:
+def test_two_structures_of_equal_enthalpy_and_other_space_group_are_two():
     rows = foundation(10, np.random.default_rng(0))
     other = replace(rows[0], id="x", space_group="Cc (9)")
     assert len(enthalpies.distinct([*rows, other])) == len(enthalpies.distinct(rows)) + 1
 
 
-def test_parity_statistics_are_those_of_the_errors() -> None:
+def test_parity_statistics_are_those_of_the_errors():
     rows = [
         tables.Parity("m", "test", "force", "eV/A", x, x + e)
         for x, e in ((0.0, 0.1), (1.0, -0.1), (2.0, 0.3), (3.0, 0.1))
@@ -74,13 +71,13 @@ def test_parity_statistics_are_those_of_the_errors() -> None:
     assert quantities.parity_statistics(rows[:1])[0].r_squared is None
 
 
-def test_transitions_are_where_the_lower_envelope_changes() -> None:
+def test_transitions_are_where_the_lower_envelope_changes():
     found = enthalpies.transitions(relaxed())
     assert [(change.below, change.above) for change in found] == [("C2/c", "R3m"), ("R3m", "Im-3m")]
     assert [change.pressure_GPa for change in found] == pytest.approx([112.0, 177.0])
 
 
-def test_labels_of_close_transitions_do_not_cover_each_other() -> None:
+def test_labels_of_close_transitions_do_not_cover_each_other():
     changes = [
         enthalpies.Transition(f"phase {i}", f"phase {i + 1}", 110.0 + 2 * i, 100.0, 150.0)
         for i in range(6)
@@ -96,14 +93,14 @@ def test_labels_of_close_transitions_do_not_cover_each_other() -> None:
     assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
 
 
-def test_two_transitions_between_two_pressures_are_both_found() -> None:
+def test_two_transitions_between_two_pressures_are_both_found():
     rows = [row for row in relaxed() if row.pressure_GPa in (50.0, 200.0)]
     assert [change.pressure_GPa for change in enthalpies.transitions(rows)] == pytest.approx(
         [112.0, 177.0]
     )
 
 
-def test_a_phase_that_relaxes_into_another_is_that_one_and_its_noise_is_no_crossing() -> None:
+def test_a_phase_that_relaxes_into_another_is_that_one_and_its_noise_is_no_crossing():
     """Im-3m in two cells, and R3m that is Im-3m from 150 GPa on; the enthalpies of the two differ
     by the noise of relaxations."""
     rows = []
@@ -149,7 +146,7 @@ def test_a_phase_that_relaxes_into_another_is_that_one_and_its_noise_is_no_cross
     )
 
 
-def test_relative_enthalpies_refer_to_the_reference_or_to_the_best_known_phase() -> None:
+def test_relative_enthalpies_refer_to_the_reference_or_to_the_best_known_phase():
     found = enthalpies.relative_enthalpies(relaxed())
     assert {row.relative_meV_per_atom for row in found if row.phase == "Im-3m"} == {0.0}
     without = [row for row in relaxed() if row.phase != "Im-3m"][1:]
@@ -157,7 +154,7 @@ def test_relative_enthalpies_refer_to_the_reference_or_to_the_best_known_phase()
     assert enthalpies.relative_enthalpies(foundation(10, np.random.default_rng(0))) == []
 
 
-def test_critical_pressures_are_found_within_their_errors() -> None:
+def test_critical_pressures_are_found_within_their_errors():
     found = {
         (c.method, c.energies_by): c
         for c in quantities.critical_pressures(soft_mode(np.random.default_rng(1)))
@@ -173,7 +170,7 @@ def test_critical_pressures_are_found_within_their_errors() -> None:
         assert critical.critical_pressure_GPa == pytest.approx(exact, abs=3 * critical.error_GPa)
 
 
-def test_the_error_of_a_critical_pressure_is_the_spread_of_repeated_experiments() -> None:
+def test_the_error_of_a_critical_pressure_is_the_spread_of_repeated_experiments():
     many, errors = [], []
     for seed in range(200):
         points = [
@@ -191,7 +188,7 @@ def test_the_error_of_a_critical_pressure_is_the_spread_of_repeated_experiments(
     assert np.mean(errors) == pytest.approx(np.std(many), rel=0.2)
 
 
-def critical_pressure(pressures, squares, errors) -> quantities.CriticalPressure:
+def critical_pressure(pressures, squares, errors):
     """Of one curve."""
     curve = "Im-3m", "Im-3m (229)", "T1u"
     points = zip(pressures, squares, errors, strict=True)
@@ -212,15 +209,13 @@ def critical_pressure(pressures, squares, errors) -> quantities.CriticalPressure
         ([100.0, 150.0, 200.0], [5.0, 6.0, 7.0], "(positive at the highest)"),
     ],
 )
-def test_no_critical_pressure_without_a_change_of_sign(
-    pressures: list[float], squares: list[float], words: str
-) -> None:
+def test_no_critical_pressure_without_a_change_of_sign(pressures, squares, words):
     found = critical_pressure(pressures, squares, [None] * len(pressures))
     assert found.critical_pressure_GPa is None and found.error_GPa is None
     assert words in found.reason == found.words
 
 
-def test_the_zero_that_counts_is_the_one_above_which_the_structure_is_stable() -> None:
+def test_the_zero_that_counts_is_the_one_above_which_the_structure_is_stable():
     x = [0.0, 10.0, 20.0, 30.0, 40.0]
     y = [-(p - 5.0) * (p - 35.0) for p in x]
     for errors in ([1.0] * 5, [None] * 5):
@@ -229,14 +224,14 @@ def test_the_zero_that_counts_is_the_one_above_which_the_structure_is_stable() -
         assert found.critical_pressure_GPa == pytest.approx(5.0, abs=close)
 
 
-def test_two_points_with_errors_give_a_line_and_an_error() -> None:
+def test_two_points_with_errors_give_a_line_and_an_error():
     found = critical_pressure([100.0, 120.0], [-10.0, 30.0], [1.0, 1.0])
     assert (found.critical_pressure_GPa, found.how) == (pytest.approx(105.0), "interpolation")
     slope = 2.0
     assert found.error_GPa == pytest.approx(np.sqrt(0.75**2 + 0.25**2) / slope, rel=0.1)
 
 
-def test_the_reordering_is_told_from_the_linear_part() -> None:
+def test_the_reordering_is_told_from_the_linear_part():
     checked = [
         tables.SpaceGroups(
             f"s{i}",
@@ -269,7 +264,7 @@ def test_the_reordering_is_told_from_the_linear_part() -> None:
     assert len(moved) == 20 and min(m.gibbs_meV_per_atom for m in moved) == 0.0
 
 
-def test_a_saddle_point_is_not_the_phase_that_others_become() -> None:
+def test_a_saddle_point_is_not_the_phase_that_others_become():
     rows = [
         row.updated(status="saddle", gibbs=-4.0, space_group="Pm-3m (221)")
         if row.id == "s0"
@@ -279,7 +274,7 @@ def test_a_saddle_point_is_not_the_phase_that_others_become() -> None:
     assert quantities.reordering(rows)[0].best == "Im-3m"
 
 
-def test_every_figure_is_made_with_its_files(tmp_path: Path) -> None:
+def test_every_figure_is_made_with_its_files(tmp_path):
     campaign = write_campaign(tmp_path / "campaign")
     made, missing = make_figures(tmp_path)
     assert missing == [] and {figure.name for figure in made} == NAMES
@@ -293,7 +288,7 @@ def test_every_figure_is_made_with_its_files(tmp_path: Path) -> None:
     assert "zero at 173.0 GPa" in critical.alt
 
 
-def test_an_empty_campaign_makes_nothing_and_says_why(tmp_path: Path) -> None:
+def test_an_empty_campaign_makes_nothing_and_says_why(tmp_path):
     made, missing = make_figures(tmp_path)
     assert made == [] and len(missing) == 9
     assert all("not done" in one.reason for one in missing)
@@ -301,7 +296,7 @@ def test_an_empty_campaign_makes_nothing_and_says_why(tmp_path: Path) -> None:
         make_figures(tmp_path / "nowhere")
 
 
-def test_a_wrong_table_costs_its_own_figures_alone_and_old_files_go(tmp_path: Path) -> None:
+def test_a_wrong_table_costs_its_own_figures_alone_and_old_files_go(tmp_path):
     write_campaign(tmp_path)
     (tmp_path / "tables" / SUMS).unlink()  # tables of a user
     (tmp_path / "figures").mkdir()
@@ -328,7 +323,7 @@ def test_a_wrong_table_costs_its_own_figures_alone_and_old_files_go(tmp_path: Pa
     assert "mine.png" in left and "fig_4a_modes-old.png" not in left
 
 
-def test_one_point_each_and_no_error_bars_are_still_pictures(tmp_path: Path) -> None:
+def test_one_point_each_and_no_error_bars_are_still_pictures(tmp_path):
     write_campaign(tmp_path)
     (tmp_path / "tables" / SUMS).unlink()  # tables of a user
     for path in (tmp_path / "tables").glob("*.csv"):

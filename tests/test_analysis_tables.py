@@ -1,10 +1,7 @@
 """The tables of a campaign: what is written is read back, and what is wrong is named."""
 
-from __future__ import annotations
-
 import dataclasses
 import typing
-from pathlib import Path
 
 import pytest
 
@@ -12,10 +9,10 @@ from magus_anharmonic.errors import InputError
 from magus_anharmonic.io.files import SUMS
 from magus_anharmonic.paper import tables
 
-SAMPLES: dict[type, typing.Any] = {str: "text, with a comma", int: 7, float: 0.1234567891}
+SAMPLES = {str: "text, with a comma", int: 7, float: 0.1234567891}
 
 
-def sample(table: type, *, empty: bool) -> typing.Any:
+def sample(table, *, empty):
     """A row whose optional cells are empty, or all filled."""
     values = {}
     for name, hint in typing.get_type_hints(table).items():
@@ -35,19 +32,19 @@ def sample(table: type, *, empty: bool) -> typing.Any:
 
 @pytest.mark.parametrize("empty", [True, False], ids=["empty", "full"])
 @pytest.mark.parametrize("table", tables.TABLES, ids=lambda table: table.__name__)
-def test_every_table_is_read_as_it_was_written(table: type, empty: bool, tmp_path: Path) -> None:
+def test_every_table_is_read_as_it_was_written(table, empty, tmp_path):
     rows = [sample(table, empty=empty)] * 2
     tables.write(table, tmp_path / "t.csv", rows)
     assert tables.read(table, tmp_path / "t.csv") == rows
 
 
-def test_not_a_number_is_an_empty_cell(tmp_path: Path) -> None:
+def test_not_a_number_is_an_empty_cell(tmp_path):
     row = dataclasses.replace(sample(tables.Mode, empty=False), error_cm2=float("nan"))
     tables.write(tables.Mode, tmp_path / "t.csv", [row])
     assert tables.read(tables.Mode, tmp_path / "t.csv")[0].error_cm2 is None
 
 
-def changed(tmp_path: Path, table: type, old: str, new: str) -> Path:
+def changed(tmp_path, table, old, new):
     path = tmp_path / table.FILE.replace("<P>", "100")  # type: ignore[attr-defined]
     tables.write(table, path, [sample(table, empty=False)])
     text = path.read_text()
@@ -92,9 +89,7 @@ def changed(tmp_path: Path, table: type, old: str, new: str) -> Path:
         (tables.GradientError, "eV/A", "eV/bohr", ["line 2", "force must be in eV/A"]),
     ],
 )
-def test_a_wrong_table_is_refused_and_the_message_says_where(
-    tmp_path: Path, table: type, old: str, new: str, words: list[str]
-) -> None:
+def test_a_wrong_table_is_refused_and_the_message_says_where(tmp_path, table, old, new, words):
     path = changed(tmp_path, table, old, new)
     with pytest.raises(InputError) as error:
         tables.read(table, path)
@@ -102,13 +97,13 @@ def test_a_wrong_table_is_refused_and_the_message_says_where(
         assert word in str(error.value)
 
 
-def test_a_missing_file_is_named_and_an_optional_one_has_no_rows(tmp_path: Path) -> None:
+def test_a_missing_file_is_named_and_an_optional_one_has_no_rows(tmp_path):
     with pytest.raises(InputError, match="cost.csv: no such file"):
         tables.read(tables.Cost, tmp_path / "cost.csv")
     assert tables.read_if_there(tables.Cost, tmp_path) == []
 
 
-def test_further_columns_and_a_missing_optional_one_do_no_harm(tmp_path: Path) -> None:
+def test_further_columns_and_a_missing_optional_one_do_no_harm(tmp_path):
     path = tmp_path / "gradient_errors.csv"
     row = dataclasses.replace(sample(tables.GradientError, empty=False), single=None)
     names = [name for name in tables.columns(tables.GradientError) if name != "single"]
@@ -117,7 +112,7 @@ def test_further_columns_and_a_missing_optional_one_do_no_harm(tmp_path: Path) -
     assert tables.read(tables.GradientError, path) == [row]
 
 
-def test_names_of_files_carry_pressure_and_phase() -> None:
+def test_names_of_files_carry_pressure_and_phase():
     assert tables.ranking_file(100.0) == "ranking-100GPa.csv"
     assert tables.dispersion_file("Im-3m", 62.5) == "dispersion-Im-3m-62.5GPa.csv"
     assert tables.pressure_of_file(tables.dispersion_file("C2/c", 62.5)) == 62.5

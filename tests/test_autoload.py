@@ -1,7 +1,5 @@
 """Stock MAGUS finds the plug-ins by itself, and nobody else notices them."""
 
-from __future__ import annotations
-
 import compileall
 import os
 import subprocess
@@ -32,12 +30,7 @@ def broken():
 """
 
 
-def site(
-    folder: Path,
-    plugins: str = "recorder = recorder:register",
-    magus: bool = True,
-    entrypoints: bool = True,
-) -> Path:
+def site(folder, plugins="recorder = recorder:register", magus=True, entrypoints=True):
     """A folder for PYTHONPATH with our metadata and a package called magus."""
     info = folder / "magus_anharmonic-0.dist-info"
     info.mkdir(parents=True)
@@ -56,7 +49,7 @@ def site(
     return folder
 
 
-def python(code: str, path: Path, cwd: Path) -> subprocess.CompletedProcess[str]:
+def python(code, path, cwd):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(path), str(REPOSITORY)])}
     return subprocess.run(
         [sys.executable, "-W", "ignore", "-c", textwrap.dedent(code)],
@@ -68,22 +61,18 @@ def python(code: str, path: Path, cwd: Path) -> subprocess.CompletedProcess[str]
     )
 
 
-def registered(folder: Path) -> list[str]:
+def registered(folder):
     file = folder / "registered.txt"
     return file.read_text().splitlines() if file.exists() else []
 
 
-def test_importing_magus_after_ase_calls_every_plugin_once_the_calculators_are_complete(
-    tmp_path: Path,
-) -> None:
+def test_importing_magus_after_ase_calls_every_plugin_once_the_calculators_are_complete(tmp_path):
     result = python("import ase.io, magus.calculators", site(tmp_path / "site"), tmp_path)
     assert result.returncode == 0, result.stderr
     assert registered(tmp_path) == ["calculators are complete: True"]
 
 
-def test_a_process_that_only_uses_ase_imports_neither_magus_nor_anything_heavy(
-    tmp_path: Path,
-) -> None:
+def test_a_process_that_only_uses_ase_imports_neither_magus_nor_anything_heavy(tmp_path):
     code = """
         import ase.io, sys
         assert "magus_anharmonic.autoload" in sys.modules
@@ -95,7 +84,7 @@ def test_a_process_that_only_uses_ase_imports_neither_magus_nor_anything_heavy(
     assert registered(tmp_path) == []
 
 
-def test_the_hook_costs_less_than_a_millisecond(tmp_path: Path) -> None:
+def test_the_hook_costs_less_than_a_millisecond(tmp_path):
     code = """
         import logging, sys, time, ase.utils.plugins, importlib.util
         def once():
@@ -121,7 +110,7 @@ def test_the_hook_costs_less_than_a_millisecond(tmp_path: Path) -> None:
     assert float(result.stdout) < 1e-3
 
 
-def test_another_package_called_magus_is_left_alone(tmp_path: Path) -> None:
+def test_another_package_called_magus_is_left_alone(tmp_path):
     result = python(
         "import ase.io, magus.calculators", site(tmp_path / "site", entrypoints=False), tmp_path
     )
@@ -129,7 +118,7 @@ def test_another_package_called_magus_is_left_alone(tmp_path: Path) -> None:
     assert registered(tmp_path) == []
 
 
-def test_a_single_module_called_magus_is_not_taken_for_magus(tmp_path: Path) -> None:
+def test_a_single_module_called_magus_is_not_taken_for_magus(tmp_path):
     folder = site(tmp_path / "site", magus=False)
     (folder / "magus.py").write_text("")
     code = (
@@ -139,13 +128,13 @@ def test_a_single_module_called_magus_is_not_taken_for_magus(tmp_path: Path) -> 
     assert python(code, folder, tmp_path).returncode == 0
 
 
-def test_calculators_imported_before_ase_are_served_at_once(tmp_path: Path) -> None:
+def test_calculators_imported_before_ase_are_served_at_once(tmp_path):
     result = python("import magus.calculators; import ase.io", site(tmp_path / "site"), tmp_path)
     assert result.returncode == 0, result.stderr
     assert registered(tmp_path) == ["calculators are complete: True"]
 
 
-def magus_as_it_is(folder: Path) -> Path:
+def magus_as_it_is(folder):
     """``magus.calculators`` imports ASE itself, its calculators import ``base``, and each is the
     program of a cluster job."""
     (folder / "magus/calculators/__init__.py").write_text("import ase.io\nREADY = True\n")
@@ -156,8 +145,8 @@ def magus_as_it_is(folder: Path) -> Path:
 
 
 def test_calculators_that_import_ase_themselves_are_served_when_the_first_of_them_is_loaded(
-    tmp_path: Path,
-) -> None:
+    tmp_path,
+):
     """The fault: the plug-ins were called while the package was half loaded, failed in a traceback,
     and were never called again."""
     result = python(
@@ -170,7 +159,7 @@ def test_calculators_that_import_ase_themselves_are_served_when_the_first_of_the
 
 
 @pytest.mark.parametrize("before", ["", "import ase.io"])
-def test_a_cluster_job_calls_no_plugin(tmp_path: Path, before: str) -> None:
+def test_a_cluster_job_calls_no_plugin(tmp_path, before):
     folder = magus_as_it_is(site(tmp_path / "site"))
     (folder / "sitecustomize.py").write_text(before)
     plain = [sys.executable, "-m", "magus.calculators.vasp"]
@@ -182,7 +171,7 @@ def test_a_cluster_job_calls_no_plugin(tmp_path: Path, before: str) -> None:
     assert registered(tmp_path) == []
 
 
-def test_a_broken_plugin_is_logged_and_the_others_still_load(tmp_path: Path) -> None:
+def test_a_broken_plugin_is_logged_and_the_others_still_load(tmp_path):
     plugins = "bad = recorder:broken\ngood = recorder:register"
     code = (
         "import logging; logging.basicConfig(); import ase.io, magus.calculators;"
@@ -195,7 +184,7 @@ def test_a_broken_plugin_is_logged_and_the_others_still_load(tmp_path: Path) -> 
     assert registered(tmp_path) == ["calculators are complete: True"]
 
 
-def test_two_hooks_that_ask_each_other_do_not_recurse(tmp_path: Path) -> None:
+def test_two_hooks_that_ask_each_other_do_not_recurse(tmp_path):
     code = """
         import ase.io, sys, importlib.util
         class Other:
@@ -217,7 +206,7 @@ def test_two_hooks_that_ask_each_other_do_not_recurse(tmp_path: Path) -> None:
     assert registered(tmp_path) == ["calculators are complete: True"]
 
 
-def test_a_missing_submodule_of_magus_is_still_a_plain_import_error(tmp_path: Path) -> None:
+def test_a_missing_submodule_of_magus_is_still_a_plain_import_error(tmp_path):
     folder = site(tmp_path / "site")
     (folder / "magus/calculators/__init__.py").unlink()
     (folder / "magus/calculators").rmdir()
@@ -229,7 +218,7 @@ def test_a_missing_submodule_of_magus_is_still_a_plain_import_error(tmp_path: Pa
     assert result.stdout.strip() == "as ever"
 
 
-def test_ase_reads_files_as_before(tmp_path: Path) -> None:
+def test_ase_reads_files_as_before(tmp_path):
     code = """
         import ase, ase.io
         from ase.io.formats import ioformats
@@ -241,7 +230,7 @@ def test_ase_reads_files_as_before(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
 
 
-def test_only_the_format_is_a_lazy_attribute() -> None:
+def test_only_the_format_is_a_lazy_attribute():
     from magus_anharmonic import autoload
 
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):

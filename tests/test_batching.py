@@ -1,8 +1,6 @@
 """Batches, shared neighbour lists, memory that runs out, and the check of a model at its loading:
 none changes a result."""
 
-from __future__ import annotations
-
 import copy
 import functools
 import logging
@@ -30,13 +28,11 @@ from magus_anharmonic.potential.resources import (
 
 
 @pytest.fixture
-def double(tiny_checkpoint) -> Potential:
+def double(tiny_checkpoint):
     return Potential(checkpoint.read(tiny_checkpoint)[0], dtype="float64")
 
 
-def displaced(
-    atoms: Atoms, count: int, size: float, seed: int = 0, strain: float = 0.0
-) -> list[Atoms]:
+def displaced(atoms, count, size, seed=0, strain=0.0):
     """Copies with normal displacements (Angstrom), each with a random strain of its own."""
     rng = np.random.default_rng(seed)
     copies = [atoms.copy() for _ in range(count)]
@@ -48,13 +44,13 @@ def displaced(
     return copies
 
 
-def without_sharing(potential: Potential, structures: list[Atoms], monkeypatch):
+def without_sharing(potential, structures, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(evaluate, "SHARED_FROM", 10**9)
         return potential.evaluate(structures)
 
 
-def assert_same(first, second, tolerance: float) -> None:
+def assert_same(first, second, tolerance):
     np.testing.assert_allclose(first.energy, second.energy, atol=tolerance)
     np.testing.assert_allclose(
         np.concatenate(first.forces), np.concatenate(second.forces), atol=tolerance
@@ -63,16 +59,14 @@ def assert_same(first, second, tolerance: float) -> None:
 
 
 @pytest.mark.parametrize(("size", "strain"), [(0.01, 0.0), (0.15, 0.0), (0.1, 0.03)])
-def test_a_shared_list_changes_no_number_beyond_rounding(
-    double, h3s, monkeypatch, size, strain
-) -> None:
+def test_a_shared_list_changes_no_number_beyond_rounding(double, h3s, monkeypatch, size, strain):
     structures = displaced(h3s(3.0).repeat((2, 1, 1)), 6, size, strain=strain)
     shared = double.evaluate(structures)
     assert len(double._share(structures)[1]) == 1
     assert_same(shared, without_sharing(double, structures, monkeypatch), 1e-11)
 
 
-def test_results_do_not_depend_on_what_was_computed_before(h3s, tiny_checkpoint) -> None:
+def test_results_do_not_depend_on_what_was_computed_before(h3s, tiny_checkpoint):
     atoms = h3s(3.0).repeat((2, 1, 1))
     later = displaced(atoms, 6, 0.02, seed=1)
     fresh, used = load(tiny_checkpoint), load(tiny_checkpoint)
@@ -82,9 +76,7 @@ def test_results_do_not_depend_on_what_was_computed_before(h3s, tiny_checkpoint)
     np.testing.assert_array_equal(np.concatenate(one.forces), np.concatenate(other.forces))
 
 
-def test_atoms_that_left_the_cell_and_molecules_without_a_cell_share_too(
-    double, h3s, monkeypatch
-) -> None:
+def test_atoms_that_left_the_cell_and_molecules_without_a_cell_share_too(double, h3s, monkeypatch):
     wrapped = displaced(h3s(3.0).repeat((2, 1, 1)), 6, 0.05)
     for index, atoms in enumerate(wrapped):
         atoms.translate([0.7 * index, 0, 3.0 * index])
@@ -109,7 +101,7 @@ def test_atoms_that_left_the_cell_and_molecules_without_a_cell_share_too(
 
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 10**6), size=st.floats(0.0, 0.4), strain=st.floats(0.0, 0.1))
-def test_a_list_holds_every_pair_of_the_configurations_it_covers(seed, size, strain) -> None:
+def test_a_list_holds_every_pair_of_the_configurations_it_covers(seed, size, strain):
     rng = np.random.default_rng(seed)
     atoms = Atoms(
         "H4",
@@ -142,7 +134,7 @@ def test_a_list_holds_every_pair_of_the_configurations_it_covers(seed, size, str
     np.testing.assert_allclose(rows(shared), rows(plain), atol=2e-6)
 
 
-def test_very_different_structures_of_one_formula_do_not_share(double, h3s, monkeypatch) -> None:
+def test_very_different_structures_of_one_formula_do_not_share(double, h3s, monkeypatch):
     rng = np.random.default_rng(3)
     cells = [3.0 * (np.eye(3) + rng.uniform(-0.4, 0.4, (3, 3))) for _ in range(5)]
     structures = [
@@ -154,16 +146,16 @@ def test_very_different_structures_of_one_formula_do_not_share(double, h3s, monk
     )
 
 
-def test_coincident_atoms_of_a_shared_list_are_named(potential, h3s) -> None:
+def test_coincident_atoms_of_a_shared_list_are_named(potential, h3s):
     structures = displaced(h3s(3.0).repeat((2, 1, 1)), 6, 0.01)
     structures[3].positions[2] = structures[3].positions[1] + 1e-5
     with pytest.raises(InputError, match=r"structure 3: atoms . and . coincide"):
         potential.evaluate(structures)
 
 
-def test_batches_obey_the_limits_of_edges_and_atoms(potential, h3s) -> None:
+def test_batches_obey_the_limits_of_edges_and_atoms(potential, h3s):
     small = Potential(potential.module, edges_per_batch=800)
-    sizes: list[tuple[int, int]] = []
+    sizes = []
     assert small.memory.per_edge > 0, "measured before the hook"
     evaluate = small.model.evaluate
     small.model.evaluate = lambda graph: (
@@ -181,10 +173,10 @@ def test_batches_obey_the_limits_of_edges_and_atoms(potential, h3s) -> None:
     assert max(count for _, count in sizes) > 1
 
 
-def fails_above(potential: Potential, limit: int, error: Exception) -> list[int]:
+def fails_above(potential, limit, error):
     """Let the model raise ``error`` for graphs with more than ``limit`` structures; returns the
     sizes that were tried."""
-    tried: list[int] = []
+    tried = []
     assert potential.memory.per_edge > 0, "measured before the hook"
 
     evaluate = potential.model.evaluate
@@ -211,11 +203,12 @@ OUT_OF_MEMORY = [
 ]
 
 
-@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: str(error)[:20])
-@pytest.mark.parametrize("sharing", [True, False])
+@pytest.mark.parametrize(
+    ("error", "sharing"), [(error, i % 2 == 0) for i, error in enumerate(OUT_OF_MEMORY)]
+)
 def test_memory_that_runs_out_halves_the_batches_and_keeps_the_order(
     tiny_checkpoint, h3s, error, sharing, caplog
-) -> None:
+):
     structures = (
         displaced(h3s(3.0), 9, 0.02)
         if sharing
@@ -231,7 +224,7 @@ def test_memory_that_runs_out_halves_the_batches_and_keeps_the_order(
     assert "ran out" in caplog.text
 
 
-def test_other_errors_are_not_taken_for_memory(tiny_checkpoint, h3s) -> None:
+def test_other_errors_are_not_taken_for_memory(tiny_checkpoint, h3s):
     broken = Potential(checkpoint.read(tiny_checkpoint)[0])
     tried = fails_above(broken, 0, RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     with pytest.raises(RuntimeError, match="mat1 and mat2"):
@@ -239,7 +232,7 @@ def test_other_errors_are_not_taken_for_memory(tiny_checkpoint, h3s) -> None:
     assert len(tried) == 1 and not is_out_of_memory(ValueError("out of memory"))
 
 
-def test_a_structure_that_is_larger_than_the_memory_alone_is_named(tiny_checkpoint, h3s) -> None:
+def test_a_structure_that_is_larger_than_the_memory_alone_is_named(tiny_checkpoint, h3s):
     narrow = Potential(checkpoint.read(tiny_checkpoint)[0])
     fails_above(narrow, 0, MemoryError())
     with pytest.raises(
@@ -256,8 +249,8 @@ def test_a_structure_that_is_larger_than_the_memory_alone_is_named(tiny_checkpoi
         small.evaluate([Atoms("H", cell=[20] * 3, pbc=True), h3s(3.0)])
 
 
-def test_the_memory_model_is_what_the_probe_says_and_sets_the_batch(potential) -> None:
-    def probe(graph) -> float:
+def test_the_memory_model_is_what_the_probe_says_and_sets_the_batch(potential):
+    def probe(graph):
         return 5e4 + 1000.0 * len(graph.centre) + 300.0 * len(graph.numbers)
 
     assert measure(potential.model, torch.float32, "cpu", probe) == MemoryModel(
@@ -270,7 +263,7 @@ def test_the_memory_model_is_what_the_probe_says_and_sets_the_batch(potential) -
     assert limited.atoms_per_batch == 2333
 
 
-def test_the_measured_memory_follows_the_size_of_the_model(potential) -> None:
+def test_the_measured_memory_follows_the_size_of_the_model(potential):
     from mattersim.forcefield.m3gnet.m3gnet import M3Gnet
 
     wide = Potential(M3Gnet(num_blocks=2, units=64, device="cpu"))
@@ -280,7 +273,7 @@ def test_the_measured_memory_follows_the_size_of_the_model(potential) -> None:
     assert 1e8 < available_bytes("cpu") < 1e15
 
 
-def test_a_model_that_is_evaluated_wrongly_stops_the_run(tiny_checkpoint, monkeypatch) -> None:
+def test_a_model_that_is_evaluated_wrongly_stops_the_run(tiny_checkpoint, monkeypatch):
     potential = Potential(checkpoint.read(tiny_checkpoint)[0])
     loading.check_against_stock(potential)
     with torch.no_grad():
@@ -307,7 +300,7 @@ def test_a_model_that_is_evaluated_wrongly_stops_the_run(tiny_checkpoint, monkey
         loading.check_against_stock(potential)
 
 
-def test_a_model_is_checked_once_per_process(tiny_checkpoint, monkeypatch) -> None:
+def test_a_model_is_checked_once_per_process(tiny_checkpoint, monkeypatch):
     calls = []
     monkeypatch.setattr(loading, "_checked", set())
     monkeypatch.setattr(loading, "check_against_stock", calls.append)
@@ -317,7 +310,7 @@ def test_a_model_is_checked_once_per_process(tiny_checkpoint, monkeypatch) -> No
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-def test_the_compiled_loops_are_torchs(threads) -> None:
+def test_the_compiled_loops_are_torchs(threads):
     compiled = kernels._native()
     if compiled is None:
         pytest.skip("no C compiler")
@@ -330,9 +323,9 @@ def test_the_compiled_loops_are_torchs(threads) -> None:
         torch.set_num_threads(before)
 
 
-def test_wrong_compiled_loops_are_noticed() -> None:
+def test_wrong_compiled_loops_are_noticed():
     class Wrong(Kernels):
-        def three_forward(self, y, edge) -> None:
+        def three_forward(self, y, edge):
             edge += 1.0001 * (
                 y[:, : edge.shape[1]]
                 * y[:, : edge.shape[1]].sigmoid()
@@ -342,7 +335,7 @@ def test_wrong_compiled_loops_are_noticed() -> None:
     assert kernels.disagreement(Wrong()) > 1e-5
 
 
-def test_torch_alone_gives_the_same_numbers(potential, h3s, monkeypatch) -> None:
+def test_torch_alone_gives_the_same_numbers(potential, h3s, monkeypatch):
     structures = displaced(h3s(3.0), 3, 0.05)
     compiled = potential.evaluate(structures)
     monkeypatch.setattr(
@@ -351,9 +344,7 @@ def test_torch_alone_gives_the_same_numbers(potential, h3s, monkeypatch) -> None
     assert_same(potential.evaluate(structures), compiled, 2e-6)
 
 
-def test_without_a_compiler_everything_works_and_the_log_says_so(
-    tmp_path, monkeypatch, caplog
-) -> None:
+def test_without_a_compiler_everything_works_and_the_log_says_so(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(kernels, "COMPILERS", ("no-such-compiler",))
     with caplog.at_level(logging.INFO):
         assert kernels._native.__wrapped__() is None
@@ -364,7 +355,7 @@ def test_without_a_compiler_everything_works_and_the_log_says_so(
     assert not list(tmp_path.iterdir())
 
 
-def test_compiled_loops_are_found_again(tmp_path) -> None:
+def test_compiled_loops_are_found_again(tmp_path):
     try:
         first = kernels.compiled(tmp_path)
     except OSError:
@@ -384,12 +375,12 @@ def three_threads():
 
 def test_threads_take_batches_side_by_side_and_change_no_number(
     double, h3s, monkeypatch, three_threads
-) -> None:
+):
     structures = displaced(h3s(3.0).repeat((2, 2, 1)), 6, 0.05) + [
         h3s(3.0 + 0.02 * k, 0.1).repeat((2, 1, 1)) for k in range(5)
     ]
     structures += [Atoms("H", cell=[20] * 3, pbc=True)]
-    threads: list[tuple[str, int]] = []
+    threads = []
     evaluate = double.model.evaluate
     monkeypatch.setattr(
         double.model,
@@ -412,15 +403,15 @@ def test_threads_take_batches_side_by_side_and_change_no_number(
 
 def test_what_fails_in_a_thread_is_raised_with_its_index_and_stops_the_others(
     potential, h3s, three_threads
-) -> None:
+):
     structures = [h3s(3.0 + 0.01 * k, 0.05).repeat((2, 2, 1)) for k in range(12)]
     structures[5].positions[1] = structures[5].positions[2] + 1e-5
     with pytest.raises(InputError, match=r"structure 5: atoms . and . coincide"):
         potential.evaluate(structures)
     assert torch.get_num_threads() == 3
-    done: list[int] = []
+    done = []
 
-    def task(number: int) -> None:
+    def task(number):
         if number == 1:
             raise KeyboardInterrupt
         done.append(number)
@@ -430,7 +421,7 @@ def test_what_fails_in_a_thread_is_raised_with_its_index_and_stops_the_others(
     assert len(done) < 9_999
 
 
-def test_evaluating_leaves_the_number_of_threads(tiny_checkpoint, h3s) -> None:
+def test_evaluating_leaves_the_number_of_threads(tiny_checkpoint, h3s):
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(2)

@@ -1,7 +1,5 @@
 """Names with brackets and colons are printed as they are: they are no markup of the screen."""
 
-from __future__ import annotations
-
 import ast
 from importlib import import_module
 from pathlib import Path
@@ -22,9 +20,7 @@ ENERGIES = "enthalpy_eV_per_atom,gibbs_eV_per_atom,gibbs_error_eV_per_atom,statu
 RANKING = f"{COLUMNS},{ENERGIES}\n[/bold]a,Cu,1,10,0,Fm-3m (225),Fm-3m (225),1,1,0.1,stable,\n"
 
 
-def test_the_folder_of_a_ranking_is_printed_as_it_is(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_folder_of_a_ranking_is_printed_as_it_is(tmp_path, capsys):
     folder = tmp_path / NAME.replace("/", "")
     folder.mkdir()
     (folder / "ranking.csv").write_text(RANKING)
@@ -37,9 +33,7 @@ def test_the_folder_of_a_ranking_is_printed_as_it_is(
     )
 
 
-def test_the_phase_of_errors_is_printed_as_it_is(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_phase_of_errors_is_printed_as_it_is(tmp_path, capsys):
     parts = SimpleNamespace(
         single=1.0, mean=1.0, systematic=1.0, systematic_error=1.0, statistical=1.0, floor=1.0
     )
@@ -65,8 +59,8 @@ def test_the_phase_of_errors_is_printed_as_it_is(
 
 
 def test_the_folder_and_the_words_of_a_hessian_are_printed_as_they_are(
-    tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    tmp_path, capsys, monkeypatch
+):
     monkeypatch.setattr(
         "magus_anharmonic.sscha.report.softest_levels", lambda hessian: [("[/q]", "1", "2", "3")]
     )
@@ -83,9 +77,7 @@ def test_the_folder_and_the_words_of_a_hessian_are_printed_as_they_are(
     )
 
 
-def test_the_steps_of_a_campaign_are_printed_as_they_are(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_steps_of_a_campaign_are_printed_as_they_are(tmp_path, monkeypatch):
     found = SimpleNamespace(
         columns=("step", "remark"), rows=[("sscha", NAME)], missing=[f"{NAME}: no result"]
     )
@@ -100,7 +92,7 @@ def test_the_steps_of_a_campaign_are_printed_as_they_are(
     )
 
 
-def test_doctor_prints_what_it_found_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_prints_what_it_found_as_it_is(monkeypatch):
     from magus_anharmonic.doctor import Check
 
     checks = [
@@ -120,16 +112,14 @@ def test_doctor_prints_what_it_found_as_it_is(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize(
     "arguments", [["search", "-i", "[/bold].yaml"], ["rank", "[/bold].xyz"]], ids=["search", "rank"]
 )
-def test_a_message_about_a_name_with_brackets_is_no_traceback(
-    arguments: list[str], tmp_path: Path, monkeypatch
-) -> None:
+def test_a_message_about_a_name_with_brackets_is_no_traceback(arguments, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 2 and isinstance(result.exception, SystemExit), result.exception
     assert "[/bold]" in result.output
 
 
-def test_every_command_prints_through_the_console_without_markup() -> None:
+def test_every_command_prints_through_the_console_without_markup():
     makers = []
     for file in sorted(Path(magus_anharmonic.__file__).parent.rglob("*.py")):
         for node in ast.walk(ast.parse(file.read_text())):

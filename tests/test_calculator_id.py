@@ -1,14 +1,10 @@
 """A stored number is only reused for the energy surface that gave it; ids of ASE calculators."""
 
-from __future__ import annotations
-
 import logging
 import pickle
-from pathlib import Path
 
 import numpy as np
 import pytest
-from ase import Atoms
 from ase.build import bulk
 from ase.calculators.calculator import Calculator, all_changes
 from ase.calculators.emt import EMT
@@ -16,11 +12,8 @@ from ase.calculators.lj import LennardJones
 from ase.calculators.mixing import SumCalculator
 from ase.calculators.morse import MorsePotential
 
-from magus_anharmonic import free_energy
 from magus_anharmonic.calculator_id import is_unnamed, probes
-from magus_anharmonic.errors import MagusAnharmonicError
 from magus_anharmonic.evaluator import CalculatorEvaluator, as_evaluator
-from magus_anharmonic.potential.remote import Source, serialised
 
 COPPER = bulk("Cu")
 
@@ -31,15 +24,11 @@ class Hidden(Calculator):
 
     implemented_properties = ("energy", "forces")
 
-    def __init__(
-        self, k: float = 1.0, file: Path | None = None, largest: float = np.inf, **parameters
-    ) -> None:
+    def __init__(self, k=1.0, file=None, largest=np.inf, **parameters):
         super().__init__(**parameters)
         self.k, self.file, self.largest, self.calls = k, file, largest, 0
 
-    def calculate(
-        self, atoms: Atoms | None = None, properties=("energy",), system_changes=all_changes
-    ) -> None:
+    def calculate(self, atoms=None, properties=("energy",), system_changes=all_changes):
         super().calculate(atoms, properties, system_changes)
         self.calls += 1
         if len(self.atoms) > self.largest:
@@ -51,7 +40,7 @@ class Hidden(Calculator):
         }
 
 
-def ids(*calculators: Calculator) -> set[str]:
+def ids(*calculators):
     return {as_evaluator(calculator, [COPPER]).model_id for calculator in calculators}
 
 
@@ -128,35 +117,11 @@ def test_what_cannot_be_probed_has_no_id_and_nothing_is_reused(tmp_path, caplog)
 
 def test_a_machine_error_is_no_missing_id():
     class Full(Hidden):
-        def calculate(self, *arguments, **more) -> None:
+        def calculate(self, *arguments, **more):
             raise OSError(28, "No space left on device")
 
     with pytest.raises(OSError, match="No space"):
         ids(Full())
-
-
-def test_free_energy_in_a_reused_directory_never_returns_the_number_of_another_potential(tmp_path):
-    argon = bulk("Ar", "fcc", a=5.2)
-
-    def run(epsilon: float, directory: Path | None = tmp_path):
-        lj = LennardJones(sigma=3.4, epsilon=epsilon, rc=6.0, smooth=True)
-        return free_energy(
-            argon,
-            lj,
-            0.0,
-            40.0,
-            (2, 2, 2),
-            "fixed",
-            n_configs=20,
-            max_populations=2,
-            directory=directory,
-        )
-
-    first = run(0.0104)
-    again = run(0.0104)
-    assert again.gibbs == first.gibbs and again.seconds == first.seconds
-    other = run(0.0208)
-    assert other.gibbs == run(0.0208, None).gibbs < first.gibbs - 0.03
 
 
 def test_two_checkpoints_behind_the_same_calculator_have_their_own_ids(tiny_checkpoint, tmp_path):
@@ -184,12 +149,3 @@ def test_two_checkpoints_behind_the_same_calculator_have_their_own_ids(tiny_chec
         != as_evaluator(second).model_id
         == second.model_id
     )
-
-
-def test_a_worker_notices_a_checkpoint_that_was_replaced(tiny_checkpoint):
-    from magus_anharmonic import MatterSim
-
-    source = serialised(as_evaluator(MatterSim(str(tiny_checkpoint), "cpu")))
-    assert source.make().model_id == source.model_id
-    with pytest.raises(MagusAnharmonicError, match="replaced"):
-        Source("another", evaluator=source.evaluator).make()

@@ -10,7 +10,6 @@ import os
 import signal
 import threading
 import time
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,7 +23,6 @@ from magus_anharmonic.campaign.run import status
 from magus_anharmonic.campaign.steps import (
     Context,
     Outcome,
-    Step,
     StepRecord,
     plan,
     read_records,
@@ -47,12 +45,12 @@ class Fakes:
     """Stand-ins for all runners: they count calls, leave a part of a table, and do what ``acts``
     says for a step."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         self.calls: list[str] = []
         self.acts: dict[str, Any] = {}
         self.rmse: list[float] = [0.005]
 
-    def __call__(self, context: Context, step: Step) -> Outcome:
+    def __call__(self, context, step):
         self.calls.append(step.id)
         folder = context.folder(step)
         folder.mkdir(parents=True, exist_ok=True)
@@ -71,7 +69,7 @@ class Fakes:
 
 
 @pytest.fixture
-def fakes(monkeypatch: pytest.MonkeyPatch) -> Fakes:
+def fakes(monkeypatch):
     found = Fakes()
     kinds = (
         "learn",
@@ -106,7 +104,7 @@ IDS = [
 ]
 
 
-def test_the_steps_of_a_campaign_are_those_of_figure_1b(tmp_path: Path) -> None:
+def test_the_steps_of_a_campaign_are_those_of_figure_1b(tmp_path):
     steps = {step.id: step for step in plan(load_campaign(write_campaign(tmp_path)))}
     assert list(steps) == IDS
     assert steps["merge"].needs == ("learn-075GPa", "learn-125GPa")
@@ -115,7 +113,7 @@ def test_the_steps_of_a_campaign_are_those_of_figure_1b(tmp_path: Path) -> None:
     assert steps["dft"].needs == ("sscha-100GPa",)
 
 
-def test_without_learning_the_foundation_is_the_model(tmp_path: Path) -> None:
+def test_without_learning_the_foundation_is_the_model(tmp_path):
     steps = {
         step.id: step
         for step in plan(
@@ -162,16 +160,14 @@ def test_without_learning_the_foundation_is_the_model(tmp_path: Path) -> None:
         ({"phases": [{"name": "Im-3m"}]}, ["give structure (a file) or space_group"]),
     ],
 )
-def test_wrong_input_is_one_message_that_names_the_key(
-    changes: dict[str, Any], words: list[str]
-) -> None:
+def test_wrong_input_is_one_message_that_names_the_key(changes, words):
     with pytest.raises(InputError) as caught:
         parse_campaign(changed(**changes))
     for word in words:
         assert word in str(caught.value)
 
 
-def test_wrong_input_ends_the_command_with_2_and_no_traceback(tmp_path: Path) -> None:
+def test_wrong_input_ends_the_command_with_2_and_no_traceback(tmp_path):
     file = write_campaign(tmp_path, hessian={"phases": [{"name": "R3m"}]})
     result = CliRunner().invoke(app, ["campaign", str(file)])
     assert result.exit_code == 2
@@ -182,9 +178,7 @@ def test_wrong_input_ends_the_command_with_2_and_no_traceback(tmp_path: Path) ->
     assert not (tmp_path / "campaign").exists()
 
 
-def test_a_structure_file_that_is_missing_or_of_another_phase_is_refused(
-    tmp_path: Path, fakes: Fakes
-) -> None:
+def test_a_structure_file_that_is_missing_or_of_another_phase_is_refused(tmp_path, fakes):
     file = write_campaign(
         tmp_path, phases=[{"name": "Im-3m", "structure": "cubic.vasp", "space_group": 160}]
     )
@@ -197,9 +191,7 @@ def test_a_structure_file_that_is_missing_or_of_another_phase_is_refused(
         driver.run_campaign(file)
 
 
-def test_a_mode_that_the_phase_does_not_have_is_refused_before_any_work(
-    tmp_path: Path, fakes: Fakes
-) -> None:
+def test_a_mode_that_the_phase_does_not_have_is_refused_before_any_work(tmp_path, fakes):
     file = write_campaign(tmp_path, hessian={"phases": [{"name": "Im-3m", "irreps": ["T2g"]}]})
     with pytest.raises(
         InputError, match="T2g: this phase has no such optical mode at Gamma; it has T1u, T2u"
@@ -208,7 +200,7 @@ def test_a_mode_that_the_phase_does_not_have_is_refused_before_any_work(
     assert fakes.calls == []
 
 
-def test_every_step_runs_once_and_is_skipped_afterwards(tmp_path: Path, fakes: Fakes) -> None:
+def test_every_step_runs_once_and_is_skipped_afterwards(tmp_path, fakes):
     file = write_campaign(tmp_path)
     records = driver.run_campaign(file)
     assert fakes.calls == IDS
@@ -218,9 +210,7 @@ def test_every_step_runs_once_and_is_skipped_afterwards(tmp_path: Path, fakes: F
     assert fakes.calls == []
 
 
-def test_a_changed_key_runs_what_depends_on_it_again_and_nothing_else(
-    tmp_path: Path, fakes: Fakes
-) -> None:
+def test_a_changed_key_runs_what_depends_on_it_again_and_nothing_else(tmp_path, fakes):
     driver.run_campaign(write_campaign(tmp_path))
     fakes.calls.clear()
     driver.run_campaign(write_campaign(tmp_path, sscha={"settings": {"n_configs": 500}}))
@@ -234,9 +224,7 @@ def test_a_changed_key_runs_what_depends_on_it_again_and_nothing_else(
     assert fakes.calls == IDS
 
 
-def test_a_step_whose_result_stays_the_same_does_not_repeat_those_that_need_it(
-    tmp_path: Path, fakes: Fakes
-) -> None:
+def test_a_step_whose_result_stays_the_same_does_not_repeat_those_that_need_it(tmp_path, fakes):
     file = write_campaign(tmp_path)
     driver.run_campaign(file)
     fakes.calls.clear()
@@ -245,7 +233,7 @@ def test_a_step_whose_result_stays_the_same_does_not_repeat_those_that_need_it(
     assert fakes.calls == ["merge"]
 
 
-def test_one_step_alone_needs_those_before_it(tmp_path: Path, fakes: Fakes) -> None:
+def test_one_step_alone_needs_those_before_it(tmp_path, fakes):
     file = write_campaign(tmp_path)
     with pytest.raises(InputError, match="needs learn-075GPa, learn-125GPa, which are not done"):
         driver.run_campaign(file, only="merge")
@@ -259,10 +247,8 @@ def test_one_step_alone_needs_those_before_it(tmp_path: Path, fakes: Fakes) -> N
     )
 
 
-def test_a_machine_error_stops_the_campaign_at_its_step_which_is_not_failed(
-    tmp_path: Path, fakes: Fakes
-) -> None:
-    def full() -> None:
+def test_a_machine_error_stops_the_campaign_at_its_step_which_is_not_failed(tmp_path, fakes):
+    def full():
         raise OSError(errno.ENOSPC, "No space left on device", "hessian")
 
     fakes.acts["sscha-100GPa"] = full
@@ -275,8 +261,8 @@ def test_a_machine_error_stops_the_campaign_at_its_step_which_is_not_failed(
     assert fakes.calls == [*before, *IDS[IDS.index("sscha-100GPa") :]]
 
 
-def test_a_step_that_fails_stops_only_those_that_need_it(tmp_path: Path, fakes: Fakes) -> None:
-    def fail() -> None:
+def test_a_step_that_fails_stops_only_those_that_need_it(tmp_path, fakes):
+    def fail():
         raise MagusAnharmonicError("all candidates melted")
 
     fakes.acts["sscha-100GPa"] = fail
@@ -298,10 +284,8 @@ def test_a_step_that_fails_stops_only_those_that_need_it(tmp_path: Path, fakes: 
     )
 
 
-def test_an_unexpected_error_of_one_step_is_its_reason_and_no_traceback(
-    tmp_path: Path, fakes: Fakes
-) -> None:
-    def fail() -> None:
+def test_an_unexpected_error_of_one_step_is_its_reason_and_no_traceback(tmp_path, fakes):
+    def fail():
         raise ZeroDivisionError("division by zero")
 
     fakes.acts["relax"] = fail
@@ -312,9 +296,7 @@ def test_an_unexpected_error_of_one_step_is_its_reason_and_no_traceback(
 
 
 @pytest.mark.parametrize("victim", ["learn-125GPa", "final", "sscha-100GPa", "report"])
-def test_a_campaign_that_was_killed_goes_on_with_the_step_it_was_in(
-    tmp_path: Path, fakes: Fakes, victim: str
-) -> None:
+def test_a_campaign_that_was_killed_goes_on_with_the_step_it_was_in(tmp_path, fakes, victim):
     file = write_campaign(tmp_path)
     fakes.acts[victim] = lambda: os.kill(os.getpid(), signal.SIGKILL)
     child = os.fork()
@@ -341,9 +323,7 @@ def test_a_campaign_that_was_killed_goes_on_with_the_step_it_was_in(
         assert one.name == "cost.csv" or one.read_bytes() == other.read_bytes()
 
 
-def test_learning_goes_on_in_further_cycles_until_the_target_is_reached(
-    tmp_path: Path, fakes: Fakes
-) -> None:
+def test_learning_goes_on_in_further_cycles_until_the_target_is_reached(tmp_path, fakes):
     fakes.rmse = [0.05, 0.02, 0.008, 0.001]
     records = driver.run_campaign(
         write_campaign(tmp_path, learning={"target_rmse": 0.01, "max_cycles": 5})
@@ -363,9 +343,7 @@ def test_learning_goes_on_in_further_cycles_until_the_target_is_reached(
     assert fakes.calls == []
 
 
-def test_cut_errors_of_a_model_are_made_anew_and_bring_no_further_cycle(
-    tmp_path: Path, fakes: Fakes
-) -> None:
+def test_cut_errors_of_a_model_are_made_anew_and_bring_no_further_cycle(tmp_path, fakes):
     fakes.rmse = [0.05, 0.02, 0.008]
     file = write_campaign(tmp_path, learning={"target_rmse": 0.01, "max_cycles": 5})
     before = driver.run_campaign(file)
@@ -380,7 +358,7 @@ def test_cut_errors_of_a_model_are_made_anew_and_bring_no_further_cycle(
     assert cut.with_name("errors-cycle2.json.damaged").is_file() and json.loads(cut.read_text())
 
 
-def test_no_more_cycles_than_allowed(tmp_path: Path, fakes: Fakes) -> None:
+def test_no_more_cycles_than_allowed(tmp_path, fakes):
     fakes.rmse = [0.05]
     records = driver.run_campaign(
         write_campaign(tmp_path, learning={"target_rmse": 0.01, "max_cycles": 2})
@@ -389,9 +367,7 @@ def test_no_more_cycles_than_allowed(tmp_path: Path, fakes: Fakes) -> None:
     assert records["report"].status == "done"
 
 
-def test_labels_of_other_dft_settings_are_not_mixed_with_those_here(
-    tmp_path: Path, fakes: Fakes
-) -> None:
+def test_labels_of_other_dft_settings_are_not_mixed_with_those_here(tmp_path, fakes):
     driver.run_campaign(write_campaign(tmp_path))
     other = {"arguments": {"sigma": 1.2}}
     file = write_campaign(tmp_path, labeler=other)
@@ -403,7 +379,7 @@ def test_labels_of_other_dft_settings_are_not_mixed_with_those_here(
     assert fakes.calls == IDS
 
 
-def test_status_is_a_table_of_steps_counts_times_and_cost(tmp_path: Path, fakes: Fakes) -> None:
+def test_status_is_a_table_of_steps_counts_times_and_cost(tmp_path, fakes):
     file = write_campaign(tmp_path)
     before = status(tmp_path)
     assert [row[1] for row in before.rows[:-1]] == ["open"] * len(IDS) and len(
@@ -422,9 +398,7 @@ def test_status_is_a_table_of_steps_counts_times_and_cost(tmp_path: Path, fakes:
         )
 
 
-def test_status_of_a_half_finished_campaign_says_what_is_missing(
-    tmp_path: Path, fakes: Fakes
-) -> None:
+def test_status_of_a_half_finished_campaign_says_what_is_missing(tmp_path, fakes):
     file = write_campaign(tmp_path)
     driver.run_campaign(file, only="learn-075GPa")
     result = CliRunner().invoke(app, ["campaign", "status", str(file)])
@@ -432,7 +406,7 @@ def test_status_of_a_half_finished_campaign_says_what_is_missing(
     assert "final is open: the final model and Table I missing" in result.output
 
 
-def test_status_while_another_process_runs_shows_its_progress(tmp_path: Path, fakes: Fakes) -> None:
+def test_status_while_another_process_runs_shows_its_progress(tmp_path, fakes):
     file = write_campaign(tmp_path)
     root = tmp_path / "campaign"
     running = StepRecord("running", "learn", 75.0, started="2026-01-01T00:00:00+00:00")
@@ -445,9 +419,7 @@ def test_status_while_another_process_runs_shows_its_progress(tmp_path: Path, fa
     assert status(file).rows[0][1] == "interrupted", "nobody holds the lock"
 
 
-def test_both_commands_say_the_same_of_a_campaign_on_another_node(
-    tmp_path: Path, fakes: Fakes, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_both_commands_say_the_same_of_a_campaign_on_another_node(tmp_path, fakes, monkeypatch):
     file, root = write_campaign(tmp_path), tmp_path / "campaign"
     write_records(
         root,
@@ -465,7 +437,7 @@ def test_both_commands_say_the_same_of_a_campaign_on_another_node(
     monkeypatch.setattr(folder_status, "WATCH", 3.0)
     stop = threading.Event()
 
-    def beat() -> None:
+    def beat():
         for count in itertools.count(1):
             write_json(root / "lock.json", owner | {"beat": count})
             if stop.wait(0.1):
@@ -496,7 +468,7 @@ def test_both_commands_say_the_same_of_a_campaign_on_another_node(
     ), "and so does validate"
 
 
-def test_status_says_which_steps_changed_settings_made_old(tmp_path: Path, fakes: Fakes) -> None:
+def test_status_says_which_steps_changed_settings_made_old(tmp_path, fakes):
     driver.run_campaign(write_campaign(tmp_path))
     file = write_campaign(tmp_path, relax={"pressures": [50, 100]})
     words = {row[0]: row[1] for row in status(file).rows}
@@ -512,9 +484,7 @@ def test_status_says_which_steps_changed_settings_made_old(tmp_path: Path, fakes
         ('{"relax": {"kind": "relax", "status": "done", "wall_s": "much"}}', "relax: wall_s: "),
     ],
 )
-def test_steps_that_cannot_be_read_are_a_clear_message(
-    tmp_path: Path, content: str, why: str
-) -> None:
+def test_steps_that_cannot_be_read_are_a_clear_message(tmp_path, content, why):
     file = write_campaign(tmp_path)
     (tmp_path / "campaign").mkdir()
     (tmp_path / "campaign" / "steps.json").write_text(content)
@@ -522,7 +492,7 @@ def test_steps_that_cannot_be_read_are_a_clear_message(
         status(file)
 
 
-def test_the_key_of_a_step_holds_what_it_depends_on(tmp_path: Path) -> None:
+def test_the_key_of_a_step_holds_what_it_depends_on(tmp_path):
     steps = {step.id: step for step in plan(load_campaign(write_campaign(tmp_path)))}
     done = {name: StepRecord("done", "x", key="k", output="a") for name in steps}
     assert step_key(steps["final"], done) == step_key(steps["final"], done)

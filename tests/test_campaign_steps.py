@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -23,8 +22,6 @@ from magus_anharmonic.campaign.steps import (
     Context,
     Step,
     assemble,
-    at,
-    phase_folder,
     plan,
     structure_file,
     write_part,
@@ -54,14 +51,14 @@ from magus_anharmonic.units import EV_IN_CM1
 H3s = Callable[..., Atoms]
 
 
-def context_of(folder: Path, **changes: Any) -> Context:
+def context_of(folder, **changes):
     return Context(load_campaign(write_campaign(folder, **changes)), folder / "campaign")
 
 
 # irreducible representations
 
 
-def symmetric_matrix(atoms: Atoms, seed: int = 0) -> np.ndarray:
+def symmetric_matrix(atoms, seed=0):
     """A random dynamical matrix at Gamma with the symmetry of the crystal."""
     from magus_anharmonic.sscha.phonons import _representation
     from magus_anharmonic.sscha.symmetry import Symmetry
@@ -71,12 +68,12 @@ def symmetric_matrix(atoms: Atoms, seed: int = 0) -> np.ndarray:
     return np.mean([g @ (random + random.T) @ g.T for g in operations], axis=0)
 
 
-def counted(atoms: Atoms) -> dict[str, int]:
+def counted(atoms):
     found = [level.irrep for level in levels_by_irrep(symmetric_matrix(atoms), atoms)]
     return {name: found.count(name) for name in found}
 
 
-def test_optical_modes_at_gamma_are_those_of_the_tables(h3s: H3s) -> None:
+def test_optical_modes_at_gamma_are_those_of_the_tables(h3s):
     """Known decompositions: Im-3m H3S 2 T1u + T2u, R3m H3S 3 A1 + A2 + 4 E less A1 + E of the
     translations; NaCl, diamond, wurtzite."""
     assert counted(h3s()) == {"T1u": 2, "T2u": 1}
@@ -91,7 +88,7 @@ def test_optical_modes_at_gamma_are_those_of_the_tables(h3s: H3s) -> None:
     } or counted(bulk("ZnO", "wurtzite", a=3.25, c=5.2)) == {"A1": 1, "B2": 2, "E1": 1, "E2": 2}
 
 
-def test_levels_do_not_depend_on_orientation_or_order_of_atoms(h3s: H3s) -> None:
+def test_levels_do_not_depend_on_orientation_or_order_of_atoms(h3s):
     atoms = h3s()
     matrix = symmetric_matrix(atoms)
     before = [(level.irrep, level.square) for level in levels_by_irrep(matrix, atoms)]
@@ -111,7 +108,7 @@ def test_levels_do_not_depend_on_orientation_or_order_of_atoms(h3s: H3s) -> None
     np.testing.assert_allclose([s for _, s in after], [s for _, s in before], atol=1e-8)
 
 
-def test_t1u_is_the_block_that_is_written_down_by_hand(h3s: H3s) -> None:
+def test_t1u_is_the_block_that_is_written_down_by_hand(h3s):
     """S and H displaced along z couple in one 3x3 block: its two optical eigenvalues are the T1u
     levels."""
     atoms = h3s()
@@ -133,7 +130,7 @@ def test_t1u_is_the_block_that_is_written_down_by_hand(h3s: H3s) -> None:
     np.testing.assert_allclose(sorted(found), sorted(optical), atol=1e-8)
 
 
-def test_the_lowest_level_of_a_representation_is_followed_and_an_absent_one_refused() -> None:
+def test_the_lowest_level_of_a_representation_is_followed_and_an_absent_one_refused():
     levels = [
         Level("T1u", 3.0, np.zeros((0, 0))),
         Level("T1u", -1.0, np.zeros((0, 0))),
@@ -147,7 +144,7 @@ def test_the_lowest_level_of_a_representation_is_followed_and_an_absent_one_refu
         lowest_levels(levels, ["Eg"])
 
 
-def test_the_error_of_a_level_is_that_of_the_eigenvectors_it_is_made_of(h3s: H3s) -> None:
+def test_the_error_of_a_level_is_that_of_the_eigenvectors_it_is_made_of(h3s):
     vectors = np.eye(12)
     errors = np.full((1, 12), 5.0e-5)
     errors[0, 3:6] = 2.0e-5
@@ -157,7 +154,7 @@ def test_the_error_of_a_level_is_that_of_the_eigenvectors_it_is_made_of(h3s: H3s
     assert modes.square_error(SimpleNamespace(errors=None, vectors=vectors[None]), level) is None
 
 
-def test_harmonic_levels_are_the_curvature_of_the_energy(h3s: H3s) -> None:
+def test_harmonic_levels_are_the_curvature_of_the_energy(h3s):
     """Frozen T1u displacements of a Morse crystal: second difference of the energy against the
     level."""
     from ase.calculators.morse import MorsePotential
@@ -178,9 +175,7 @@ def test_harmonic_levels_are_the_curvature_of_the_energy(h3s: H3s) -> None:
     assert level.square == pytest.approx((plus + minus - 2 * middle) / step**2, rel=5e-3)
 
 
-def test_few_displacements_in_general_position_give_the_levels_of_all_force_constants(
-    h3s: H3s,
-) -> None:
+def test_few_displacements_in_general_position_give_the_levels_of_all_force_constants(h3s):
     from ase.calculators.morse import MorsePotential
 
     from magus_anharmonic.evaluator import CalculatorEvaluator
@@ -210,7 +205,7 @@ def test_few_displacements_in_general_position_give_the_levels_of_all_force_cons
 # merging
 
 
-def label(atoms: Atoms, name: str, parent: str, settings_hash: str = "aaaa") -> Atoms:
+def label(atoms, name, parent, settings_hash="aaaa"):
     frame = atoms.copy()
     frame.info = {"id": name, "generation": 1, "parent": parent, "settings_hash": settings_hash}
     frame.calc = SinglePointCalculator(
@@ -219,9 +214,7 @@ def label(atoms: Atoms, name: str, parent: str, settings_hash: str = "aaaa") -> 
     return frame
 
 
-def store_of(
-    folder: Path, parents: dict[str, Atoms], n: int = 4, settings_hash: str = "aaaa"
-) -> None:
+def store_of(folder, parents, n=4, settings_hash="aaaa"):
     """A search's labels: ``n`` distortions of every parent."""
     store = LabelStore(folder / "results" / "anharmonic" / "labels")
     rng = np.random.default_rng(len(parents))
@@ -234,7 +227,7 @@ def store_of(
     store.close_batch(1)
 
 
-def crystals(n: int) -> dict[str, Atoms]:
+def crystals(n):
     """Different phases."""
     rng = np.random.default_rng(8)
     return {
@@ -248,13 +241,11 @@ def crystals(n: int) -> dict[str, Atoms]:
     }
 
 
-def merge_step(context: Context) -> Step:
+def merge_step(context):
     return next(step for step in plan(context.settings) if step.id == "merge")
 
 
-def test_merged_labels_of_one_phase_are_on_one_side_even_when_two_searches_found_it(
-    tmp_path: Path, h3s: H3s
-) -> None:
+def test_merged_labels_of_one_phase_are_on_one_side_even_when_two_searches_found_it(tmp_path, h3s):
     context = context_of(tmp_path)
     shared = h3s(3.0)
     in_another_cell = shared.repeat((2, 1, 1))
@@ -264,9 +255,9 @@ def test_merged_labels_of_one_phase_are_on_one_side_even_when_two_searches_found
         {"p-other-name": in_another_cell, **dict(list(crystals(12).items())[6:])},
     )
     outcome = structures.merge(context, merge_step(context))
-    frames: Any = read(context.folder("merge") / structures.LABELS, ":")
+    frames = read(context.folder("merge") / structures.LABELS, ":")
     assert outcome.n_structures == len(frames) == 4 * 14
-    sides: dict[str, set[str]] = {}
+    sides = {}
     for atoms in frames:
         sides.setdefault(atoms.info["family"], set()).add(atoms.info["side"])
     assert all(len(found) == 1 for found in sides.values())
@@ -282,7 +273,7 @@ def test_merged_labels_of_one_phase_are_on_one_side_even_when_two_searches_found
     assert counts[0] > 30 and min(counts) >= 4
 
 
-def test_labels_of_two_dft_settings_are_not_merged(tmp_path: Path) -> None:
+def test_labels_of_two_dft_settings_are_not_merged(tmp_path):
     context = context_of(tmp_path)
     store_of(context.folder("learn-075GPa"), crystals(2))
     store_of(context.folder("learn-125GPa"), crystals(2), settings_hash="bbbb")
@@ -292,13 +283,13 @@ def test_labels_of_two_dft_settings_are_not_merged(tmp_path: Path) -> None:
         structures.merge(context, merge_step(context))
 
 
-def test_searches_without_labels_are_a_clear_failure(tmp_path: Path) -> None:
+def test_searches_without_labels_are_a_clear_failure(tmp_path):
     context = context_of(tmp_path)
     with pytest.raises(MagusAnharmonicError, match="no label in learn-075GPa, learn-125GPa"):
         structures.merge(context, merge_step(context))
 
 
-def test_sides_follow_the_split_by_whole_families_and_leave_no_side_empty() -> None:
+def test_sides_follow_the_split_by_whole_families_and_leave_no_side_empty():
     labels = [f"family-{i}" for i in range(40) for _ in range(10)]
     sides = structures.sides_of_families(labels, (8, 1, 1))
     shares = {
@@ -319,7 +310,7 @@ def test_sides_follow_the_split_by_whole_families_and_leave_no_side_empty() -> N
 # structures that searches left
 
 
-def search_folder(folder: Path, structures: list[list[tuple[Atoms, float]]]) -> Path:
+def search_folder(folder, structures):
     (folder / "results").mkdir(parents=True)
     for generation, population in enumerate(structures, start=1):
         frames = []
@@ -333,9 +324,7 @@ def search_folder(folder: Path, structures: list[list[tuple[Atoms, float]]]) -> 
     return folder
 
 
-def test_every_structure_of_a_search_is_read_once_and_the_lowest_distinct_are_kept(
-    tmp_path: Path, h3s: H3s
-) -> None:
+def test_every_structure_of_a_search_is_read_once_and_the_lowest_distinct_are_kept(tmp_path, h3s):
     a, b, c = h3s(3.0), h3s(3.1, 0.1), h3s(3.2, 0.15)
     same = a.repeat((1, 1, 2))
     folder = search_folder(
@@ -349,7 +338,7 @@ def test_every_structure_of_a_search_is_read_once_and_the_lowest_distinct_are_ke
     assert n_relaxed(folder) == (6, 42)
 
 
-def test_phases_are_recognised_by_space_group_and_size_of_the_primitive_cell(h3s: H3s) -> None:
+def test_phases_are_recognised_by_space_group_and_size_of_the_primitive_cell(h3s):
     cubic, trigonal = h3s(), h3s(bond_shift=0.1)
     phases = [Phase("Im-3m", 229, 4, cubic), Phase("any-R3m", 160, None, None)]
     assert (
@@ -364,12 +353,12 @@ def test_phases_are_recognised_by_space_group_and_size_of_the_primitive_cell(h3s
 
 
 def test_a_finished_search_is_not_repeated_and_one_with_another_input_or_model_starts_anew(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    tmp_path, monkeypatch
+):
     context = context_of(tmp_path)
-    restarts: list[bool] = []
+    restarts = []
 
-    def run(settings: Any, folder: Path, restart: bool) -> None:
+    def run(settings, folder, restart):
         restarts.append(restart)
         (folder / "results" / "anharmonic").mkdir(parents=True, exist_ok=True)
         (folder / "results" / "anharmonic" / "run.json").touch()
@@ -381,7 +370,7 @@ def test_a_finished_search_is_not_repeated_and_one_with_another_input_or_model_s
     checkpoint.write_text("weights")
     folder = context.folder("produce-100GPa")
 
-    def search(pressure: float = 100) -> None:
+    def search(pressure=100):
         learning.search(
             context, folder, context.settings.production_search(pressure, str(checkpoint))
         )
@@ -406,8 +395,8 @@ def test_a_finished_search_is_not_repeated_and_one_with_another_input_or_model_s
 
 
 def test_a_lost_name_of_the_run_behind_the_modes_fails_its_step_alone_and_says_how_to_make_it_anew(
-    tmp_path: Path,
-) -> None:
+    tmp_path,
+):
     for content in ('{"run": "a', '{"run": 3}'):
         (tmp_path / "run.json").write_text(content)
         with pytest.raises(MagusAnharmonicError, match="--only hessian") as found:
@@ -415,7 +404,7 @@ def test_a_lost_name_of_the_run_behind_the_modes_fails_its_step_alone_and_says_h
         assert not isinstance(found.value, InputError), "this would end the campaign"
 
 
-def test_relaxed_structures_that_are_cut_are_relaxed_again(tmp_path: Path) -> None:
+def test_relaxed_structures_that_are_cut_are_relaxed_again(tmp_path):
     file = tmp_path / "found.traj"
     frame = bulk("Cu")
     frame.info = {"enthalpy": 1.0, "n_steps": 3, "failed": False, "reason": ""}
@@ -438,11 +427,11 @@ class Dft:
 
     settings_hash, n_workers = "dft1", 2
 
-    def __init__(self, change: Callable[[Atoms], Atoms] | None = None) -> None:
+    def __init__(self, change=None):
         self.asked: list[Atoms] = []
         self.change = change
 
-    def relax(self, structures: list[Atoms], pressure: float, **options: Any) -> list[Any]:
+    def relax(self, structures, pressure, **options):
         self.asked += structures
         return [
             SimpleNamespace(
@@ -456,11 +445,11 @@ class Dft:
             for atoms in structures
         ]
 
-    def close(self) -> None:
+    def close(self):
         """Nothing to end."""
 
 
-def ranked(context: Context, rows: list[tuple[Atoms, str, str]]) -> None:
+def ranked(context, rows):
     folder = context.folder("sscha-100GPa")
     with structure_file(folder) as file:
         for atoms, static, _ in rows:
@@ -482,8 +471,8 @@ def ranked(context: Context, rows: list[tuple[Atoms, str, str]]) -> None:
 
 
 def test_only_candidates_that_changed_their_space_group_are_relaxed_by_dft(
-    tmp_path: Path, h3s: H3s, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    tmp_path, h3s, monkeypatch
+):
     context = context_of(tmp_path)
     changed, kept = h3s(3.1, 0.1), h3s()
     ranked(context, [(changed, "R3m (160)", "Im-3m (229)"), (kept, "Im-3m (229)", "Im-3m (229)")])
@@ -500,11 +489,9 @@ def test_only_candidates_that_changed_their_space_group_are_relaxed_by_dft(
     assert len(labeler.asked) == 1 and again.n_labels == 6, "a finished relaxation is not repeated"
 
 
-def test_a_relaxation_by_dft_that_fails_is_in_the_table_with_its_reason(
-    tmp_path: Path, h3s: H3s
-) -> None:
+def test_a_relaxation_by_dft_that_fails_is_in_the_table_with_its_reason(tmp_path, h3s):
     class Failing(Dft):
-        def relax(self, structures: list[Atoms], pressure: float, **options: Any) -> list[Any]:
+        def relax(self, structures, pressure, **options):
             return [
                 SimpleNamespace(
                     atoms=a,
@@ -531,9 +518,7 @@ def test_a_relaxation_by_dft_that_fails_is_in_the_table_with_its_reason(
 # tables, hooks
 
 
-def test_tables_are_the_parts_of_finished_steps_one_after_the_other(
-    tmp_path: Path, h3s: H3s
-) -> None:
+def test_tables_are_the_parts_of_finished_steps_one_after_the_other(tmp_path, h3s):
     for number, name in enumerate(("one", "two")):
         rows = [FailureRow(name, f"s{number}", 'a, "b"'), FailureRow(name, "s9", "")]
         write_part(tmp_path / name, FailureRow, rows)
@@ -545,7 +530,7 @@ def test_tables_are_the_parts_of_finished_steps_one_after_the_other(
     assemble(target, [tmp_path / "one", tmp_path / "two"])
     assert [row["id"] for row in read_rows(target / "failures.csv")] == ["s0", "s9", "s1", "s9"]
     assert next(read_rows(target / "failures.csv"))["reason"] == 'a, "b"'
-    frames: Any = read(target / "structures.extxyz", ":")
+    frames = read(target / "structures.extxyz", ":")
     assert [
         (a.info["id"], a.info["space_group"], a.info["pressure_GPa"], a.info["kind"])
         for a in frames
@@ -553,24 +538,16 @@ def test_tables_are_the_parts_of_finished_steps_one_after_the_other(
     assert not (target / "modes.csv").exists()
 
 
-def test_names_of_phases_make_folders_that_exist_everywhere() -> None:
-    assert (
-        phase_folder("Im-3m", 60) == "Im-3m-060GPa"
-        and phase_folder("C2/c", 60) != phase_folder("C2_c", 60)
-        and at("learn", 112.5) == "learn-112.5GPa"
-    )
-
-
 def test_the_step_of_gradient_errors_gives_the_ensembles_of_the_hessians_to_the_analysis(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    tmp_path, monkeypatch
+):
     context = context_of(
         tmp_path, errors={"phases": ["Im-3m"], "pressures": [100, 150], "n_configs": 60}
     )
     monkeypatch.setattr(Context, "final_model", SimpleNamespace(model_id="0123"))
-    asked: list[tuple[Any, Any]] = []
+    asked = []
 
-    def measure(source: Any, model: Any, labeler: Any, folder: Path, **options: Any) -> None:
+    def measure(source, model, labeler, folder, **options):
         asked.append((source, options))
         folder.mkdir(parents=True)
         (folder / "gradient_errors.csv").write_text(f"phase,rmse\n{source[1]},{len(asked)}\n")
@@ -597,9 +574,7 @@ def test_the_step_of_gradient_errors_gives_the_ensembles_of_the_hessians_to_the_
     assert [row["rmse"] for row in rows] == ["1", "2"]
 
 
-def test_the_last_step_writes_the_report_and_draws_every_figure_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_last_step_writes_the_report_and_draws_every_figure_once(tmp_path, monkeypatch):
     from magus_anharmonic.paper import script
 
     figures = script("figures")
@@ -607,7 +582,7 @@ def test_the_last_step_writes_the_report_and_draws_every_figure_once(
     context = context_of(tmp_path)
     point = LearningPoint("learn", 1, "0123", "validation", 0.01, 0.1, 1.0, 8)
     write_part(context.root, LearningPoint, [point])
-    asked: list[Path] = []
+    asked = []
     draw = figures.make_figures
     monkeypatch.setattr(
         figures, "make_figures", lambda folder: asked.append(Path(folder)) or draw(folder)

@@ -1,14 +1,11 @@
 """A whole campaign, small, with a toy labeler: every step for real, killed in the middle,
 finished."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 from campaign_inputs import write_campaign
@@ -66,13 +63,13 @@ SMALL = {
 }
 
 
-def start(file: Path) -> subprocess.Popen[str]:
+def start(file):
     command = [sys.executable, "-m", "magus_anharmonic", "campaign", str(file)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 @pytest.mark.full
-def test_every_step_for_real_and_killed_in_the_middle(tmp_path: Path) -> None:
+def test_every_step_for_real_and_killed_in_the_middle(tmp_path):
     file = write_campaign(tmp_path, **SMALL)
     root = tmp_path / "campaign"
     process = start(file)
@@ -99,7 +96,7 @@ def test_every_step_for_real_and_killed_in_the_middle(tmp_path: Path) -> None:
     assert labels == {path: path.read_bytes() for path in labels}, "no label is made twice"
     assert (root / "final" / "final.pth").is_file()
 
-    def column(table: str, name: str) -> set[str]:
+    def column(table, name):
         return {row[name] for row in read_rows(root / "tables" / f"{table}.csv")}
 
     assert column("model_errors", "model") == {"foundation", "finetuned"}

@@ -1,13 +1,8 @@
 """``learning.select: sscha``: labels go where they narrow the undecided differences of G most."""
 
-from __future__ import annotations
-
-from pathlib import Path
-
 import numpy as np
 import pytest
-from ase import Atoms
-from harmonic_pair import HarmonicCrystal, crystal, pair
+from harmonic_pair import crystal, pair
 from records import a_candidate
 
 from magus_anharmonic import generation as rounds
@@ -16,44 +11,39 @@ from magus_anharmonic.generation import SearchState
 from magus_anharmonic.learning.choose import Contender, allocate
 from magus_anharmonic.learning.dataset import LabelStore
 from magus_anharmonic.learning.round import Round
-from magus_anharmonic.ranking.candidate import Candidate
 from magus_anharmonic.settings import LearningSettings, parse_settings
 from magus_anharmonic.sscha.state import displaced, sample
 
 
-def learning(n_sample: int = 4, n_perturb: int = 5) -> LearningSettings:
+def learning(n_sample=4, n_perturb=5):
     return LearningSettings(
         labeler={"calculator": "gpaw"}, select="sscha", n_sample=n_sample, n_perturb=n_perturb
     )
 
 
-def test_pairs_are_shared_in_proportion_to_the_spread() -> None:
+def test_pairs_are_shared_in_proportion_to_the_spread():
     assert allocate([1.0, 1.0], [0.6, 0.4], 10) == [5, 5]
     assert allocate([3.0, 1.0], [0.6, 0.4], 40) == [30, 10]
 
 
-def test_the_lowest_phase_is_in_every_difference_and_the_unlikely_ones_get_less() -> None:
+def test_the_lowest_phase_is_in_every_difference_and_the_unlikely_ones_get_less():
     given = allocate([1.0, 1.0, 1.0, 1.0], [0.4, 0.3, 0.29, 0.01], 60)
     assert given[0] > given[1] >= given[2] > given[3] >= 1 and sum(given) == 60
     # sqrt of the weights 0.6, 0.3, 0.29, 0.01
     assert given[0] / given[1] == pytest.approx(np.sqrt(2.0), rel=0.15)
 
 
-def test_too_few_pairs_go_to_those_that_matter_most_and_none_to_an_empty_ensemble() -> None:
+def test_too_few_pairs_go_to_those_that_matter_most_and_none_to_an_empty_ensemble():
     assert allocate([1.0, 1.0, 5.0], [0.5, 0.2, 0.3], 2) == [1, 0, 1]
     assert allocate([1.0, 1.0], [0.5, 0.5], 10, most=[2, 3]) == [2, 3]
 
 
-def phases() -> tuple[
-    tuple[HarmonicCrystal, HarmonicCrystal], tuple[HarmonicCrystal, HarmonicCrystal]
-]:
+def phases():
     """A phase that the model knows well and one that it does not; each as (model, reference)."""
     return pair(0.02), pair(0.4)
 
 
-def energy_errors(
-    model: HarmonicCrystal, reference: HarmonicCrystal, n: int, rng: np.random.Generator
-) -> np.ndarray:
+def energy_errors(model, reference, n, rng):
     """(E_ref - E_model)/N of n configurations, in pairs, eV/atom."""
     structures = displaced(model.state, sample(model.state, n, rng))
     return (reference.evaluate(structures).energy - model.evaluate(structures).energy) / len(
@@ -61,7 +51,7 @@ def energy_errors(
     )
 
 
-def test_fewer_labels_than_random_choice_for_the_same_error_of_the_difference() -> None:
+def test_fewer_labels_than_random_choice_for_the_same_error_of_the_difference():
     """Two analytic phases: spread over 300 experiments of G_2 - G_1, from labels chosen here and at
     random from both ensembles."""
     rng = np.random.default_rng(11)
@@ -95,7 +85,7 @@ def test_fewer_labels_than_random_choice_for_the_same_error_of_the_difference() 
     assert np.var(random) / np.var(ours) > 1.8
 
 
-def contender(name: str, probability: float, spread: float, seed: int, n: int = 20) -> Contender:
+def contender(name, probability, spread, seed, n=20):
     state = crystal(seed=seed)
     return Contender(
         name,
@@ -106,7 +96,7 @@ def contender(name: str, probability: float, spread: float, seed: int, n: int = 
     )
 
 
-def test_a_plan_holds_whole_pairs_with_their_origin_and_survives_a_restart(tmp_path: Path) -> None:
+def test_a_plan_holds_whole_pairs_with_their_origin_and_survives_a_restart(tmp_path):
     contenders = [contender("aa", 0.6, 0.003, 1), contender("bb", 0.4, 0.001, 2)]
     store = LabelStore(tmp_path / "labels")
     planned = Round(3, learning(), store, 0).plan_ensembles(contenders, tmp_path)
@@ -123,9 +113,7 @@ def test_a_plan_holds_whole_pairs_with_their_origin_and_survives_a_restart(tmp_p
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.5, 0.95])
 @pytest.mark.parametrize("between", [False, True], ids=["in a structure", "between structures"])
-def test_a_plan_that_is_cut_is_noticed_and_made_anew(
-    tmp_path: Path, share: float, between: bool
-) -> None:
+def test_a_plan_that_is_cut_is_noticed_and_made_anew(tmp_path, share, between):
     contenders = [contender("aa", 0.6, 0.003, 1), contender("bb", 0.4, 0.001, 2)]
     store = LabelStore(tmp_path / "labels")
     planned = Round(3, learning(), store, 0).plan_ensembles(contenders, tmp_path)
@@ -145,12 +133,12 @@ class Lottery:
 
     model_id = "lottery"
 
-    def energy_error_spread(self, structures: list[Atoms], group_size: int = 1) -> float:
+    def energy_error_spread(self, structures, group_size=1):
         assert group_size == 2 and len(structures) % 2 == 0
         return 0.002
 
 
-def search(tmp_path: Path, candidates: list[Candidate]) -> SearchState:
+def search(tmp_path, candidates):
     keys = {
         "learning": {"labeler": {"calculator": "gpaw"}, "select": "sscha"},
         "sscha": {"when": "every_generation"},
@@ -161,7 +149,7 @@ def search(tmp_path: Path, candidates: list[Candidate]) -> SearchState:
     return SearchState(settings, tmp_path, Lottery(), 7, candidates=candidates)
 
 
-def finished(tmp_path: Path, name: str, seed: int) -> Candidate:
+def finished(tmp_path, name, seed):
     """A ranked candidate whose SSCHA run left its state."""
     from magus_anharmonic.sscha.result import SschaResult
 
@@ -211,7 +199,7 @@ def finished(tmp_path: Path, name: str, seed: int) -> Candidate:
     )
 
 
-def test_the_undecided_candidates_of_the_latest_ranking_are_handed_over(tmp_path: Path) -> None:
+def test_the_undecided_candidates_of_the_latest_ranking_are_handed_over(tmp_path):
     from dataclasses import replace
 
     rows = [finished(tmp_path, f"{seed:012x}", seed) for seed in (1, 2, 3)]
@@ -236,7 +224,7 @@ def test_the_undecided_candidates_of_the_latest_ranking_are_handed_over(tmp_path
     assert rounds.undecided(search(tmp_path, [replace(candidates[0], p_lowest_total=1.0)]), 2) == []
 
 
-def test_the_measured_terms_are_those_of_the_pressure(tmp_path: Path) -> None:
+def test_the_measured_terms_are_those_of_the_pressure(tmp_path):
     from magus_anharmonic.paper import tables
 
     rows = [
@@ -256,7 +244,7 @@ def test_the_measured_terms_are_those_of_the_pressure(tmp_path: Path) -> None:
     assert rounds.measured_terms(tmp_path / "empty", 100.0) == {}
 
 
-def test_labels_from_ensembles_need_ensembles() -> None:
+def test_labels_from_ensembles_need_ensembles():
     keys = {
         "learning": {"labeler": {"calculator": "gpaw"}, "select": "sscha"},
         "MainCalculator": {"calculator": "mattersim"},

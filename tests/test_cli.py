@@ -1,8 +1,6 @@
 """The command line: help to learn from, wrong input ends with exit code 2, one clear message and no
 traceback."""
 
-from __future__ import annotations
-
 import copy
 import io
 import json
@@ -10,7 +8,6 @@ import logging
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import typer
@@ -28,14 +25,14 @@ from magus_anharmonic.plugins.parameters import RestartSafe
 QUICKSTART = Path(__file__).parents[1] / "inputs" / "h3s-quickstart" / "input.yaml"
 
 
-def run(*arguments: str) -> tuple[int, str]:
+def run(*arguments):
     result = CliRunner().invoke(app, list(arguments))
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     return result.exit_code, result.output
 
 
-def changed(path: tuple[str, ...], value: Any) -> dict[str, Any]:
+def changed(path, value):
     """The quick start's input with one key changed."""
     data = copy.deepcopy(yaml.safe_load(QUICKSTART.read_text()))
     block = data
@@ -46,7 +43,7 @@ def changed(path: tuple[str, ...], value: Any) -> dict[str, Any]:
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -160,7 +157,7 @@ def test_the_doctor_fails_only_for_what_the_input_needs(folder):
 
 
 @pytest.fixture(scope="module")
-def brought(tmp_path_factory) -> Path:
+def brought(tmp_path_factory):
     """Dynamical matrices and an ensemble of fcc copper, as an SSCHA user has them; the forces are
     EMT's."""
     import numpy as np
@@ -239,10 +236,9 @@ def test_a_ranking_starts_from_the_state_that_was_brought(brought, tmp_path):
 
     from magus_anharmonic.ranking.structures import rank_structures, read_start
     from magus_anharmonic.settings import parse_settings
-    from magus_anharmonic.sscha.state import SschaState
     from magus_anharmonic.structures import stripped, structure_id
 
-    state: SschaState = read_start(None, brought / "data", 300.0, 0.0, 0.5)
+    state = read_start(None, brought / "data", 300.0, 0.0, 0.5)
     block = {
         "temperature": 300,
         "supercell": [2, 2, 2],
@@ -266,12 +262,10 @@ def test_a_ranking_starts_from_the_state_that_was_brought(brought, tmp_path):
     assert found.enthalpy == pytest.approx(float(Emt().evaluate([atoms]).energy[0]))
 
 
-def test_an_interrupt_before_a_command_has_begun_is_one_word(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_interrupt_before_a_command_has_begun_is_one_word(monkeypatch, capsys):
     """Found by the soak: while the options are read nothing of ours runs yet that could say it."""
 
-    def interrupted() -> None:
+    def interrupted():
         raise KeyboardInterrupt
 
     monkeypatch.setattr("magus_anharmonic.cli.app", interrupted)
@@ -288,7 +282,7 @@ def test_a_ranking_without_any_free_energy_ends_with_another_code(
     from magus_anharmonic.errors import SschaError
     from magus_anharmonic.sscha import run as sscha_run
 
-    def fail(self: Any) -> None:
+    def fail(self):
         raise SschaError("the sample collapses")
 
     if not n_populations:
@@ -326,13 +320,11 @@ EVIL = "\x1b]0;owned\x07 \x1b[2J \x9b31m \r over \u202e txt\x08\x7f"
 back."""
 
 
-def _harmless(text: str) -> bool:
+def _harmless(text):
     return not set(text) & set("\x1b\x07\x9b\r\u202e\x08\x7f")
 
 
-def test_nothing_that_comes_from_a_file_controls_the_terminal(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_nothing_that_comes_from_a_file_controls_the_terminal(capsys):
     """Reasons of labels, names of isotopes and phases, messages of other codes: by the log, by
     tables and sentences, by errors."""
     configure_logging(logging.DEBUG)
@@ -369,7 +361,7 @@ def test_nothing_that_comes_from_a_file_controls_the_terminal(
     )
 
 
-def test_colours_of_our_own_still_reach_a_terminal() -> None:
+def test_colours_of_our_own_still_reach_a_terminal():
     screen = type(console())(
         file=io.StringIO(), force_terminal=True, color_system="standard", width=80
     )
@@ -380,7 +372,7 @@ def test_colours_of_our_own_still_reach_a_terminal() -> None:
     assert own in written and "owned" in written and _harmless(written.replace(own, ""))
 
 
-def test_under_magus_too(caplog: pytest.LogCaptureFixture) -> None:
+def test_under_magus_too(caplog):
     record = logging.LogRecord(
         "magus_anharmonic.x", logging.WARNING, "", 0, "reason: %s", (EVIL,), None
     )

@@ -57,7 +57,7 @@ assert "`zero_point_eV_per_atom`" in runpy.run_path(DOCS)["render"]()
 """
 
 
-def test_a_number_that_is_added_in_one_file_is_in_every_table(tmp_path: Path) -> None:
+def test_a_number_that_is_added_in_one_file_is_in_every_table(tmp_path):
     package = tmp_path / "magus_anharmonic"
     shutil.copytree(
         ROOT / "magus_anharmonic", package, ignore=shutil.ignore_patterns("__pycache__")
@@ -78,7 +78,7 @@ def test_a_number_that_is_added_in_one_file_is_in_every_table(tmp_path: Path) ->
     assert ran.returncode == 0, ran.stderr[-3000:]
 
 
-def test_a_candidate_is_read_as_it_was_written(tmp_path: Path) -> None:
+def test_a_candidate_is_read_as_it_was_written(tmp_path):
     rows = [
         a_candidate("a", h3s(), "stable", gibbs=-1.25, gibbs_error=0.001, hessian_lowest=120.0),
         a_candidate("b", h3s(3.3), "failed", reason="it melted", enthalpy=-1.5, rank_static=1),
@@ -93,7 +93,7 @@ def test_a_candidate_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert found[1].rank_static == 1 and found[1].enthalpy == -1.5
 
 
-def test_tables_and_records_of_earlier_versions_are_read(tmp_path: Path) -> None:
+def test_tables_and_records_of_earlier_versions_are_read(tmp_path):
     write_ranking(tmp_path / "ranking.csv", [a_candidate("a", h3s(), "converged", gibbs=-1.0)])
     text = (tmp_path / "ranking.csv").read_text()
     (tmp_path / SUMS).unlink()
@@ -131,7 +131,7 @@ class Outer:
         ("name,height_eV_per_atom,count\na,1,1.5\n", ["line 2: count", "whole number"]),
     ],
 )
-def test_a_wrong_cell_or_column_is_named(tmp_path: Path, text: str, words: list[str]) -> None:
+def test_a_wrong_cell_or_column_is_named(tmp_path, text, words):
     (tmp_path / "t.csv").write_text(text)
     with pytest.raises(InputError) as error:
         read(Outer, tmp_path / "t.csv")
@@ -139,13 +139,13 @@ def test_a_wrong_cell_or_column_is_named(tmp_path: Path, text: str, words: list[
 
 
 @pytest.mark.parametrize("record", [Candidate, GibbsPoint])
-def test_every_column_names_code_that_is_there(record: type) -> None:
+def test_every_column_names_code_that_is_there(record):
     named = {one.name: one.origin for one in columns_of(record) if one.origin}
     assert len(named) > 5
     assert not [name for name, place in named.items() if not locate(f"magus_anharmonic.{place}")]
 
 
-def test_the_unit_is_in_the_name_of_a_column() -> None:
+def test_the_unit_is_in_the_name_of_a_column():
     @dataclass(frozen=True)
     class Units:
         volume: float = column("volume", "A^3/atom", default=0.0)
@@ -155,7 +155,7 @@ def test_the_unit_is_in_the_name_of_a_column() -> None:
     assert columns(Units) == ("volume_A3_per_atom", "density_g_per_cm3", "lowest_cm1")
 
 
-def test_a_record_in_a_record_has_its_columns_in_its_place(tmp_path: Path) -> None:
+def test_a_record_in_a_record_has_its_columns_in_its_place(tmp_path):
     assert columns(Outer) == ("name", "height_eV_per_atom", "count")
     rows = [Outer("a", Inner(1.5), 2), Outer("b", Inner(None))]
     write(Outer, tmp_path / "t.csv", rows)

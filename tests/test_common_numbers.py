@@ -1,10 +1,7 @@
 """Common random numbers: the error of a difference is smaller than its parts, and what is said
 about it is true."""
 
-from __future__ import annotations
-
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,7 +19,6 @@ from magus_anharmonic.settings import parse_settings
 from magus_anharmonic.sscha import free_energy
 from magus_anharmonic.sscha.ensemble import average, pair_means
 from magus_anharmonic.sscha.sampling import sample_ensemble
-from magus_anharmonic.sscha.state import SschaState
 from magus_anharmonic.sscha.symmetry import Symmetry
 
 ALIKE = [
@@ -33,14 +29,14 @@ MODEL = Crystals(ALIKE)
 
 
 @pytest.fixture(scope="module")
-def states() -> list[SschaState]:
+def states():
     return [
         free_energy(one.atoms, MODEL, n_configs=200, reference_spacing=0.1, seed=k).state
         for k, one in enumerate(ALIKE)
     ]
 
 
-def helmholtz(state: SschaState, seed: int, n_configs: int = 60) -> tuple[float, float, Samples]:
+def helmholtz(state, seed, n_configs=60):
     """F and its error in eV/atom, and the draws, of one ensemble."""
     ensemble = sample_ensemble(state, n_configs, [seed], MODEL, "test")
     found = average(state, ensemble, Symmetry(state.atoms, state.supercell_matrix))
@@ -64,7 +60,7 @@ def test_the_scatter_of_a_difference_is_what_its_error_bar_says(states):
 
 
 def test_a_damaged_file_of_a_finished_run_costs_at_most_what_cancels_and_never_the_ranking(
-    tmp_path: Path, caplog
+    tmp_path, caplog
 ):
     for name, one in zip("ab", ALIKE, strict=True):
         free_energy(
@@ -121,7 +117,7 @@ def test_a_race_ends_earlier_where_the_errors_cancel():
 
 
 @pytest.mark.slow
-def test_the_table_shows_the_error_of_the_difference_with_what_cancels(tmp_path: Path):
+def test_the_table_shows_the_error_of_the_difference_with_what_cancels(tmp_path):
     block = {
         "n_configs": 200,
         "reference_spacing": 0.1,

@@ -1,12 +1,8 @@
 """Variable composition: order and probabilities inside each composition, free energies above the hull of
 all."""
 
-from __future__ import annotations
-
 import csv
 import math
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -23,7 +19,7 @@ from test_fitness import INFO
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.hull import comparable
 from magus_anharmonic.learning.choose import lowest_distinct
-from magus_anharmonic.ranking.candidate import Candidate, by_composition, numbered
+from magus_anharmonic.ranking.candidate import by_composition, numbered
 from magus_anharmonic.ranking.elimination import Rules, Standing, race
 from magus_anharmonic.ranking.fitness import (
     fit_estimates,
@@ -43,9 +39,7 @@ from magus_anharmonic.search import host, run
 from magus_anharmonic.settings import parse_settings
 
 
-def candidate(
-    name: str, formula: str, gibbs: float | None, error: float = 1e-3, **more: Any
-) -> Candidate:
+def candidate(name, formula, gibbs, error=1e-3, **more):
     values = {
         "status": "converged",
         "gibbs": gibbs,
@@ -70,11 +64,11 @@ ROWS = [
 from H2S to H, at -1.825."""
 
 
-def by_id(candidates: list[Candidate]) -> dict[str, Candidate]:
+def by_id(candidates):
     return {c.id: c for c in candidates}
 
 
-def test_distances_above_the_hull_of_free_energies_are_those_worked_out_by_hand() -> None:
+def test_distances_above_the_hull_of_free_energies_are_those_worked_out_by_hand():
     found = by_id(with_heights(ROWS, None))
     heights = {"h": 0.0, "s": 0.0, "low": 0.0, "high": 0.05, "mixed": 0.025}
     assert {name: found[name].gibbs_above_hull for name in heights} == pytest.approx(
@@ -95,14 +89,14 @@ def test_distances_above_the_hull_of_free_energies_are_those_worked_out_by_hand(
     )
 
 
-def test_the_error_of_the_model_leaves_open_what_sampling_decides() -> None:
+def test_the_error_of_the_model_leaves_open_what_sampling_decides():
     found = by_id(with_heights(ROWS, 0.03))["mixed"]
     assert found.p_on_hull_sampling == 0.0
     error = math.hypot(0.03, 0.25 * 0.03, 0.75 * 0.03)
     assert found.p_on_hull_total == pytest.approx(norm.cdf(-0.025 / error), abs=0.08)
 
 
-def test_estimates_stand_against_the_hull_but_do_not_make_it() -> None:
+def test_estimates_stand_against_the_hull_but_do_not_make_it():
     guessed = candidate("guess", "H3S", -3.0, status="estimated")
     beyond = candidate("beyond", "O", -9.0, status="estimated")
     found = by_id(with_heights([*ROWS, guessed, beyond], None))
@@ -111,13 +105,13 @@ def test_estimates_stand_against_the_hull_but_do_not_make_it() -> None:
     assert found["beyond"].gibbs_above_hull is None and found["guess"].p_on_hull_sampling is None
 
 
-def test_one_composition_has_no_hull() -> None:
+def test_one_composition_has_no_hull():
     same = [candidate("a", "H3S", -1.0), candidate("b", "S2H6", -0.9)]
     assert with_heights(same, 0.01) == same
     assert comparable(["H3S", "S2H6"], [-1.2, np.inf]) == [-1.2, np.inf]
 
 
-def test_ranks_and_probabilities_are_those_inside_of_a_composition() -> None:
+def test_ranks_and_probabilities_are_those_inside_of_a_composition():
     found = with_probabilities(
         ROWS, 0.02, {"Im-3m": ModelTerm(0.5, 0.1), "low": ModelTerm(0.03, 0.001)}
     )
@@ -131,7 +125,7 @@ def test_ranks_and_probabilities_are_those_inside_of_a_composition() -> None:
     assert places["mixed"].model_correction is None and places["low"].model_correction == 0.03
 
 
-def test_a_composition_without_results_is_estimated_from_the_largest_shift() -> None:
+def test_a_composition_without_results_is_estimated_from_the_largest_shift():
     known = [("H3S", -2.0, -1.8, 1e-3), ("S", -5.0, -4.98, 2e-3)]
     lines = fit_estimates(known, ["H3S", "S", "H2"])
     assert lines["S"](-5.0) == pytest.approx(-4.98 + 4e-3)
@@ -139,12 +133,12 @@ def test_a_composition_without_results_is_estimated_from_the_largest_shift() -> 
     assert fit_estimates([], ["H3S"]) == {}
 
 
-def test_the_best_of_every_composition_run_to_their_ends() -> None:
+def test_the_best_of_every_composition_run_to_their_ends():
     """H3S lies 3 eV/atom above S, which says nothing about H3S: its best one is not stopped, its
     worst one is."""
     truth = {"S one": -4.0, "S two": -3.0, "H3S one": -1.0, "H3S two": -0.5}
 
-    def advance(wanted: dict[str, int]) -> dict[str, Standing]:
+    def advance(wanted):
         rest = {name: 0.08 * 0.5**n for name, n in wanted.items()}
         return {
             name: Standing(truth[name] + r, 1e-4, r, r, r < 2e-4, wanted[name], 100)
@@ -160,7 +154,7 @@ def test_the_best_of_every_composition_run_to_their_ends() -> None:
 # --- fitness --------------------------------------------------------------------------------------
 
 
-def population(seed: int) -> list[Atoms]:
+def population(seed):
     rng = np.random.default_rng(seed)
     structures = []
     for formula in ("Cu", "Al", "Cu", "CuAl", "CuAl2", "Cu3Al", "Cu2Al2", "CuAl3"):
@@ -170,7 +164,7 @@ def population(seed: int) -> list[Atoms]:
     return structures
 
 
-def above(structures: list[Atoms], energies: list[float]) -> list[float]:
+def above(structures, energies):
     diagram = PhaseDiagram(
         [(a.get_chemical_formula(), e * len(a)) for a, e in zip(structures, energies, strict=True)],
         verbose=False,
@@ -182,7 +176,7 @@ def above(structures: list[Atoms], energies: list[float]) -> list[float]:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_the_fitness_is_minus_the_distance_above_the_hull_of_g(seed: int) -> None:
+def test_the_fitness_is_minus_the_distance_above_the_hull_of_g(seed):
     """Without free energies that of the enthalpies, as Ehull; with them the hull of ase over what
     was computed."""
     structures = population(seed)
@@ -198,9 +192,7 @@ def test_the_fitness_is_minus_the_distance_above_the_hull_of_g(seed: int) -> Non
     )
 
 
-def test_structures_without_energy_come_last_and_failures_at_their_estimate_among_all_compositions() -> (
-    None
-):
+def test_structures_without_energy_come_last_and_failures_at_their_estimate_among_all_compositions():
     structures = population(0)
     before = population_fitness(structures)
     structures[3].info.update(status="failed", gibbs_model="m")
@@ -219,16 +211,14 @@ def test_structures_without_energy_come_last_and_failures_at_their_estimate_amon
         max_size=8,
     )
 )
-def test_the_fitness_is_finite_whatever_the_infos_of_several_compositions_hold(
-    pairs: list[tuple[dict, str]],
-) -> None:
+def test_the_fitness_is_finite_whatever_the_infos_of_several_compositions_hold(pairs):
     values = fitness_values([info for info, _ in pairs], [name for _, name in pairs])
     assert len(values) == len(pairs) and all(
         type(value) is float and math.isfinite(value) for value in values
     )
 
 
-def test_one_composition_is_ranked_by_g_itself() -> None:
+def test_one_composition_is_ranked_by_g_itself():
     infos = [{"enthalpy": -1.0, "model": "m"}, {"enthalpy": -2.0, "model": "m"}]
     assert fitness_values(infos, ["H3S", "H3S"]) == fitness_values(infos) == [1.0, 2.0]
 
@@ -236,7 +226,7 @@ def test_one_composition_is_ranked_by_g_itself() -> None:
 # --- ranking and search ---------------------------------------------------------------------------
 
 
-def mixing(atoms: Atoms, evaluator: Any, **options: Any) -> Any:
+def mixing(atoms, evaluator, **options):
     """`fakes.shifted`, and 0.5 x (1 - x) eV/atom more at a fraction x of Al: the ions' motion takes
     compounds off the hull."""
     result = fakes.shifted(atoms, evaluator, **options)
@@ -245,16 +235,14 @@ def mixing(atoms: Atoms, evaluator: Any, **options: Any) -> Any:
     return result
 
 
-def intermetallics() -> list[Atoms]:
+def intermetallics():
     ordered = Atoms(
         "CuAl", scaled_positions=[[0, 0, 0], [0.5, 0.5, 0.5]], cell=[2.95] * 3, pbc=True
     )
     return [bulk("Cu"), bulk("Cu", "bcc", a=2.87), bulk("Al"), ordered]
 
 
-def test_a_ranking_of_several_compositions_says_who_is_on_the_hull(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_ranking_of_several_compositions_says_who_is_on_the_hull(tmp_path, capsys):
     keys = parse_settings({"pressure": 0.0, "Fitness": ["SSCHA"], "sscha": {"hessian": 0}})
     structures = intermetallics()
     reevaluate(structures, fakes.Emt(), keys)
@@ -314,7 +302,7 @@ def test_a_ranking_of_several_compositions_says_who_is_on_the_hull(
     assert "On the hull of the free energies" in shown
 
 
-def test_those_near_the_hull_get_their_free_energies_first(tmp_path: Path) -> None:
+def test_those_near_the_hull_get_their_free_energies_first(tmp_path):
     """Copper in the bcc lattice lies far lower per atom than aluminium, and is no candidate for
     anything."""
     keys = parse_settings(
@@ -333,7 +321,7 @@ def test_those_near_the_hull_get_their_free_energies_first(tmp_path: Path) -> No
     assert [atoms.info["status"] for atoms in structures] == ["converged", "estimated", "converged"]
 
 
-SEARCH: dict[str, Any] = {
+SEARCH = {
     "formulaType": "var",
     "symbols": ["Cu", "Al"],
     "formula": [[1, 0], [0, 1]],
@@ -355,12 +343,10 @@ SEARCH: dict[str, Any] = {
 }
 
 
-def test_a_search_of_variable_composition_ranks_by_the_hull_of_free_energies(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_search_of_variable_composition_ranks_by_the_hull_of_free_energies(tmp_path, monkeypatch):
     begin = host.start
 
-    def start(*arguments: Any, **options: Any) -> Any:
+    def start(*arguments, **options):
         state = begin(*arguments, **options)
         state.free_energy, state.workers = mixing, 1
         return state
@@ -378,7 +364,7 @@ def test_a_search_of_variable_composition_ranks_by_the_hull_of_free_energies(
     assert {atoms.info["candidate_id"] for atoms in good} <= {row.id for row in rows}
 
 
-def test_the_lowest_to_be_labelled_are_those_near_the_hull() -> None:
+def test_the_lowest_to_be_labelled_are_those_near_the_hull():
     """Copper in the bcc lattice is lower per atom than aluminium, which is on the hull."""
     structures = [bulk("Cu"), bulk("Cu", "bcc", a=2.87), bulk("Al"), bulk("Al", "bcc", a=3.2)]
     for atoms, enthalpy in zip(structures, [-3.7, -3.6, -1.0, np.inf], strict=True):
@@ -391,7 +377,7 @@ def test_the_lowest_to_be_labelled_are_those_near_the_hull() -> None:
     ]
 
 
-def test_labels_between_phases_of_one_composition_are_refused_for_several() -> None:
+def test_labels_between_phases_of_one_composition_are_refused_for_several():
     learning = {"labeler": {"calculator": "gpaw"}, "select": "sscha"}
     with pytest.raises(InputError, match=r"learning\.select: sscha with formulaType: var"):
         parse_settings({**SEARCH, "learning": learning})

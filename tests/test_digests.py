@@ -1,8 +1,6 @@
 """One changed digit in what is read back as a number is found and named; what the folders of runs
 hold is never lost with the database."""
 
-from __future__ import annotations
-
 import csv
 import json
 import sqlite3
@@ -37,7 +35,7 @@ from magus_anharmonic.io.files import (
 from magus_anharmonic.io.tables import table_rows, write_table
 from magus_anharmonic.paper import tables
 from magus_anharmonic.phase_diagram.points import write_points
-from magus_anharmonic.ranking.run import Key, Run
+from magus_anharmonic.ranking.run import Key
 from magus_anharmonic.ranking.store import NAME, FreeEnergyStore
 from magus_anharmonic.ranking.table import read_ranking, write_ranking
 from magus_anharmonic.report import write_report
@@ -46,7 +44,7 @@ from magus_anharmonic.search.archive import append_frames, read_frames, write_fr
 from magus_anharmonic.settings import parse_settings
 
 
-def test_a_changed_digit_of_a_json_object_is_named(tmp_path: Path) -> None:
+def test_a_changed_digit_of_a_json_object_is_named(tmp_path):
     file = tmp_path / "result.json"
     write_json(
         file,
@@ -63,9 +61,7 @@ def test_a_changed_digit_of_a_json_object_is_named(tmp_path: Path) -> None:
         read_json(file)
 
 
-def test_a_changed_digit_of_a_line_is_named_and_the_line_left_out(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_changed_digit_of_a_line_is_named_and_the_line_left_out(tmp_path, caplog):
     for generation in (1, 2):
         append_jsonl(tmp_path / "lines.jsonl", {"generation": generation, "ratio": 2.5})
     assert read_jsonl(tmp_path / "lines.jsonl") == [
@@ -78,7 +74,7 @@ def test_a_changed_digit_of_a_line_is_named_and_the_line_left_out(
     assert "line 1: damaged" in caplog.text
 
 
-def test_the_seed_of_a_run_cannot_change(tmp_path: Path) -> None:
+def test_the_seed_of_a_run_cannot_change(tmp_path):
     write_run_record(tmp_path, parse_settings({}), seed=17, model_id=None)
     file = tmp_path / "run.json"
     file.write_text(file.read_text().replace('"seed": 17', '"seed": 18'))
@@ -86,7 +82,7 @@ def test_the_seed_of_a_run_cannot_change(tmp_path: Path) -> None:
         read_run_record(tmp_path)
 
 
-def test_a_changed_byte_of_a_trajectory_is_named(tmp_path: Path) -> None:
+def test_a_changed_byte_of_a_trajectory_is_named(tmp_path):
     file = tmp_path / "good2.traj"
     write_frames(file, [bulk("Cu", a=3.6), bulk("Cu", a=3.7).repeat((2, 1, 1))])
     assert [len(atoms) for atoms in read_frames(file)] == [1, 2]
@@ -99,7 +95,7 @@ def test_a_changed_byte_of_a_trajectory_is_named(tmp_path: Path) -> None:
     assert len(read_frames(tmp_path / "other.traj")) == 1
 
 
-def records(n: int = 3) -> list[Run]:
+def records(n=3):
     key = Key("1234e5678901", 150.0, 0.0, "settings")
     return [
         stored_run(
@@ -119,11 +115,11 @@ def records(n: int = 3) -> list[Run]:
     ]
 
 
-def cut(file: Path) -> None:
+def cut(file):
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
 
 
-def digit(file: Path) -> None:
+def digit(file):
     with sqlite3.connect(file) as database:
         assert (
             database.execute(
@@ -133,7 +129,7 @@ def digit(file: Path) -> None:
         )
 
 
-def number(file: Path) -> None:
+def number(file):
     content = file.read_bytes()
     assert b"1.25" in content or np.float64(1.25).tobytes() in content
     file.write_bytes(
@@ -147,8 +143,8 @@ def number(file: Path) -> None:
     "damage", [lambda file: file.write_bytes(b""), Path.unlink, cut, digit, number]
 )
 def test_a_database_that_is_empty_cut_or_changed_is_made_again_from_the_runs(
-    tmp_path: Path, damage, caplog
-) -> None:
+    tmp_path, damage, caplog
+):
     file = tmp_path / NAME
     store = FreeEnergyStore(file)
     for record in records():
@@ -168,7 +164,7 @@ def test_a_database_that_is_empty_cut_or_changed_is_made_again_from_the_runs(
     assert "3 free energies were missing" in caplog.text
 
 
-def test_a_changed_record_of_a_run_is_set_aside(tmp_path: Path) -> None:
+def test_a_changed_record_of_a_run_is_set_aside(tmp_path):
     FreeEnergyStore(tmp_path / NAME).put(records(1)[0])
     (file,) = tmp_path.glob("sscha/*/record.json")
     data = json.loads(file.read_text())
@@ -182,8 +178,8 @@ def test_a_changed_record_of_a_run_is_set_aside(tmp_path: Path) -> None:
 
 
 def test_failures_are_compared_with_those_before_in_time_that_grows_as_their_number(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    tmp_path, monkeypatch
+):
     """The fault: each new failure was compared with every earlier one, 3.5 s for 1,000 on top of
     20,000."""
     from magus_anharmonic.runs import failures
@@ -210,21 +206,19 @@ def test_failures_are_compared_with_those_before_in_time_that_grows_as_their_num
 CHANGED = "changed since it was written"
 
 
-def change(file: Path, old: str, new: str) -> None:
+def change(file, old, new):
     text = file.read_text()
     assert old in text and len(old) == len(new)
     file.write_text(text.replace(old, new, 1))
 
 
-def checked(folder: Path) -> int:
+def checked(folder):
     return subprocess.run(
         ["sha256sum", "--strict", "-c", SUMS], cwd=folder, capture_output=True
     ).returncode
 
 
-def test_the_digests_of_tables_are_those_of_sha256sum_and_go_with_their_tables(
-    tmp_path: Path,
-) -> None:
+def test_the_digests_of_tables_are_those_of_sha256sum_and_go_with_their_tables(tmp_path):
     write_table(tmp_path / "a.csv", ("n",), [[1], [2]])
     write_table(tmp_path / "b c.csv", ("n",), [[3]])
     (tmp_path / "users.csv").write_text("n\n4\n")
@@ -247,14 +241,14 @@ def test_the_digests_of_tables_are_those_of_sha256sum_and_go_with_their_tables(
 
 
 def test_a_table_never_has_the_digest_of_another_state_wherever_its_writer_dies(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    tmp_path, monkeypatch
+):
     class Killed(BaseException):
         pass
 
     steps, original = 0, Path.replace
 
-    def replace(self: Path, target: Path) -> Path:
+    def replace(self, target):
         nonlocal steps
         steps += 1
         if steps > allowed:
@@ -277,14 +271,12 @@ def test_a_table_never_has_the_digest_of_another_state_wherever_its_writer_dies(
     assert seen == {0, 1, 2}
 
 
-def test_a_table_that_is_written_while_it_is_read_is_no_damaged_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_table_that_is_written_while_it_is_read_is_no_damaged_one(tmp_path, monkeypatch):
     write_table(tmp_path / "a.csv", ("n",), [[1]])
     original = files._sums
     asked = 0
 
-    def sums(folder: Path) -> dict[str, str]:
+    def sums(folder):
         nonlocal asked
         found, asked = original(folder), asked + 1
         if asked == 1:
@@ -296,7 +288,7 @@ def test_a_table_that_is_written_while_it_is_read_is_no_damaged_one(
     assert [row["n"] for row in read_rows(tmp_path / "a.csv")] == ["2"] and asked > 2
 
 
-def test_a_changed_digit_of_the_points_of_a_phase_diagram_ends_it(tmp_path: Path) -> None:
+def test_a_changed_digit_of_the_points_of_a_phase_diagram_ends_it(tmp_path):
     file = tmp_path / "gibbs.csv"
     write_points(file, data({"low": LOW, "high": HIGH}, 3, temperatures=(0.0,)))
     again = [
@@ -315,7 +307,7 @@ def test_a_changed_digit_of_the_points_of_a_phase_diagram_ends_it(tmp_path: Path
     assert CliRunner().invoke(app, again[0]).exit_code == 0
 
 
-def test_a_changed_digit_of_the_corrections_is_no_term_of_a_ranking(tmp_path: Path) -> None:
+def test_a_changed_digit_of_the_corrections_is_no_term_of_a_ranking(tmp_path):
     tables.write(
         tables.GibbsCorrection,
         tmp_path / "gibbs_correction.csv",
@@ -327,7 +319,7 @@ def test_a_changed_digit_of_the_corrections_is_no_term_of_a_ranking(tmp_path: Pa
         measured_terms(tmp_path, 100.0)
 
 
-def test_a_changed_digit_of_a_ranking_is_named_by_all_that_read_it(tmp_path: Path) -> None:
+def test_a_changed_digit_of_a_ranking_is_named_by_all_that_read_it(tmp_path):
     file = tmp_path / "ranking.csv"
     write_ranking(
         file,
@@ -347,9 +339,7 @@ def test_a_changed_digit_of_a_ranking_is_named_by_all_that_read_it(tmp_path: Pat
     assert f"ranking.csv: {CHANGED}" in write_report(tmp_path).read_text()
 
 
-def test_a_changed_digit_of_a_campaigns_tables_is_named_by_all_that_read_them(
-    tmp_path: Path,
-) -> None:
+def test_a_changed_digit_of_a_campaigns_tables_is_named_by_all_that_read_them(tmp_path):
     campaign = synthetic_campaign(tmp_path / "h3s", 30, pressures=(50, 100))
     (file,) = campaign.rglob("enthalpies.csv")
     with file.open(newline="") as handle:
@@ -385,9 +375,7 @@ def test_a_changed_digit_of_a_campaigns_tables_is_named_by_all_that_read_them(
         tables.read(tables.Enthalpy, file)  # as the figures do
 
 
-def test_a_changed_digit_of_the_part_of_a_step_never_reaches_the_tables_of_the_campaign(
-    tmp_path: Path,
-) -> None:
+def test_a_changed_digit_of_the_part_of_a_step_never_reaches_the_tables_of_the_campaign(tmp_path):
     write_part(tmp_path / "one", tables.Cost, [tables.Cost("learn", 10, 200, 3, 1.5)])
     assemble(tmp_path / "tables", [tmp_path / "one"])
     assert [row["n_labels"] for row in read_rows(tmp_path / "tables" / "cost.csv")] == [
@@ -399,7 +387,7 @@ def test_a_changed_digit_of_the_part_of_a_step_never_reaches_the_tables_of_the_c
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
-def test_a_changed_bit_of_arrays_is_named(tmp_path: Path, save) -> None:
+def test_a_changed_bit_of_arrays_is_named(tmp_path, save):
     file = tmp_path / "start.npz"
     save(file, forces=np.random.default_rng(0).normal(size=(20, 3)))
     whole, forces = file.read_bytes(), load_arrays(file)["forces"]
@@ -413,7 +401,7 @@ def test_a_changed_bit_of_arrays_is_named(tmp_path: Path, save) -> None:
     assert refused > 500
 
 
-def test_fewer_rows_than_were_written_are_no_array(tmp_path: Path) -> None:
+def test_fewer_rows_than_were_written_are_no_array(tmp_path):
     """NumPy read the first 10 of 20 rows and was content: the sum of a file in a zip archive is
     compared at its end."""
     np.savez(tmp_path / "start.npz", forces=np.ones((20, 3)))

@@ -1,8 +1,7 @@
 """The documentation is built without a warning, reads without a network, and its examples are
 inputs that the settings accept."""
 
-from __future__ import annotations
-
+import hashlib
 import importlib.util
 import os
 import re
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from browser import Browser, find_browser
 
 from magus_anharmonic.settings import parse_settings
 
@@ -24,8 +24,11 @@ needs_mkdocs = pytest.mark.skipif(
 )
 
 
+needs_browser = pytest.mark.skipif(find_browser() is None, reason="no Chromium here")
+
+
 @pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def site(tmp_path_factory):
     folder = tmp_path_factory.mktemp("site")
     command = [
         sys.executable,
@@ -47,7 +50,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @needs_mkdocs
 @pytest.mark.slow
-def test_every_page_is_built_and_can_be_reached_from_the_first(site: Path) -> None:
+def test_every_page_is_built_and_can_be_reached_from_the_first(site):
     first = (site / "index.html").read_text(encoding="utf-8")
     for page in PAGES:
         assert (site / f"{page.stem}.html").is_file()
@@ -56,7 +59,7 @@ def test_every_page_is_built_and_can_be_reached_from_the_first(site: Path) -> No
 
 @needs_mkdocs
 @pytest.mark.slow
-def test_equations_are_mathml_and_nothing_is_loaded_from_elsewhere(site: Path) -> None:
+def test_equations_are_mathml_and_nothing_is_loaded_from_elsewhere(site):
     theory = (site / "theory.html").read_text(encoding="utf-8")
     assert theory.count("<math") > 30 and "arithmatex" not in theory and "$$" not in theory
     for page in site.glob("*.html"):
@@ -70,7 +73,65 @@ def test_equations_are_mathml_and_nothing_is_loaded_from_elsewhere(site: Path) -
         assert not loaded, f"{page.name} loads {loaded}"
 
 
-def examples() -> list[tuple[str, str]]:
+@pytest.fixture(scope="module")
+def browser():
+    with Browser(str(find_browser())) as one:
+        yield one
+
+
+@needs_mkdocs
+@needs_browser
+@pytest.mark.slow
+def test_the_site_searches_when_it_is_opened_as_a_file(site, browser):
+    browser.open(site / "index.html")
+    browser.evaluate("document.querySelector('[data-md-toggle=search]').click()")
+    found = browser.evaluate(
+        """new Promise((done, failed) => {
+            const box = document.querySelector('[data-md-component=search-query]');
+            box.focus();
+            box.value = 'isotopes';
+            box.dispatchEvent(new KeyboardEvent('keyup', { bubbles: true }));
+            setTimeout(() => failed(new Error('nothing found')), 60000);
+            setInterval(() => {
+                const hits = [...document.querySelectorAll('.md-search-result__item a')];
+                if (hits.length) done(hits.map(hit => hit.href));
+            }, 100);
+        })"""
+    )
+    assert any("phase-diagram.html" in hit for hit in found)
+    assert browser.complaints() == []
+    assert all(url.startswith(site.as_uri()) for url in browser.requests())
+
+
+def axe():
+    """The rules of axe-core, for accessibility (pip install axe-core-python); None without them."""
+    found = importlib.util.find_spec("axe_core_python")
+    place = os.environ.get("AXE_FOR_TESTS") or (
+        found and Path(str(found.origin)).with_name("axe.min.js")
+    )
+    return Path(place) if place else None
+
+
+@needs_mkdocs
+@needs_browser
+@pytest.mark.slow
+@pytest.mark.skipif(axe() is None, reason="axe is not installed (pip install axe-core-python)")
+@pytest.mark.parametrize("dark", [False, True])
+def test_every_page_passes_axe(site, browser, dark):
+    rules = str(axe().read_text(encoding="utf-8"))
+    found = {}
+    for page in PAGES:
+        browser.open(site / f"{page.stem}.html", dark=dark)
+        browser.evaluate(f"{rules}; 1")
+        found[page.stem] = browser.evaluate(
+            # the theme's script puts each copy button into an unnamed landmark
+            """axe.run(document, { rules: { 'landmark-unique': { enabled: false } } }).then(
+                result => result.violations.map(one => [one.id, one.nodes[0].html.slice(0, 200)]))"""
+        )
+    assert not any(found.values()), {page: what for page, what in found.items() if what}
+
+
+def examples():
     found = []
     for page in PAGES:
         for text in re.findall(
@@ -83,13 +144,13 @@ def examples() -> list[tuple[str, str]]:
 @pytest.mark.parametrize(
     ("page", "text"), [case for case in examples() if case[0] in ("tutorial.md", "recipes.md")]
 )
-def test_inputs_in_the_documentation_are_accepted(page: str, text: str) -> None:
+def test_inputs_in_the_documentation_are_accepted(page, text):
     parse_settings(
         {"symbols": ["H", "S"], "pressure": 150, "formulaType": "fix", **yaml.safe_load(text)}
     )
 
 
-def test_every_command_in_the_documentation_exists() -> None:
+def test_every_command_in_the_documentation_exists():
     from magus_anharmonic.cli import COMMANDS, app
 
     names = {command.name or command.callback.__name__ for command in app.registered_commands}
@@ -101,3 +162,41 @@ def test_every_command_in_the_documentation_exists() -> None:
             re.MULTILINE,
         ):
             assert name in names, f"{page.name}: magus-anharmonic {name}"
+
+
+@pytest.mark.full
+def test_the_tutorial_runs_as_written_from_a_fresh_clone(tmp_path):
+    """Its commands and Python, one after the other; the set-up is that of this environment."""
+    clone, prefix = tmp_path / "clone", Path(sys.prefix)
+    subprocess.run(["git", "clone", "-q", ROOT, clone], check=True)
+    files = ("pyproject.toml", ".ci/constraints.txt", ".ci/setup", ".ci/system.sh")
+    parts = [(clone / name).read_bytes() for name in (*files, "magus_anharmonic/__init__.py")]
+    ready = hashlib.sha256(b"".join(parts)).hexdigest()[:12]
+    venv = clone / ".venv"
+    venv.mkdir()
+    (venv / f".ready-{ready}-{sys.version_info[0]}.{sys.version_info[1]}").touch()
+    for name in ("lib", "pyvenv.cfg"):
+        (venv / name).symlink_to(prefix / name)
+    (venv / "bin").mkdir()
+    for path in (prefix / "bin").iterdir():
+        if path.name.startswith(("python", "activate")):
+            (venv / "bin" / path.name).symlink_to(path)
+    command = venv / "bin" / "magus-anharmonic"
+    command.write_text(
+        f'#!/bin/sh\nPYTHONPATH={clone} exec {venv}/bin/python -m magus_anharmonic "$@"\n'
+    )
+    command.chmod(0o755)
+    page = (clone / "docs" / "tutorial.md").read_text(encoding="utf-8")
+    script = []
+    for language, text in re.findall(r"^```(bash|python)\n(.*?)^```", page, re.M | re.S):
+        script.append(text if language == "bash" else f"python - <<'END'\n{text}END\n")
+    run = subprocess.run(
+        ["bash", "-eu", "-c", f"set -o pipefail\nexport PATH={venv}/bin:$PATH\n" + "".join(script)],
+        cwd=clone,
+        env={**os.environ, "PYTHONPATH": str(clone), "PYTHON": sys.executable},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
+    assert "SschaResult(" in run.stdout and (clone / "phonons" / "hessian.json").is_file()
+    assert (clone / "ranking" / "report.html").is_file()

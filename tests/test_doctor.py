@@ -1,8 +1,6 @@
 """The doctor tells apart what is missing, what is missing and needed, and what is only worth
 knowing."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,12 +8,12 @@ from types import SimpleNamespace
 import pytest
 
 from magus_anharmonic import doctor
-from magus_anharmonic.doctor import Check, collect, exit_code, find_magus
-from magus_anharmonic.settings import Settings, parse_settings
+from magus_anharmonic.doctor import collect, exit_code, find_magus
+from magus_anharmonic.settings import parse_settings
 
 
 @pytest.fixture
-def labelers(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[bool, str]]:
+def labelers(monkeypatch):
     """The answers of the labelers, to be set by a test, instead of what this machine happens to
     have."""
     answers = {
@@ -24,7 +22,7 @@ def labelers(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[bool, str]]:
         "espresso": (False, "no pw.x"),
     }
 
-    def code_of(name: str) -> SimpleNamespace:
+    def code_of(name):
         return SimpleNamespace(
             available=lambda execution=None: answers.get(name, (False, f"{name} unknown"))
         )
@@ -33,9 +31,7 @@ def labelers(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[bool, str]]:
     return answers
 
 
-def test_a_command_in_the_input_counts_when_a_labeler_is_looked_for(
-    no_magus: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_command_in_the_input_counts_when_a_labeler_is_looked_for(no_magus, monkeypatch):
     monkeypatch.setenv("PATH", "")
     block = {
         "calculator": "espresso",
@@ -46,12 +42,12 @@ def test_a_command_in_the_input_counts_when_a_labeler_is_looked_for(
 
 
 @pytest.fixture
-def no_magus(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_magus(monkeypatch):
     monkeypatch.setattr(doctor, "find_magus", lambda: (None, "not found"))
 
 
-def settings_with(checkpoint: str, labeler: str | None = None, **more: object) -> Settings:
-    data: dict[str, object] = {
+def settings_with(checkpoint, labeler=None, **more):
+    data = {
         "symbols": ["H", "S"],
         "MainCalculator": {"calculator": "mattersim", "checkpoint": checkpoint},
         **more,
@@ -61,11 +57,11 @@ def settings_with(checkpoint: str, labeler: str | None = None, **more: object) -
     return parse_settings(data)
 
 
-def named(checks: list[Check], name: str) -> Check:
+def named(checks, name):
     return next(check for check in checks if check.name == name)
 
 
-def test_without_an_input_nothing_optional_is_a_failure(labelers: dict, no_magus: None) -> None:
+def test_without_an_input_nothing_optional_is_a_failure(labelers, no_magus):
     checks = collect()
     assert exit_code(checks) == 0
     assert named(checks, "labeler vasp").ok is None
@@ -77,8 +73,8 @@ def test_without_an_input_nothing_optional_is_a_failure(labelers: dict, no_magus
 
 
 def test_a_needed_labeler_that_is_missing_fails_and_says_what_to_do(
-    labelers: dict, no_magus: None, tiny_checkpoint: Path
-) -> None:
+    labelers, no_magus, tiny_checkpoint
+):
     present = settings_with(str(tiny_checkpoint), "gpaw")
     assert exit_code(collect(present)) == 0
     labelers["gpaw"] = (False, "gpaw is not installed")
@@ -87,18 +83,14 @@ def test_a_needed_labeler_that_is_missing_fails_and_says_what_to_do(
     assert "magus-anharmonic[gpaw]" in named(checks, "labeler gpaw").fix
 
 
-def test_a_found_checkpoint_is_named_by_the_id_of_its_weights(
-    labelers: dict, no_magus: None, tiny_checkpoint: Path
-) -> None:
+def test_a_found_checkpoint_is_named_by_the_id_of_its_weights(labelers, no_magus, tiny_checkpoint):
     from magus_anharmonic.potential.checkpoint import describe
 
     check = named(collect(settings_with(str(tiny_checkpoint))), "checkpoint")
     assert check.ok is True and describe(tiny_checkpoint).model_id in check.detail
 
 
-def test_a_missing_or_truncated_checkpoint_fails(
-    labelers: dict, no_magus: None, tiny_checkpoint: Path, tmp_path: Path
-) -> None:
+def test_a_missing_or_truncated_checkpoint_fails(labelers, no_magus, tiny_checkpoint, tmp_path):
     assert exit_code(collect(settings_with("nowhere.pth"))) == 1
     short = tmp_path / "short.pth"
     short.write_bytes(Path(tiny_checkpoint).read_bytes()[:1000])
@@ -108,11 +100,11 @@ def test_a_missing_or_truncated_checkpoint_fails(
 
 
 def test_a_mattersim_checkpoint_is_looked_for_but_never_fetched(
-    labelers: dict, no_magus: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+    labelers, no_magus, monkeypatch, tmp_path
+):
     from magus_anharmonic.potential import checkpoint
 
-    def fetch(*_: object) -> Path:
+    def fetch(*_):
         raise AssertionError("the doctor must not download")
 
     monkeypatch.setattr(checkpoint, "_download", fetch)
@@ -122,21 +114,14 @@ def test_a_mattersim_checkpoint_is_looked_for_but_never_fetched(
     assert str(tmp_path) in check.fix and "mattersim-v1.0.0-1M.pth" in check.fix
 
 
-def test_a_device_that_is_not_there_fails_only_when_asked_for(
-    labelers: dict, no_magus: None
-) -> None:
+def test_a_device_that_is_not_there_fails_only_when_asked_for(labelers, no_magus):
     asked = parse_settings({"MainCalculator": {"calculator": "mattersim", "device": "cuda"}})
     assert doctor._device(asked, None).ok is False and doctor._device(asked, None).needed
     assert doctor._device(None, None).ok is None
     assert doctor._device(asked, "NVIDIA X").ok is True
 
 
-def test_elements_that_the_training_data_lacked_are_named() -> None:
-    assert doctor._unseen(["H", "S", "La"], frozenset({1, 16})) == ["La"]
-    assert doctor._unseen(["H", "S"], None) == []
-
-
-def package(folder: Path, *, entrypoints: bool) -> None:
+def package(folder, *, entrypoints):
     (folder / "magus").mkdir()
     (folder / "magus" / "__init__.py").write_text(
         "__version__ = '9.9.9'\nraise RuntimeError('must not be imported')\n"
@@ -146,9 +131,7 @@ def package(folder: Path, *, entrypoints: bool) -> None:
 
 
 @pytest.mark.parametrize("real", [True, False])
-def test_another_package_of_the_same_name_is_not_taken_for_magus(
-    real: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_another_package_of_the_same_name_is_not_taken_for_magus(real, tmp_path, monkeypatch):
     package(tmp_path, entrypoints=real)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(sys.modules, "magus", raising=False)
@@ -157,9 +140,7 @@ def test_another_package_of_the_same_name_is_not_taken_for_magus(
     assert real or "not MAGUS" in text
 
 
-def test_a_magus_that_does_not_import_is_reported_with_its_reason(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_magus_that_does_not_import_is_reported_with_its_reason(tmp_path, monkeypatch):
     package(tmp_path, entrypoints=True)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
@@ -168,30 +149,19 @@ def test_a_magus_that_does_not_import_is_reported_with_its_reason(
     assert seen.ok is False and "must not be imported" in seen.detail
 
 
-def test_a_module_that_does_not_import_gives_the_reason() -> None:
-    check = doctor._module("engine", "no_such_engine", "none", "pip install it", needed=True)
-    assert check == Check(
-        "engine",
-        False,
-        "no_such_engine does not import: No module named 'no_such_engine'",
-        "pip install it",
-        True,
-    )
-
-
 # ------------------------------------------------------------------ the scheduler
 
 
-def scheduler_check(**keys: object) -> Check:
+def scheduler_check(**keys):
     return doctor._scheduler(parse_settings(keys))
 
 
-def test_local_processes_need_nothing() -> None:
+def test_local_processes_need_nothing():
     check = scheduler_check(workers={"count": 3})
     assert check.ok and check.detail == "local: 3 processes on this machine"
 
 
-def test_a_queue_system_needs_its_commands(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_queue_system_needs_its_commands(monkeypatch, tmp_path):
     pytest.importorskip("dask_jobqueue")
     monkeypatch.setenv("PATH", str(tmp_path))
     check = scheduler_check(scheduler="slurm")
@@ -209,7 +179,7 @@ def test_a_queue_system_needs_its_commands(monkeypatch: pytest.MonkeyPatch, tmp_
     assert "queue systems with commands here: slurm" in doctor._scheduler(None).detail
 
 
-def test_an_address_is_tried() -> None:
+def test_an_address_is_tried():
     import socket
 
     pytest.importorskip("distributed")
@@ -224,7 +194,7 @@ def test_an_address_is_tried() -> None:
     )
 
 
-def test_a_labeler_of_workers_elsewhere_is_not_missing_here(labelers: dict) -> None:
+def test_a_labeler_of_workers_elsewhere_is_not_missing_here(labelers):
     block = {"labeler": {"calculator": "vasp"}}
     here, elsewhere = (
         doctor._labelers(parse_settings({"learning": block, "scheduler": name}))[0]

@@ -3,11 +3,9 @@ those of a simulation."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 import numpy as np
-import pytest
 
 from magus_anharmonic.ranking.elimination import (
     Rules,
@@ -22,19 +20,13 @@ from magus_anharmonic.ranking.elimination import (
 RULES = Rules(confidence=0.95, keep_best=1, max_populations=30)
 
 
-def standing(
-    gibbs: float,
-    error: float = 1e-3,
-    predicted_decrease: float = 0.0,
-    fallen: float | None = 0.0,
-    **more: object,
-) -> Standing:
+def standing(gibbs, error=1e-3, predicted_decrease=0.0, fallen=0.0, **more):
     return Standing(
         gibbs, error, predicted_decrease, fallen, **{"converged": False, "n_populations": 3, **more}
     )
 
 
-def test_a_candidate_far_above_stops_and_one_within_the_noise_goes_on() -> None:
+def test_a_candidate_far_above_stops_and_one_within_the_noise_goes_on():
     found = verdicts({"a": standing(0.0), "b": standing(0.1), "c": standing(0.002)}, RULES)
     assert (
         list(found) == ["b"]
@@ -43,7 +35,7 @@ def test_a_candidate_far_above_stops_and_one_within_the_noise_goes_on() -> None:
     )
 
 
-def test_a_candidate_that_is_still_falling_is_never_eliminated() -> None:
+def test_a_candidate_that_is_still_falling_is_never_eliminated():
     far = {"a": standing(0.0, converged=True), "b": standing(0.1, predicted_decrease=0.04)}
     assert "b" not in verdicts(far, RULES), "three times the predicted decrease reaches the best"
     far["b"] = standing(0.1, predicted_decrease=0.001, fallen=0.2)
@@ -54,13 +46,13 @@ def test_a_candidate_that_is_still_falling_is_never_eliminated() -> None:
     assert "b" in verdicts(far, RULES)
 
 
-def test_the_best_goes_on_until_it_has_converged() -> None:
+def test_the_best_goes_on_until_it_has_converged():
     relaxing = {"a": standing(0.0, predicted_decrease=1e-3), "b": standing(0.5)}
     assert "a" not in verdicts(relaxing, RULES)
     assert verdicts(relaxing | {"a": standing(0.0, converged=True)}, RULES)["a"] == Stop()
 
 
-def test_sampling_ends_where_the_model_cannot_tell_them_apart() -> None:
+def test_sampling_ends_where_the_model_cannot_tell_them_apart():
     tied = {"a": standing(0.0, 1e-3, converged=True), "b": standing(0.0005, 1e-3, converged=True)}
     assert verdicts(tied, RULES) == {}
     known = Rules(
@@ -70,7 +62,7 @@ def test_sampling_ends_where_the_model_cannot_tell_them_apart() -> None:
     assert resolution(None, 2e-4) == 2e-4 == resolution(1e-6, 2e-4)
 
 
-def test_only_those_that_are_not_told_apart_are_sampled_further() -> None:
+def test_only_those_that_are_not_told_apart_are_sampled_further():
     rules = Rules(confidence=0.95, keep_best=3, max_populations=30)
     apart = {
         name: standing(g, converged=True)
@@ -88,11 +80,7 @@ def test_only_those_that_are_not_told_apart_are_sampled_further() -> None:
     )
 
 
-def test_more_candidates_widen_the_bounds() -> None:
-    assert RULES.z(100) > RULES.z(10) > RULES.z(1) > 2.5
-
-
-def test_the_bounds_hold_with_the_wanted_confidence() -> None:
+def test_the_bounds_hold_with_the_wanted_confidence():
     """100 candidates, the best 2 meV below the rest, every population with fresh noise: in at least
     95 % the best survives."""
     rng = np.random.default_rng(0)
@@ -116,38 +104,26 @@ def test_the_bounds_hold_with_the_wanted_confidence() -> None:
     assert len(alive) < 30, "most of the others must have been stopped"
 
 
-def test_probabilities_are_those_of_a_simulation() -> None:
+def test_probabilities_are_those_of_a_simulation():
     gibbs, errors = np.array([0.0, 0.5, 0.4, 3.0]), np.array([1.0, 0.3, 2.0, 1.0])
     samples = gibbs + errors * np.random.default_rng(1).normal(size=(400_000, 4))
     expected = np.bincount(samples.argmin(axis=1), minlength=4) / len(samples)
     assert np.allclose(probability_lowest(gibbs, errors), expected, atol=4e-3)
 
 
-@pytest.mark.parametrize(
-    ("gibbs", "expected"),
-    [([], []), ([1.0], [1.0]), ([0.0, 1.0], [1.0, 0.0]), ([0.0, 0.0], [0.5, 0.5])],
-)
-def test_probabilities_without_noise(gibbs: list[float], expected: list[float]) -> None:
-    assert np.allclose(probability_lowest(gibbs, [0.0] * len(gibbs)), expected)
-
-
-def test_lower_bound_of_a_single_population_is_open() -> None:
-    assert standing(0.0, fallen=None).lower(3.0) == -math.inf
-
-
 class Relaxations:
     """Candidates whose G falls towards ``truth`` by half of the rest with every population; counts
     the populations."""
 
-    def __init__(self, truth: dict[str, float], error: float = 1e-4) -> None:
+    def __init__(self, truth, error=1e-4):
         self.truth, self.error = truth, error
         self.calls: dict[str, int] = {}
 
-    def standing(self, name: str, n: int) -> Standing:
+    def standing(self, name, n):
         rest = 0.08 * 0.5**n
         return Standing(self.truth[name] + rest, self.error, rest, rest, rest < 2e-4, n, n_new=100)
 
-    def advance(self, wanted: dict[str, int]) -> dict[str, Standing]:
+    def advance(self, wanted):
         self.calls.update(wanted)
         return {
             name: self.standing(name, n)
@@ -156,7 +132,7 @@ class Relaxations:
         }
 
 
-def test_a_race_runs_the_best_to_the_end_and_the_others_not() -> None:
+def test_a_race_runs_the_best_to_the_end_and_the_others_not():
     field = Relaxations({f"c{i}": 0.01 * i for i in range(20)})
     stops = race(list(field.truth), field.advance, Rules(0.95, 3, 30), {}, {})
     ends = {name for name, stop in stops.items() if not stop.eliminated}
@@ -165,32 +141,30 @@ def test_a_race_runs_the_best_to_the_end_and_the_others_not() -> None:
     assert sum(field.calls.values()) < 20 * 30 / 5
 
 
-def test_a_failed_candidate_leaves_the_race_to_the_others() -> None:
+def test_a_failed_candidate_leaves_the_race_to_the_others():
     field = Relaxations({"broken": -1.0, "a": 0.0, "b": 0.05})
     stops = race(["broken", "a", "b"], field.advance, Rules(0.95, 1, 30), {}, {})
     assert set(stops) == {"a", "b"} and not stops["a"].eliminated and field.calls["broken"] == 1
 
 
-def test_a_budget_ends_the_race() -> None:
+def test_a_budget_ends_the_race():
     field = Relaxations({"a": 0.0, "b": 1e-5})
     stops = race(["a", "b"], field.advance, Rules(0.95, 1, 30, budget=600), {}, {})
     assert field.calls == {"a": 3, "b": 3}
     assert all("budget of 600" in stop.reason and not stop.eliminated for stop in stops.values())
 
 
-def test_no_population_is_begun_that_the_budget_may_not_cover() -> None:
+def test_no_population_is_begun_that_the_budget_may_not_cover():
     """Populations of 100, 200, 400, ... configurations and a start of 10: what is used stays within
     what was asked, for any budget."""
 
-    def cost(known: Standing | None) -> int:
+    def cost(known):
         return 110 if known is None else 100 * 2**known.n_populations
 
     for budget in range(50, 9000, 370):
         field, used = Relaxations({f"c{i}": 1e-5 * i for i in range(8)}), [0]
 
-        def advance(
-            wanted: dict[str, int], field: Relaxations = field, used: list[int] = used
-        ) -> dict[str, Standing]:
+        def advance(wanted, field=field, used=used):
             found = {}
             for name, standing in field.advance(wanted).items():
                 n_new = 110 if wanted[name] == 1 else 100 * 2 ** (wanted[name] - 1)
@@ -207,7 +181,7 @@ def test_no_population_is_begun_that_the_budget_may_not_cover() -> None:
             assert len(stops) == 8, "everybody begins before somebody goes on"
 
 
-def test_a_budget_leaves_out_only_whom_somebody_at_the_end_has_beaten() -> None:
+def test_a_budget_leaves_out_only_whom_somebody_at_the_end_has_beaten():
     """Both leaders are still falling when the budget ends, and are not ranked: what they threw out
     waits as they do."""
     field = Relaxations({"a": 0.0, "b": 1e-5, "far": 0.6, "highest": 3.0})
@@ -223,12 +197,12 @@ def test_a_budget_leaves_out_only_whom_somebody_at_the_end_has_beaten() -> None:
     )
 
 
-def test_one_that_never_converges_eliminates_nobody() -> None:
+def test_one_that_never_converges_eliminates_nobody():
     """The lowest spends its 30 populations without coming to its end: the next one is the winner,
     and must be relaxed."""
     field = Relaxations({"best": 0.0, "second": 0.2, "third": 0.6})
 
-    def advance(wanted: dict[str, int]) -> dict[str, Standing]:
+    def advance(wanted):
         return {
             n: replace(found, converged=False) if n == "best" else found
             for n, found in field.advance(wanted).items()
@@ -240,7 +214,7 @@ def test_one_that_never_converges_eliminates_nobody() -> None:
     assert stops["third"].eliminated and field.calls["third"] == 2
 
 
-def test_one_that_was_eliminated_among_others_is_taken_up_again_when_it_could_win() -> None:
+def test_one_that_was_eliminated_among_others_is_taken_up_again_when_it_could_win():
     field = Relaxations({"new": 0.1, "old": 0.0, "highest": 0.5})
     eliminated_before = {name: field.standing(name, 2) for name in ("old", "highest")}
     stops = race(["new"], field.advance, Rules(0.95, 1, 30), {}, eliminated_before)
@@ -248,19 +222,19 @@ def test_one_that_was_eliminated_among_others_is_taken_up_again_when_it_could_wi
     assert not stops["old"].eliminated
 
 
-def test_known_results_take_part_without_running() -> None:
+def test_known_results_take_part_without_running():
     field = Relaxations({"a": 0.1})
     known = {"best": standing(0.0, converged=True)}
     stops = race(["a"], field.advance, Rules(0.95, 1, 30), known, {})
     assert stops["a"].eliminated and "best" not in stops
 
 
-def test_the_eliminated_come_back_when_the_best_falls_apart() -> None:
+def test_the_eliminated_come_back_when_the_best_falls_apart():
     """The winner dissociates in its fifth population; the one that was eliminated because of it
     must run to its end."""
     field = Relaxations({"best": 0.0, "second": 0.2, "third": 0.6})
 
-    def advance(wanted: dict[str, int]) -> dict[str, Standing]:
+    def advance(wanted):
         return {
             name: found
             for name, found in field.advance(wanted).items()
@@ -273,10 +247,10 @@ def test_the_eliminated_come_back_when_the_best_falls_apart() -> None:
     assert stops["third"].eliminated and field.calls["third"] == 2
 
 
-def test_one_that_has_stopped_is_sampled_again_when_another_comes_near() -> None:
+def test_one_that_has_stopped_is_sampled_again_when_another_comes_near():
     """b ends 0.5 meV/atom above a, whose error was small enough while b was far away."""
 
-    def advance(wanted: dict[str, int]) -> dict[str, Standing]:
+    def advance(wanted):
         counts.update(wanted)
         sharp = {name: 1e-3 / n for name, n in wanted.items()}
         found = {
@@ -296,17 +270,17 @@ def test_one_that_has_stopped_is_sampled_again_when_another_comes_near() -> None
             )
         return found
 
-    counts: dict[str, int] = {}
+    counts = {}
     race(["a", "b"], advance, Rules(0.95, 1, 30), {}, {})
     assert counts["a"] > 5 and counts["b"] > 5, "sampled until they are told apart"
     assert counts["a"] < counts["b"] + 5
 
 
-def test_a_run_that_gives_no_more_populations_ends_its_race() -> None:
+def test_a_run_that_gives_no_more_populations_ends_its_race():
     """Two that are not told apart, and whose runs have met their own criteria."""
-    calls: list[dict[str, int]] = []
+    calls = []
 
-    def advance(wanted: dict[str, int]) -> dict[str, Standing]:
+    def advance(wanted):
         calls.append(wanted)
         return {name: standing(0.0, 1e-3, converged=True, n_populations=1) for name in wanted}
 

@@ -1,14 +1,11 @@
 """``magus-anharmonic errors``: labels that are kept, failures that are recorded, tables and figures
 that follow."""
 
-from __future__ import annotations
-
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
-from harmonic_pair import HarmonicCrystal, pair
+from harmonic_pair import pair
 
 from magus_anharmonic.errors import InputError, MagusAnharmonicError
 from magus_anharmonic.labelers import Failure, Label
@@ -36,13 +33,7 @@ class Reference:
 
     description = "harmonic crystal"
 
-    def __init__(
-        self,
-        crystal: HarmonicCrystal,
-        settings: str = "ref",
-        fail_at: tuple[int, ...] = (),
-        stop_at: int | None = None,
-    ) -> None:
+    def __init__(self, crystal, settings="ref", fail_at=(), stop_at=None):
         self.crystal, self.settings_hash, self.fail_at, self.stop_at, self.count = (
             crystal,
             settings,
@@ -74,14 +65,7 @@ class Reference:
             )
 
 
-def run(
-    folder: Path,
-    *,
-    fail_at: tuple[int, ...] = (),
-    stop_at: int | None = None,
-    n: int = 12,
-    settings: str = "ref",
-):
+def run(folder, *, fail_at=(), stop_at=None, n=12, settings="ref"):
     model, reference = pair(0.2)
     labeler = Reference(reference, settings, fail_at, stop_at)
     source = Source(model.state, "P1", 50.0, "harmonic-crystal", model.free_energy / 3, 0.001)
@@ -89,7 +73,7 @@ def run(
     return report, labeler
 
 
-def test_everything_is_written_and_the_numbers_agree(tmp_path: Path) -> None:
+def test_everything_is_written_and_the_numbers_agree(tmp_path):
     report, labeler = run(tmp_path)
     assert labeler.count == 13
     rows = {
@@ -113,7 +97,7 @@ def test_everything_is_written_and_the_numbers_agree(tmp_path: Path) -> None:
     ).is_file()
 
 
-def test_an_interrupted_run_goes_on_and_ends_with_the_same_numbers(tmp_path: Path) -> None:
+def test_an_interrupted_run_goes_on_and_ends_with_the_same_numbers(tmp_path):
     whole, _ = run(tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "cut", stop_at=5)
@@ -122,9 +106,7 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_numbers(tmp_path: Pat
     assert resumed.errors == whole.errors and resumed.correction == whole.correction
 
 
-def test_a_second_process_in_the_folder_is_refused_and_no_label_of_the_first_is_lost(
-    tmp_path: Path,
-) -> None:
+def test_a_second_process_in_the_folder_is_refused_and_no_label_of_the_first_is_lost(tmp_path):
     model, reference = pair(0.2)
     source = Source(model.state, "P1", 50.0)
     second = Reference(reference)
@@ -146,8 +128,8 @@ def test_a_second_process_in_the_folder_is_refused_and_no_label_of_the_first_is_
 
 
 def test_a_cut_source_file_is_made_anew_beside_labels_of_the_same_settings_and_of_no_others(
-    tmp_path: Path,
-) -> None:
+    tmp_path,
+):
     whole, _ = run(tmp_path)
     source = tmp_path / "source.json"
     content = source.read_bytes()
@@ -162,7 +144,7 @@ def test_a_cut_source_file_is_made_anew_beside_labels_of_the_same_settings_and_o
         run(tmp_path, settings="other")
 
 
-def test_a_label_that_fails_again_is_recorded_once_and_as_a_label(tmp_path: Path) -> None:
+def test_a_label_that_fails_again_is_recorded_once_and_as_a_label(tmp_path):
     for _ in range(3):
         run(tmp_path, fail_at=(0,))
     (record,) = read_failures(tmp_path)
@@ -173,13 +155,13 @@ def test_a_label_that_fails_again_is_recorded_once_and_as_a_label(tmp_path: Path
     )
 
 
-def test_more_configurations_keep_the_labels_of_fewer(tmp_path: Path) -> None:
+def test_more_configurations_keep_the_labels_of_fewer(tmp_path):
     run(tmp_path, n=8)
     report, labeler = run(tmp_path, n=12)
     assert labeler.count == 4 and report.errors.n_configs == 12
 
 
-def test_a_failed_label_is_recorded_and_its_pair_left_out(tmp_path: Path) -> None:
+def test_a_failed_label_is_recorded_and_its_pair_left_out(tmp_path):
     report, _ = run(tmp_path, fail_at=(4,))
     assert report.n_failed == 1 and report.errors.n_configs == 10
     (failure,) = (tmp_path / "failures.jsonl").read_text().splitlines()
@@ -188,9 +170,7 @@ def test_a_failed_label_is_recorded_and_its_pair_left_out(tmp_path: Path) -> Non
     assert labeler.count == 1 and again.n_failed == 0 and again.errors.n_configs == 12
 
 
-def test_two_pairs_have_no_error_of_the_systematic_part_and_the_files_say_so(
-    tmp_path: Path,
-) -> None:
+def test_two_pairs_have_no_error_of_the_systematic_part_and_the_files_say_so(tmp_path):
     run(tmp_path, n=4)
     text = (tmp_path / "errors.json").read_text()
     assert (
@@ -201,7 +181,7 @@ def test_two_pairs_have_no_error_of_the_systematic_part_and_the_files_say_so(
     assert all(row.systematic_error is None for row in rows)
 
 
-def test_too_few_whole_pairs_are_a_clear_error(tmp_path: Path) -> None:
+def test_too_few_whole_pairs_are_a_clear_error(tmp_path):
     with pytest.raises(
         MagusAnharmonicError,
         match="1 whole pairs.*1 of 4 labels failed.*the density did not converge",
@@ -209,7 +189,7 @@ def test_too_few_whole_pairs_are_a_clear_error(tmp_path: Path) -> None:
         run(tmp_path, n=4, fail_at=(2,))
 
 
-def test_when_every_label_fails_the_reason_is_theirs(tmp_path: Path) -> None:
+def test_when_every_label_fails_the_reason_is_theirs(tmp_path):
     with pytest.raises(
         MagusAnharmonicError,
         match="0 whole pairs.*4 of 4 labels failed, 4 of them so: .*the density did not converge",
@@ -218,7 +198,7 @@ def test_when_every_label_fails_the_reason_is_theirs(tmp_path: Path) -> None:
     assert not isinstance(caught.value, InputError), "nothing is wrong with the input"
 
 
-def test_labels_of_other_settings_or_of_another_state_are_refused(tmp_path: Path) -> None:
+def test_labels_of_other_settings_or_of_another_state_are_refused(tmp_path):
     run(tmp_path)
     with pytest.raises(InputError, match="other DFT settings"):
         run(tmp_path, settings="finer")
@@ -229,7 +209,7 @@ def test_labels_of_other_settings_or_of_another_state_are_refused(tmp_path: Path
         )
 
 
-def test_results_join_the_tables_of_a_campaign_in_place_of_earlier_ones(tmp_path: Path) -> None:
+def test_results_join_the_tables_of_a_campaign_in_place_of_earlier_ones(tmp_path):
     report, _ = run(tmp_path / "errors")
     other = tables.GibbsCorrection("Cccm", 50.0, 10, 0.001, None, None)
     earlier = tables.GibbsCorrection("P1", 50.0, 4, 9.9, None, None)
@@ -242,7 +222,7 @@ def test_results_join_the_tables_of_a_campaign_in_place_of_earlier_ones(tmp_path
     assert len(tables.read(tables.GradientError, tmp_path / "tables" / "gradient_errors.csv")) == 4
 
 
-def test_the_configurations_of_a_population_can_be_taken(tmp_path: Path) -> None:
+def test_the_configurations_of_a_population_can_be_taken(tmp_path):
     model, _ = pair(0.2)
     u = sample_displacements(model.state, 8, seed=5)
     folder = RunFolder(tmp_path, {})
@@ -270,7 +250,7 @@ def test_the_configurations_of_a_population_can_be_taken(tmp_path: Path) -> None
     assert Ensemble(u, np.zeros(8), u, np.zeros((8, 3, 3))).displacements is u
 
 
-def test_wrong_sources_and_settings_are_named(tmp_path: Path) -> None:
+def test_wrong_sources_and_settings_are_named(tmp_path):
     model, _ = pair(0.2)
     nothing = parse_settings({})
     with pytest.raises(InputError, match="no such structure file"):
@@ -292,7 +272,7 @@ def test_wrong_sources_and_settings_are_named(tmp_path: Path) -> None:
         sample_displacements(model.state, 7, 0)
 
 
-def finished_run(folder: Path) -> Path:
+def finished_run(folder):
     """The folder of an SSCHA run of four atoms of H3S that ended in stiff isotropic springs."""
     from dataclasses import fields
 
@@ -328,7 +308,7 @@ def finished_run(folder: Path) -> Path:
     return folder
 
 
-def command(*arguments: str):
+def command(*arguments):
     from typer.testing import CliRunner
 
     from magus_anharmonic.cli import app
@@ -337,7 +317,7 @@ def command(*arguments: str):
 
 
 @pytest.mark.slow
-def test_the_command_compares_the_shipped_model_with_any_ase_calculator(tmp_path: Path) -> None:
+def test_the_command_compares_the_shipped_model_with_any_ase_calculator(tmp_path):
     reference = tmp_path / "ref.yaml"
     reference.write_text(
         "labeler: {calculator: ase.calculators.lj.LennardJones, arguments: {sigma: 1.1, epsilon:"
@@ -377,9 +357,7 @@ def test_the_command_compares_the_shipped_model_with_any_ase_calculator(tmp_path
         ),
     ],
 )
-def test_bad_input_is_named_and_ends_with_code_2(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], words: str
-) -> None:
+def test_bad_input_is_named_and_ends_with_code_2(tmp_path, monkeypatch, arguments, words):
     monkeypatch.chdir(tmp_path)
     finished_run(tmp_path / "run")
     (tmp_path / "ref.yaml").write_text("labeler: {calculator: ase.calculators.lj.LennardJones}\n")

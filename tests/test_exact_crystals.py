@@ -1,8 +1,6 @@
 """Free energies against crystals whose SCHA minimum is a closed expression: in soft directions too,
 and the error bar covers the truth."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from functools import cache
 
@@ -15,7 +13,7 @@ from scipy.stats import binom
 from magus_anharmonic import free_energy
 from magus_anharmonic.settings import SschaSettings
 from magus_anharmonic.sscha import run as sscha_run
-from magus_anharmonic.sscha.result import RunFolder, SschaResult
+from magus_anharmonic.sscha.result import RunFolder
 from magus_anharmonic.sscha.run import SschaRun
 from magus_anharmonic.sscha.task import Task, gibbs_energy, open_issues
 from magus_anharmonic.structures import UNDECIDED
@@ -26,15 +24,13 @@ a hundred."""
 
 
 @cache
-def exact(name: str, temperature: float, cell: str) -> Scha:
+def exact(name, temperature, cell):
     case = CASES[name]
     return Scha(case.make(), case.supercell_matrix, temperature, case.pressure, cell).solve()
 
 
 @cache
-def run_of(
-    seed: int, name: str, temperature: float, cell: str, n_configs: int, engine: str = "native"
-) -> SschaResult:
+def run_of(seed, name, temperature, cell, n_configs, engine="native"):
     case = CASES[name]
     crystal = case.make()
     options = dict(
@@ -48,11 +44,11 @@ def run_of(
     return free_energy(crystal.atoms.copy(), crystal, seed=seed, reference_spacing=0.5, **options)
 
 
-def runs(n: int, *case) -> list[SschaResult]:
+def runs(n, *case):
     return [run_of(seed, *case) for seed in range(n)]
 
 
-def deviations(found: list[SschaResult], gibbs: float) -> np.ndarray:
+def deviations(found, gibbs):
     """In standard errors. One run of a case may not come to its end (soft molecular crystals, by
     the seed and the machine's rounding): it says so, and its number is counted all the same."""
     assert sum(not result.converged for result in found) <= 1
@@ -106,7 +102,10 @@ COVERAGE = [
 ]
 
 
-def covered(z: np.ndarray) -> None:
+OFTEN = [case for case in COVERAGE if case[3:] == (200, "native")]
+
+
+def covered(z):
     """Inside the 99 % bounds of a Gaussian's 68 and 95 %."""
     for sigmas, share in ((1.0, 0.683), (2.0, 0.954)):
         low, high = binom.interval(0.99, len(z), share)
@@ -116,15 +115,15 @@ def covered(z: np.ndarray) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("cell", ["fixed", "variable"])
 def test_the_error_bars_of_all_crystals_cover_their_minima(cell):
-    """Four seeds a case, together: sharper bounds than a case alone can have; no case is off by
+    """Two seeds a case, together: sharper bounds than a case alone can have; no case is off by
     itself.
 
-    The largest mean of four of all 19 cases is below 1.75 in 99 of a hundred.
+    The largest mean of two of all 16 cases is below 2.5 in 99 of a hundred.
     `test_the_error_bar_covers_the_minimum` has more of each.
     """
-    z = [deviations(runs(4, *case), exact(*case[:3]).gibbs) for case in COVERAGE if case[2] == cell]
+    z = [deviations(runs(2, *case), exact(*case[:3]).gibbs) for case in OFTEN if case[2] == cell]
     covered(np.concatenate(z))
-    assert np.abs(np.mean(z, axis=1)).max() < 1.75
+    assert np.abs(np.mean(z, axis=1)).max() < 2.5
 
 
 @pytest.mark.full
@@ -143,7 +142,7 @@ def test_the_soft_axis_of_a_layered_crystal_relaxes_as_far_as_the_stiff_ones(tem
     assert abs(truth.cell.array[2, 2] / static.cell.array[2, 2] - 1.0) > 0.005, (
         "there is something to relax"
     )
-    for result in runs(4, "layered", temperature, "variable", 200):
+    for result in runs(2, "layered", temperature, "variable", 200):
         assert result.centroids.cell.array[2, 2] == pytest.approx(truth.cell.array[2, 2], rel=5e-3)
         assert result.centroids.cell.lengths()[0] == pytest.approx(
             truth.cell.lengths()[0], rel=5e-3
@@ -160,7 +159,7 @@ def test_lattice_modes_of_a_molecular_crystal_are_not_stiffened_by_its_short_bon
     found = np.mean(
         [
             np.sort(result.state.modes.hbar_omega)[:3]
-            for result in runs(4, "molecular", 0.0, "fixed", 200)
+            for result in runs(2, "molecular", 0.0, "fixed", 200)
         ],
         axis=0,
     )
@@ -184,7 +183,7 @@ def test_a_limit_on_soft_modes_that_acts_is_said_and_the_run_has_not_converged(m
     assert "soft modes were kept from moving neighbours" in result.reason
 
 
-def hydrogen_bond(k: float, shift: float, **options) -> SschaResult:
+def hydrogen_bond(k, shift, **options):
     model = HydrogenBond(k)
     settings = (
         dict(cell="fixed", supercell=(1, 1, 1), n_configs=400, reference_spacing=0.5) | options
@@ -247,39 +246,27 @@ def test_a_budget_given_out_population_by_population_decides_the_phase_too(tmp_p
     assert waiting and all(UNDECIDED in part.space_group for part in waiting)
 
 
-@pytest.mark.parametrize(
-    ("noise", "said"),
-    [
-        ({"predicted_decrease": -1.7}, "the height above the minimum is known to"),
-        ({"minimum_error": 2.0}, "the height above the minimum is known to"),
-        ({"position_error": np.full((2, 3), 1.5)}, "centroids are known to 1.50 A only"),
-        (
-            {"strain": np.zeros(1), "strain_error": np.array([0.4])},
-            "the cell is known to 40 % only",
-        ),
-    ],
-)
-def test_noise_that_hides_everything_is_no_convergence_and_no_correction(tmp_path, noise, said):
+def test_noise_that_hides_everything_is_no_convergence_and_no_correction(tmp_path):
     """Seen in C2/m H3S: 64 atoms, 100 configurations, "converged" with G = 2.49 +- 1.01 eV/atom and
     centroids known to 1.5 A."""
     case = CASES["hcp"]
     crystal = case.make()
-    task = Task(
-        crystal.atoms,
-        case.pressure,
-        300.0,
-        SschaSettings(cell="fixed", supercell=case.supercell_matrix, n_configs=400),
-        5,
-        None,
-        None,
-        "hcp",
-    )
+    settings = SschaSettings(cell="fixed", supercell=case.supercell_matrix, n_configs=400)
+    task = Task(crystal.atoms, case.pressure, 300.0, settings, 5, None, None, "hcp")
     run = SschaRun(task, crystal, RunFolder(tmp_path, task.identity()))
     while run.reason:
         run.advance()
     averages = run.averages
     assert open_issues(averages, averages.minimum_error / 2, 2, task) == []
-    noisy = replace(averages, **noise)
-    assert said in "; ".join(open_issues(noisy, noisy.minimum_error / 2, 2, task))
-    if "height" in said:
-        assert gibbs_energy(run.state, noisy, case.pressure)[1] == noisy.helmholtz_error / 2
+    height = "the height above the minimum is known to"
+    for noise, said in (
+        ({"predicted_decrease": -1.7}, height),
+        ({"minimum_error": 2.0}, height),
+        ({"position_error": np.full((2, 3), 1.5)}, "centroids are known to 1.50 A only"),
+        ({"strain": np.zeros(1), "strain_error": np.array([0.4])}, "the cell is known to 40 %"),
+    ):
+        noisy = replace(averages, **noise)
+        assert said in "; ".join(open_issues(noisy, noisy.minimum_error / 2, 2, task))
+        if said == height:
+            found = gibbs_energy(run.state, noisy, case.pressure)[1]
+            assert found == noisy.helmholtz_error / 2

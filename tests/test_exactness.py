@@ -1,10 +1,7 @@
 """The factorised form is MatterSim's model: same numbers as stock for sixty and more structures,
 and smooth at both cutoffs."""
 
-from __future__ import annotations
-
 import copy
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +22,7 @@ from magus_anharmonic.units import EV_PER_A3_IN_GPA
 LABELS = Path(__file__).parents[1] / "inputs" / "h3s-checkpoint" / "labels.xyz"
 
 
-def crystals() -> list[Atoms]:
+def crystals():
     """Elements and compounds at their usual density; many cells of one atom, all smaller than the
     cutoff."""
     elements = [
@@ -59,7 +56,7 @@ def crystals() -> list[Atoms]:
     ]
 
 
-def slabs() -> list[Atoms]:
+def slabs():
     """Surfaces in vacuum."""
     common = {"vacuum": 8.0, "periodic": True}
     return [
@@ -71,7 +68,7 @@ def slabs() -> list[Atoms]:
     ]
 
 
-def molecules() -> list[Atoms]:
+def molecules():
     """In boxes wider than twice the cutoff."""
     boxed = [
         molecule(name, cell=[14, 14, 14], pbc=True)
@@ -82,7 +79,7 @@ def molecules() -> list[Atoms]:
     return boxed
 
 
-def unusual(h3s: Callable[..., Atoms]) -> list[Atoms]:
+def unusual(h3s):
     """Atoms without neighbours, very dense, very dilute, and H-S-H on a line as in Im-3m."""
     lone = [Atoms(name, cell=[12, 12, 12], pbc=True) for name in ("He", "Xe", "U")]
     apart = Atoms(
@@ -105,10 +102,10 @@ def unusual(h3s: Callable[..., Atoms]) -> list[Atoms]:
     ]
 
 
-def random_cells() -> list[Atoms]:
+def random_cells():
     """Skewed cells of 2 to 6 atoms of any three elements, some of them at high pressure."""
     rng = np.random.default_rng(11)
-    found: list[Atoms] = []
+    found = []
     while len(found) < 14:
         count = int(rng.integers(2, 7))
         edge = (count * rng.uniform(7, 25)) ** (1 / 3)
@@ -125,11 +122,11 @@ def random_cells() -> list[Atoms]:
     return found
 
 
-def all_structures(h3s: Callable[..., Atoms]) -> list[Atoms]:
+def all_structures(h3s):
     return [*crystals(), *slabs(), *molecules(), *unusual(h3s), *random_cells()]
 
 
-def stock_single(path, structures: list[Atoms]) -> list[tuple[float, np.ndarray, np.ndarray]]:
+def stock_single(path, structures):
     """Energy, forces and stress (GPa) of stock MatterSim, one structure at a time."""
     stock = StockPotential.from_checkpoint(str(path), device="cpu", load_training_state=False)
     results = []
@@ -142,9 +139,7 @@ def stock_single(path, structures: list[Atoms]) -> list[tuple[float, np.ndarray,
     return results
 
 
-def stock_double(
-    module: torch.nn.Module, atoms: Atoms, monkeypatch: pytest.MonkeyPatch, clamp: bool
-) -> tuple[float, np.ndarray, np.ndarray]:
+def stock_double(module, atoms, monkeypatch, clamp):
     """Stock MatterSim's forward pass in float64, with or without its clamp of cos theta; stress in
     eV/A^3."""
     batch = batch_to_dict(
@@ -187,7 +182,7 @@ def stock_double(
 @pytest.mark.slow
 def test_more_than_sixty_structures_of_more_than_ten_elements_equal_stock_mattersim(
     tiny_checkpoint, potential, h3s
-) -> None:
+):
     structures = all_structures(h3s)
     assert (
         len(structures) >= 60
@@ -201,11 +196,11 @@ def test_more_than_sixty_structures_of_more_than_ten_elements_equal_stock_matter
         assert np.abs(found.stress[index] * EV_PER_A3_IN_GPA - stress).max() < 1e-3, name
 
 
-def cells_of_the_shipped_checkpoint(h3s: Callable[..., Atoms]) -> list[Atoms]:
+def cells_of_the_shipped_checkpoint(h3s):
     """Of its labels some of every kind, Im-3m, where H-S-H is on a line, and cells with fewer atoms
     than neighbours."""
     labelled = read(LABELS, ":")
-    kinds: dict[str, list[Atoms]] = {}
+    kinds = {}
     for atoms in labelled:
         kinds.setdefault(atoms.info["kind"], []).append(atoms)
     chosen = [members[index] for members in kinds.values() for index in (0, len(members) // 2, -1)]
@@ -218,9 +213,7 @@ def cells_of_the_shipped_checkpoint(h3s: Callable[..., Atoms]) -> list[Atoms]:
     return [*chosen, *(h3s(a) for a in (2.8, 3.0, 3.2)), *small]
 
 
-def test_the_shipped_checkpoint_equals_stock_mattersims_calculator_on_cells_of_every_kind(
-    h3s,
-) -> None:
+def test_the_shipped_checkpoint_equals_stock_mattersims_calculator_on_cells_of_every_kind(h3s):
     ours = load("h3s-gpaw-small", device="cpu")
     structures = cells_of_the_shipped_checkpoint(h3s)
     assert (
@@ -244,7 +237,7 @@ def test_the_shipped_checkpoint_equals_stock_mattersims_calculator_on_cells_of_e
 @pytest.mark.slow
 def test_in_double_precision_rattled_cells_equal_stock_without_its_clamp(
     tiny_checkpoint, h3s, monkeypatch
-) -> None:
+):
     double = load(tiny_checkpoint, device="cpu", dtype="float64")
     module = copy.deepcopy(double.module)
     structures = [
@@ -273,7 +266,7 @@ def test_in_double_precision_rattled_cells_equal_stock_without_its_clamp(
 
 def test_in_double_precision_collinear_triplets_equal_stock_with_its_clamp(
     tiny_checkpoint, h3s, monkeypatch
-) -> None:
+):
     double = load(tiny_checkpoint, device="cpu", dtype="float64")
     for atoms in (h3s(3.0), bulk("Cu"), bulk("MgO", "rocksalt", a=4.21)):
         found = double.evaluate([atoms])
@@ -288,7 +281,7 @@ def test_in_double_precision_collinear_triplets_equal_stock_with_its_clamp(
 
 
 @pytest.mark.parametrize("cutoff", [4.0, 5.0])
-def test_energy_and_forces_are_smooth_through_both_cutoffs(tiny_checkpoint, cutoff: float) -> None:
+def test_energy_and_forces_are_smooth_through_both_cutoffs(tiny_checkpoint, cutoff):
     """Of the bonds of the third atom, with a pair close by, so that three-body terms end at 4
     Angstrom."""
     double = load(tiny_checkpoint, device="cpu", dtype="float64")

@@ -1,16 +1,12 @@
 """Names of files that stand for any text; texts of any origin as one line; full disks, and the
 rights of a new file."""
 
-from __future__ import annotations
-
 import itertools
 import os
 import re
 import resource
 import shutil
 import unicodedata
-from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -71,12 +67,12 @@ NASTY = [
 ]
 
 
-def folded(name: str) -> str:
+def folded(name):
     """What a file system that folds case and Unicode makes of a name."""
     return unicodedata.normalize("NFKC", name).casefold()
 
 
-def test_names_of_nasty_texts_are_safe_and_differ_on_every_file_system() -> None:
+def test_names_of_nasty_texts_are_safe_and_differ_on_every_file_system():
     texts = [*NASTY, *(safe_name(text) for text in NASTY if safe_name(text) != text)]
     names = [safe_name(text) for text in texts]
     for name in names:
@@ -90,7 +86,7 @@ def test_names_of_nasty_texts_are_safe_and_differ_on_every_file_system() -> None
     ] == ["Im-3m", "R3m", "Cmcm", "T1u", "natural", "foundation", "0a1b2c3d4e5f"]
 
 
-def test_several_texts_have_one_name_for_each_way_to_share_out_the_dashes() -> None:
+def test_several_texts_have_one_name_for_each_way_to_share_out_the_dashes():
     parts = ["A", "B", "A-B", "B-A", "C2/c", "", "A-" + "0" * 12, "0" * 12]
     pairs = list(itertools.product(parts, repeat=2))
     assert len({folded(safe_name(*pair)) for pair in pairs}) == len(pairs)
@@ -98,11 +94,11 @@ def test_several_texts_have_one_name_for_each_way_to_share_out_the_dashes() -> N
 
 
 @given(st.text(max_size=80), st.text(max_size=80))
-def test_two_texts_have_two_names(one: str, other: str) -> None:
+def test_two_texts_have_two_names(one, other):
     assert (folded(safe_name(one)) == folded(safe_name(other))) == (one == other)
 
 
-def test_folders_and_tables_of_two_phases_are_two_and_inside(tmp_path: Path) -> None:
+def test_folders_and_tables_of_two_phases_are_two_and_inside(tmp_path):
     for make in (
         lambda name: tmp_path / phase_folder(name, 100.0),
         lambda name: tmp_path / tables.dispersion_file(name, 100.0),
@@ -118,7 +114,7 @@ def test_folders_and_tables_of_two_phases_are_two_and_inside(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("name", ["$\\frac$", "$x", "a$b$c", "100 % {x}", "\\"])
-def test_a_figure_shows_any_name_as_it_is(tmp_path: Path, name: str) -> None:
+def test_a_figure_shows_any_name_as_it_is(tmp_path, name):
     with style.figure(title=name) as (made, (axes,)):
         style.points(axes, [0.0, 1.0], [0.0, 1.0], label=name)
         axes.set_xlabel(name)
@@ -137,7 +133,7 @@ def test_a_figure_shows_any_name_as_it_is(tmp_path: Path, name: str) -> None:
         (RuntimeError("x" * 500), "x" * 297 + "...", "RuntimeError: " + "x" * 297 + "..."),
     ],
 )
-def test_what_an_error_says_is_one_line_and_never_empty(error, said, with_type) -> None:
+def test_what_an_error_says_is_one_line_and_never_empty(error, said, with_type):
     assert (one_line(error), typed_line(error)) == (said, with_type)
 
 
@@ -151,12 +147,12 @@ def test_what_an_error_says_is_one_line_and_never_empty(error, said, with_type) 
         ((60, 5, 0), ""),
     ],
 )
-def test_the_time_left_is_that_of_the_pace_so_far(arguments, text) -> None:
+def test_the_time_left_is_that_of_the_pace_so_far(arguments, text):
     assert time_left(*arguments) == text
 
 
 @pytest.fixture
-def small_files() -> Iterator[None]:
+def small_files():
     """No file may grow above a kilobyte: the system says so when bytes are written, without a name,
     as it does on a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -165,7 +161,7 @@ def small_files() -> Iterator[None]:
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def _copied(file: Path) -> None:
+def _copied(file):
     source = file.with_name("source")
     with replacing(file) as temporary:
         shutil.copyfile(source, temporary)
@@ -180,9 +176,7 @@ def _copied(file: Path) -> None:
         _copied,
     ],
 )
-def test_a_disk_without_room_is_told_with_the_file_that_was_written(
-    tmp_path: Path, write: Callable[[Path], None], request
-) -> None:
+def test_a_disk_without_room_is_told_with_the_file_that_was_written(tmp_path, write, request):
     (tmp_path / "source").write_text("x" * 5000)
     request.getfixturevalue("small_files")
     with pytest.raises(OSError) as caught:
@@ -191,7 +185,7 @@ def test_a_disk_without_room_is_told_with_the_file_that_was_written(
     assert not list(tmp_path.glob(".*")), "nothing half-written is left"
 
 
-def test_what_fails_for_another_reason_keeps_its_own_name(tmp_path: Path) -> None:
+def test_what_fails_for_another_reason_keeps_its_own_name(tmp_path):
     with pytest.raises(FileNotFoundError) as caught, replacing(tmp_path / "file"):
         (tmp_path / "input").read_text()
     assert caught.value.filename == str(tmp_path / "input")
@@ -200,7 +194,7 @@ def test_what_fails_for_another_reason_keeps_its_own_name(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o077, 0o002, 0o027])
-def test_the_umask_says_who_may_read_a_new_file(tmp_path: Path, umask: int) -> None:
+def test_the_umask_says_who_may_read_a_new_file(tmp_path, umask):
     before = os.umask(umask)
     try:
         write_text(tmp_path / "ours", "x")
@@ -211,8 +205,8 @@ def test_the_umask_says_who_may_read_a_new_file(tmp_path: Path, umask: int) -> N
 
 
 def test_twelve_digits_of_a_text_its_bytes_and_a_file_that_holds_them_are_those_of_sha_256(
-    tmp_path: Path,
-) -> None:
+    tmp_path,
+):
     (tmp_path / "file").write_text("abc")
     assert (
         digest("abc") == digest(b"abc") == digest(tmp_path / "file") == "ba7816bf8f01"

@@ -1,14 +1,10 @@
 """Whatever stands in a file that we read, the answer is its content or a documented error: no other
 exception, and no hang."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import signal
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -55,7 +51,7 @@ SECONDS = 20
 """After which a reader hangs."""
 
 
-def copper() -> Atoms:
+def copper():
     atoms = bulk("Cu", cubic=True)
     atoms.rattle(0.05, seed=1)
     atoms.info = {
@@ -71,7 +67,7 @@ def copper() -> Atoms:
     return atoms
 
 
-def make_yaml(file: Path) -> None:
+def make_yaml(file):
     file.write_text(
         "symbols: [Cu]\nformula: [1]\npressure: 10\nnumGen: 3\nFitness: [SSCHA]\nsscha:"
         " {temperature: [0, 300.0], supercell: [2, 2, 2]}\nMainCalculator: {calculator: mattersim,"
@@ -80,15 +76,15 @@ def make_yaml(file: Path) -> None:
     )
 
 
-def make_xyz(file: Path) -> None:
+def make_xyz(file):
     write(file, [copper(), copper()], format="extxyz")
 
 
-def make_traj(file: Path) -> None:
+def make_traj(file):
     write(file, [copper(), copper()], format="traj")
 
 
-def make_database(file: Path) -> None:
+def make_database(file):
     key = Key("model", 10.0, 0.0, "hash")
     FreeEnergyStore(file).put(
         stored_run(
@@ -104,13 +100,13 @@ def make_database(file: Path) -> None:
     )
 
 
-def a_state() -> SschaState:
+def a_state():
     return SschaState(
         bulk("Cu"), (2, 1, 1), np.array([np.eye(3), -np.eye(3)]).reshape(2, 1, 1, 3, 3), 0.0
     )
 
 
-def make_population(file: Path) -> None:
+def make_population(file):
     from magus_anharmonic.sscha.ensemble import Ensemble
 
     state = a_state()
@@ -123,8 +119,8 @@ def make_population(file: Path) -> None:
     folder._write(file.name, state, **arrays)
 
 
-def a_result(folder: Path) -> None:
-    values: dict[str, Any] = dict.fromkeys(SschaResult.__dataclass_fields__, 1.0)
+def a_result(folder):
+    values = dict.fromkeys(SschaResult.__dataclass_fields__, 1.0)
     values |= {"status": "converged", "reason": "", "supercell": (1, 1, 1), "centroids": bulk("Cu")}
     values |= {
         "stress": np.eye(3),
@@ -137,11 +133,11 @@ def a_result(folder: Path) -> None:
     SschaResult(**values).write(folder)
 
 
-def make_result(file: Path) -> None:
+def make_result(file):
     a_result(file.parent)
 
 
-def make_progress(file: Path) -> None:
+def make_progress(file):
     progress = {
         "rows": [{"population": 1, "effective_sample": 1.0}],
         "gibbs": [[-1.0, 0.1]],
@@ -161,13 +157,13 @@ def make_progress(file: Path) -> None:
     write_json(file, progress)
 
 
-def make_dyn(file: Path) -> None:
+def make_dyn(file):
     from magus_anharmonic.sscha.qe_files import write_dyn
 
     write_dyn(a_state(), file.with_name("dyn"))
 
 
-def make_json(file: Path) -> None:
+def make_json(file):
     write_json(
         file,
         {
@@ -181,7 +177,7 @@ def make_json(file: Path) -> None:
     )
 
 
-def make_lines(file: Path) -> None:
+def make_lines(file):
     density = [0.1, 0.2, 0.3]
     record = {
         "parent": "p",
@@ -203,7 +199,7 @@ def make_lines(file: Path) -> None:
     file.write_text("".join(json.dumps({**record, "generation": n}) + "\n" for n in range(3)))
 
 
-def make_ranking(file: Path) -> None:
+def make_ranking(file):
     from magus_anharmonic.ranking.table import write_ranking
 
     write_ranking(
@@ -220,7 +216,7 @@ def make_ranking(file: Path) -> None:
     ).unlink()  # as a table of before: what the reader makes of it, not that its digest is another
 
 
-def make_lock(file: Path) -> None:
+def make_lock(file):
     owner = {
         "host": "a",
         "pid": 1,
@@ -234,12 +230,12 @@ def make_lock(file: Path) -> None:
     write_json(file, owner)
 
 
-def families(file: Path) -> None:
+def families(file):
     found = Families(file)
     found.family("q", bulk("Cu"))
 
 
-def search_status(file: Path) -> None:
+def search_status(file):
     ours = file.parent / "results" / "anharmonic"
     ours.mkdir(parents=True, exist_ok=True)
     for name in ("run.json", "search.json", "lock.json", "generations.jsonl", "failures.jsonl"):
@@ -248,12 +244,12 @@ def search_status(file: Path) -> None:
     Archive(file.parent).finished()
 
 
-def campaign_status(file: Path) -> None:
+def campaign_status(file):
     (file.parent / "steps.json").write_bytes(file.read_bytes())
     status(file.parent).lines()
 
 
-def make_plan(file: Path) -> None:
+def make_plan(file):
     frames = [copper(), copper()]
     for atoms in frames:
         atoms.calc = None
@@ -261,7 +257,7 @@ def make_plan(file: Path) -> None:
     write(file, frames, format="extxyz")
 
 
-def make_identity(file: Path) -> None:
+def make_identity(file):
     write_json(
         file,
         {
@@ -274,15 +270,15 @@ def make_identity(file: Path) -> None:
     )
 
 
-def make_scores(file: Path) -> None:
+def make_scores(file):
     write_json(file, {"foundation": {}, "finetuned": {"validation": {"n": 3, "energy_rmse": 0.01}}})
 
 
-def make_source(file: Path) -> None:
+def make_source(file):
     claim(file.parent, a_state(), "abc", "EMT")
 
 
-def make_relaxed(file: Path) -> None:
+def make_relaxed(file):
     frames = [copper(), copper()]
     for atoms in frames:
         atoms.info = {
@@ -296,18 +292,18 @@ def make_relaxed(file: Path) -> None:
     write(file, frames)
 
 
-def masses_of(file: Path) -> None:
+def masses_of(file):
     (file.parent / "settings.json").write_bytes(file.read_bytes())
     _isotope_name(file.parent, Atoms("H"))
 
 
-def statics_of(file: Path) -> None:
+def statics_of(file):
     (file.parent / "tables").mkdir()
     (file.parent / "tables" / file.name).write_bytes(file.read_bytes())
     read_statics(file.parent)
 
 
-READERS: dict[str, tuple[str, Callable[[Path], None], list[Callable[[Path], Any]]]] = {
+READERS = {
     "yaml": ("input.yaml", make_yaml, [load_settings]),
     "extxyz": (
         "gen001.xyz",
@@ -357,8 +353,8 @@ READERS: dict[str, tuple[str, Callable[[Path], None], list[Callable[[Path], Any]
 
 
 @contextlib.contextmanager
-def in_time() -> Iterator[None]:
-    def stop(number: int, frame: Any) -> None:
+def in_time():
+    def stop(number, frame):
         raise TimeoutError(f"the reader hangs (more than {SECONDS} s)")
 
     before = signal.signal(signal.SIGALRM, stop)
@@ -382,7 +378,7 @@ CHANGES = st.lists(
 )
 
 
-def damaged(whole: bytes, changes: list[tuple[str, float, int, bytes]]) -> bytes:
+def damaged(whole, changes):
     for how, where, value, more in changes:
         place = int(where * len(whole))
         if how == "flip" and whole:
@@ -402,9 +398,7 @@ def damaged(whole: bytes, changes: list[tuple[str, float, int, bytes]]) -> bytes
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("examples", [10, pytest.param(300, marks=pytest.mark.full)])
 @pytest.mark.parametrize("kind", READERS)
-def test_a_damaged_file_is_read_or_refused(
-    kind: str, examples: int, tmp_path_factory: pytest.TempPathFactory
-) -> None:
+def test_a_damaged_file_is_read_or_refused(kind, examples, tmp_path_factory):
     name, make, readers = READERS[kind]
     pristine = tmp_path_factory.mktemp(f"fuzz-{kind}")
     make(pristine / name)
@@ -423,7 +417,7 @@ def test_a_damaged_file_is_read_or_refused(
         suppress_health_check=list(HealthCheck),
     )
     @given(changes=CHANGES)
-    def holds(changes: list[tuple[str, float, int, bytes]]) -> None:
+    def holds(changes):
         for reader in readers:
             folder = tmp_path_factory.mktemp("f")
             for other, content in others.items():
@@ -435,7 +429,7 @@ def test_a_damaged_file_is_read_or_refused(
     holds()
 
 
-def test_undamaged_files_are_read(tmp_path: Path) -> None:
+def test_undamaged_files_are_read(tmp_path):
     """So that the test above does not pass because nothing can be read."""
     for kind, (name, make, readers) in READERS.items():
         if kind in ("jsonl",):
@@ -448,9 +442,9 @@ def test_undamaged_files_are_read(tmp_path: Path) -> None:
                 reader(folder / name)
 
 
-def test_no_file_of_ours_can_bring_code_with_it(tmp_path: Path) -> None:
+def test_no_file_of_ours_can_bring_code_with_it(tmp_path):
     class Bomb:
-        def __reduce__(self) -> Any:
+        def __reduce__(self):
             return (Path.touch, (tmp_path / "executed",))
 
     import pickle

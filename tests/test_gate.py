@@ -1,8 +1,7 @@
 """The gate: structures that are not what they seem are refused by name, in every command, before
 any work."""
 
-from __future__ import annotations
-
+import json
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +21,7 @@ from magus_anharmonic.learning.dataset import read_labels
 from magus_anharmonic.ranking.structures import rank_structures
 from magus_anharmonic.search.archive import Archive
 from magus_anharmonic.settings import parse_settings
-from magus_anharmonic.structures import primitive, space_group
+from magus_anharmonic.structures import as_pymatgen, primitive, space_group, structure_id
 
 CELL = """data_a
 _cell_length_a 3.0
@@ -57,7 +56,7 @@ ITEM: ATOMS id type {column}x y z
 """
 
 
-def copper(**changes) -> Atoms:
+def copper(**changes):
     atoms = bulk("Cu", cubic=True)
     atoms.info["name"] = "run007"
     for name, value in changes.items():
@@ -65,7 +64,7 @@ def copper(**changes) -> Atoms:
     return atoms
 
 
-def broken(how: str) -> Atoms:
+def broken(how):
     atoms = copper()
     if how == "position":
         atoms.positions[2, 1] = np.nan
@@ -126,7 +125,7 @@ def test_what_cannot_be_is_refused_by_name_in_files_and_in_python(how, words, tm
     assert not list(tmp_path.iterdir()), "nothing was begun"
 
 
-def rank(atoms: Atoms, folder: Path) -> None:
+def rank(atoms, folder):
     rank_structures([bulk("Cu"), atoms], EMT(), parse_settings({"pressure": 0.0}), folder / "out")
 
 
@@ -281,7 +280,7 @@ def test_types_are_no_elements(tmp_path):
     )
 
 
-def labelled(atoms: Atoms) -> Atoms:
+def labelled(atoms):
     atoms.calc = SinglePointCalculator(
         atoms, energy=0.0, forces=np.zeros((len(atoms), 3)), stress=np.zeros(6)
     )
@@ -348,7 +347,7 @@ def test_files_folders_ranges_patterns_and_databases_are_read_in_order_and_named
         for a in (3.5, 3.6, 3.7):
             base.write(bulk("Cu", "fcc", a=a), a=a)
 
-    def names(*sources: str) -> list[str]:
+    def names(*sources):
         found = read_sources([str(tmp_path / source) for source in sources])
         return [Path(atoms.info["name"]).name for atoms in found]
 
@@ -357,13 +356,44 @@ def test_files_folders_ranges_patterns_and_databases_are_read_in_order_and_named
     assert names("all.extxyz@1:3") == ["all.extxyz@1", "all.extxyz@2"]
     assert names("all.extxyz@-1") == ["all.extxyz@3"]
     assert names("found.db@a>3.55") == ["found.db@id=2", "found.db@id=3"]
+    assert names("a.vasp", "*.vasp", "a.vasp@0") == ["a.vasp", "b.vasp"], "once each"
     (tmp_path / "found.db").unlink()
+    (tmp_path / "keys.yaml").write_text("pressure: 1\n")
     assert names("") == ["a.vasp", *(f"all.extxyz@{i}" for i in range(4)), "b.vasp"]
+
+
+def test_what_pymatgen_wrote_is_read_without_it(tmp_path):
+    """One structure, a list, a mapping, entries; D and oxidation states; shared sites are refused."""
+    cell = bulk("NaCl", "rocksalt", a=5.6)
+    hydride = Atoms(
+        "LiH",
+        scaled_positions=[[0, 0, 0], [0.5] * 3],
+        cell=bulk("LiH", "rocksalt", a=4.1).cell,
+        pbc=True,
+    )
+    hydride.set_masses([6.94, 2.014])
+    one, other = as_pymatgen(cell), as_pymatgen(hydride)
+    one["sites"][0]["species"] = [{"element": "Na", "oxidation_state": 1, "occu": 1}]
+    one["properties"] = {"id": "mp-22862"}
+    entry = {"@class": "ComputedStructureEntry", "energy": -3.0, "structure": other}
+    for name, data in (("one", one), ("many", [one, entry]), ("named", {"a": one, "b": other})):
+        (tmp_path / f"{name}.json").write_text(json.dumps(data))
+    found = read_sources([tmp_path / f"{name}.json" for name in ("one", "many", "named")])
+    assert [atoms.get_chemical_formula() for atoms in found] == ["ClNa", *2 * ["ClNa", "HLi"]]
+    assert found[0].info["id"] == "mp-22862" and found[1].info["name"].endswith("many.json@0")
+    assert structure_id(found[0]) == structure_id(cell)
+    assert structure_id(found[2]) == structure_id(hydride), "deuterium"
+    one["sites"][0]["species"] = [{"element": "Na", "occu": 0.5}, {"element": "K", "occu": 0.5}]
+    (tmp_path / "shared.json").write_text(json.dumps(one))
+    with pytest.raises(InputError, match="partial occupancies"):
+        read_sources([tmp_path / "shared.json"])
 
 
 @pytest.mark.parametrize(
     ("source", "said"),
     [
+        ("zero.extxyz", "Empty file"),
+        ("half.json", "not readable"),
         ("absent.vasp", "no such file"),
         ("*.cif", "matches no file"),
         ("empty", "no file of a format that ASE knows"),
@@ -374,6 +404,8 @@ def test_files_folders_ranges_patterns_and_databases_are_read_in_order_and_named
 def test_a_source_that_gives_nothing_is_named_beside_all_others_that_do_not(tmp_path, source, said):
     write(tmp_path / "a.vasp", bulk("Cu", "fcc", a=3.6))
     (tmp_path / "empty").mkdir()
+    (tmp_path / "zero.extxyz").touch()
+    (tmp_path / "half.json").write_text('{"@class": "Structure", "sites": [')
     with pytest.raises(InputError) as caught:
         read_sources([tmp_path / source, tmp_path / "a.vasp", tmp_path / "gone.cif"])
     first, second = caught.value.problems

@@ -1,8 +1,6 @@
 """One smooth G(P, T) from G, V and S: exact data come back, the identities hold, and error bars
 mean what they say."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 from two_phases import LOW, Phase, changed, data

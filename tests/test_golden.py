@@ -5,16 +5,12 @@
 machine that wrote them to the last digits, on another one within what its rounding does.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import signal
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -35,7 +31,7 @@ from magus_anharmonic.sscha.hessian import free_energy_hessian
 from magus_anharmonic.sscha.result import final_ensemble
 from magus_anharmonic.sscha.symmetry import Symmetry
 
-RENAMED: dict[str, str | None] = {
+RENAMED = {
     "sscha": "converged",
     "decrease": "predicted_decrease",
     "n_became Im-3m 100 GPa": "n_transformed Im-3m 100 GPa",
@@ -67,9 +63,7 @@ OF_BITS = {"id", "model", "model_id", "new_model", "old_model", "parent_id"}
 # --- whole commands -------------------------------------------------------------------------------
 
 
-def differences(
-    golden: Any, found: Any, tolerance: tuple[float, float], ignored: set[str], where: str = ""
-) -> Iterator[str]:
+def differences(golden, found, tolerance, ignored, where=""):
     """What is stored and not found, or found with another value; what is new does not count."""
     if isinstance(golden, dict):
         for name, value in golden.items():
@@ -96,11 +90,11 @@ def differences(
         yield f"{where}: stored {golden!r}, found {found!r}"
 
 
-def is_number(value: Any) -> bool:
+def is_number(value):
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def compare(name: str, numbers: make.Numbers) -> None:
+def compare(name, numbers):
     golden, found = make.stored(name), json.loads(json.dumps(numbers))
     stored = golden["numbers"]
     here = golden["machine"] == make.machine()
@@ -114,7 +108,7 @@ def compare(name: str, numbers: make.Numbers) -> None:
     )
 
 
-def robust_search(numbers: make.Numbers) -> dict[str, Any]:
+def robust_search(numbers):
     """Relaxations in single precision end elsewhere on another machine, and all that follows:
     which tables and columns there are.
     """
@@ -124,7 +118,7 @@ def robust_search(numbers: make.Numbers) -> dict[str, Any]:
     }
 
 
-def robust_relaxations(numbers: make.Numbers) -> dict[str, Any]:
+def robust_relaxations(numbers):
     """The steps may be others there, the minimum is the same; enthalpy is the flattest function
     of where a relaxation ends.
     """
@@ -136,12 +130,12 @@ def robust_relaxations(numbers: make.Numbers) -> dict[str, Any]:
     }
 
 
-def robust_finetuning(numbers: make.Numbers) -> dict[str, Any]:
+def robust_finetuning(numbers):
     """The model before training; three epochs in single precision reach another best one there."""
     return {"before": numbers["result"]["before"], "epoch 0": numbers["history"][0]}
 
 
-def robust_sscha(numbers: make.Numbers) -> dict[str, Any]:
+def robust_sscha(numbers):
     """With one atom per cell, where the crystal as a whole lies is decided by rounding."""
     names = {"centroids", "positions"}
     return {
@@ -150,7 +144,7 @@ def robust_sscha(numbers: make.Numbers) -> dict[str, Any]:
     }
 
 
-def robust_rankings(numbers: make.Numbers) -> dict[str, Any]:
+def robust_rankings(numbers):
     """To which side a saddle point is left, and so the sample of the Hessian, is decided by
     rounding.
     """
@@ -177,7 +171,7 @@ ROBUST = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", make.CASES)
-def test_numbers_of_a_case_are_the_stored_ones(name: str, tmp_path: Path) -> None:
+def test_numbers_of_a_case_are_the_stored_ones(name, tmp_path):
     compare(name, make.CASES[name](tmp_path))
 
 
@@ -187,22 +181,20 @@ needs_fork = pytest.mark.skipif(
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
+def server():
     with Server() as running:
         yield running
 
 
 @needs_fork
 @pytest.mark.slow
-def test_numbers_of_the_demonstration_are_the_stored_ones(server: Server, tmp_path: Path) -> None:
+def test_numbers_of_the_demonstration_are_the_stored_ones(server, tmp_path):
     compare("demonstration", make.search("demonstration", tmp_path / "search", server))
 
 
 @needs_fork
 @pytest.mark.slow
-def test_a_search_killed_in_each_part_ends_in_the_numbers_of_the_one_that_was_not(
-    server: Server, tmp_path: Path
-) -> None:
+def test_a_search_killed_in_each_part_ends_in_the_numbers_of_the_one_that_was_not(server, tmp_path):
     """The stored numbers are those of a search that nobody killed."""
     folder = prepare(tmp_path / "killed")
     killed = [
@@ -234,11 +226,11 @@ def test_a_search_killed_in_each_part_ends_in_the_numbers_of_the_one_that_was_no
         ({"a": [1.0, math.nan], "b": "word"}, 1),
     ],
 )
-def test_a_difference_is_seen(found: dict[str, Any], n: int) -> None:
+def test_a_difference_is_seen(found, n):
     assert len(list(differences({"a": [1.0, 2.0], "b": "word"}, found, TIGHT, set()))) == n
 
 
-def test_a_renamed_column_is_read_by_its_old_name(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_renamed_column_is_read_by_its_old_name(monkeypatch):
     monkeypatch.setitem(RENAMED, "odds", "probability")
     monkeypatch.setitem(RENAMED, "gone", None)
     golden = {"odds": [0.5], "gone": [1.0], "kind": "odds"}
@@ -256,7 +248,7 @@ TOLERANCE = {"float32": 2e-5}
 """Relative, of numbers of the shipped model; 1e-6 of all others."""
 
 
-def answers(folder: Path) -> dict[str, list[float]]:
+def answers(folder):
     """Numbers of every kind that is stored, each from the code that stores it; eV, A, GPa."""
     pair = free_energy(
         PAIR,
@@ -314,7 +306,7 @@ def answers(folder: Path) -> dict[str, list[float]]:
     }
 
 
-def test_stored_numbers_are_those_of_this_version(tmp_path: Path) -> None:
+def test_stored_numbers_are_those_of_this_version(tmp_path):
     golden = json.loads(FILE.read_text())
     assert golden["physics"] == PHYSICS, (
         f"PHYSICS was raised: python {Path(__file__).name} writes the answers of now"

@@ -1,9 +1,5 @@
 """Errors of a model in an SSCHA ensemble, against closed expressions and against python-sscha."""
 
-from __future__ import annotations
-
-from pathlib import Path
-
 import numpy as np
 import pytest
 from harmonic_pair import HarmonicCrystal, crystal, labelled, pair
@@ -17,14 +13,14 @@ from magus_anharmonic.sscha.symmetry import Symmetry
 from magus_anharmonic.units import BOHR, RYDBERG
 
 
-def without_translations(full: np.ndarray) -> np.ndarray:
+def without_translations(full):
     """Both sides projected onto displacements without a translation of the supercell."""
     n = full.shape[0] // 3
     projector = np.eye(3 * n) - np.tile(np.eye(3), (n, n)) / n
     return projector @ full @ projector
 
 
-def test_the_error_of_the_centroid_gradient_is_the_force_of_the_shifted_minimum() -> None:
+def test_the_error_of_the_centroid_gradient_is_the_force_of_the_shifted_minimum():
     model, reference = pair(0.3)
     found = ge.gradient_errors(labelled(model, reference, 4000))
     exact = reference.state.full @ np.tile(reference.shift, (reference.state.n_cells, 1)).ravel()
@@ -38,7 +34,7 @@ def test_the_error_of_the_centroid_gradient_is_the_force_of_the_shifted_minimum(
     assert found.centroid.floor == pytest.approx(found.force / np.sqrt(4000))
 
 
-def test_the_error_of_the_force_constant_gradient_is_the_difference_of_the_springs() -> None:
+def test_the_error_of_the_force_constant_gradient_is_the_difference_of_the_springs():
     model, reference = pair(0.3)
     errors = labelled(model, reference, 3000)
     found = ge.gradient_errors(errors).force_constants
@@ -61,7 +57,7 @@ def test_the_error_of_the_force_constant_gradient_is_the_difference_of_the_sprin
     assert mean[0] - mean[1] == pytest.approx(exact, abs=6 * found.statistical)
 
 
-def test_the_single_error_is_that_of_one_configuration_written_out() -> None:
+def test_the_single_error_is_that_of_one_configuration_written_out():
     model, reference = pair(0.3)
     errors = labelled(model, reference, 20)
     d = ge.force_differences(errors).reshape(20, -1)
@@ -75,7 +71,7 @@ def test_the_single_error_is_that_of_one_configuration_written_out() -> None:
     assert found.force == pytest.approx(np.sqrt(np.mean(d**2)), rel=1e-12)
 
 
-def test_systematic_and_statistical_part_are_told_apart_and_their_errors_hold() -> None:
+def test_systematic_and_statistical_part_are_told_apart_and_their_errors_hold():
     """Vectors of a known mean in known noise: 400 experiments."""
     rng = np.random.default_rng(3)
     n_pairs, size, noise = 30, 12, 0.5
@@ -94,7 +90,7 @@ def test_systematic_and_statistical_part_are_told_apart_and_their_errors_hold() 
     assert np.mean(statistical) == pytest.approx(noise / np.sqrt(n_pairs), rel=0.02)
 
 
-def test_noise_alone_has_no_systematic_part_and_reaches_the_floor() -> None:
+def test_noise_alone_has_no_systematic_part_and_reaches_the_floor():
     rng = np.random.default_rng(4)
     vectors = rng.normal(size=(200, 500))
     found = ge.parts(ge.gram(pair_means(vectors)), 1.0, 200)
@@ -103,7 +99,7 @@ def test_noise_alone_has_no_systematic_part_and_reaches_the_floor() -> None:
 
 
 @pytest.mark.parametrize("strength", [0.05, 0.2])
-def test_the_corrected_free_energy_is_the_one_of_the_reference(strength: float) -> None:
+def test_the_corrected_free_energy_is_the_one_of_the_reference(strength):
     """First and second order against the exact harmonic free energy; what is left is of third order
     and sampling."""
     model, reference = pair(strength)
@@ -117,7 +113,7 @@ def test_the_corrected_free_energy_is_the_one_of_the_reference(strength: float) 
     assert abs(left) < 4 * found.first_order_error + 0.25 * abs(found.first_order - exact)
 
 
-def test_the_first_order_is_the_closed_average_and_its_error_is_honest() -> None:
+def test_the_first_order_is_the_closed_average_and_its_error_is_honest():
     """E_ref - E_model averaged over the Gaussian, in 150 small ensembles."""
     model, reference = pair(0.2, noise=0.05)
     state = model.state
@@ -138,7 +134,7 @@ def test_the_first_order_is_the_closed_average_and_its_error_is_honest() -> None
     assert np.sqrt(np.mean(errors**2)) == pytest.approx(values.std(ddof=1), rel=0.15)
 
 
-def test_both_gradients_are_those_of_python_sscha_on_the_same_ensemble(tmp_path: Path) -> None:
+def test_both_gradients_are_those_of_python_sscha_on_the_same_ensemble(tmp_path):
     model, reference = pair(0.3)
     errors = labelled(model, reference, 60)
     state = errors.state
@@ -166,7 +162,7 @@ def test_both_gradients_are_those_of_python_sscha_on_the_same_ensemble(tmp_path:
     )
 
 
-def test_a_model_that_is_its_own_reference_has_no_errors() -> None:
+def test_a_model_that_is_its_own_reference_has_no_errors():
     state = crystal()
     model = HarmonicCrystal(state, np.zeros((3, 3)))
     errors = labelled(model, model, 10)

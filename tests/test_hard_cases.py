@@ -1,13 +1,9 @@
 """One sound crystal and one hard case in a ranking: the case is named with its reason and its
 partial numbers, the other is ranked."""
 
-from __future__ import annotations
-
 import csv
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -57,11 +53,11 @@ class Spoilt(Crystals):
     """`Crystals`, but what belongs to the larger one and has more than two atoms is changed by
     ``spoil``."""
 
-    def __init__(self, spoil: Spoil | None, hard: Any = HARD) -> None:
+    def __init__(self, spoil, hard=HARD):
         super().__init__([SOUND, hard])
         self.spoil = spoil
 
-    def evaluate(self, structures: list[Atoms]) -> Evaluation:
+    def evaluate(self, structures):
         found = super().evaluate(structures)
         first = structures[0]
         if self.spoil is not None and len(first) > 2 and first.get_volume() / len(first) > 17.0:
@@ -69,24 +65,22 @@ class Spoilt(Crystals):
         return found
 
 
-def swollen(structures: list[Atoms], found: Evaluation) -> None:
+def swollen(structures, found):
     found.stress[:] = -0.5 * np.eye(3)
 
 
-def one_nan(structures: list[Atoms], found: Evaluation) -> None:
+def one_nan(structures, found):
     if len(structures) >= 20:
         found.forces[7][0, 0] = np.nan
 
 
-def upside_down(structures: list[Atoms], found: Evaluation) -> None:
+def upside_down(structures, found):
     if len(structures) >= 20:
         for forces in found.forces:
             forces *= -1.0
 
 
-def ranked(
-    folder: Path, structures: list[Atoms], evaluator: Any, **changes: Any
-) -> dict[str, dict[str, str]]:
+def ranked(folder, structures, evaluator, **changes):
     """Rows of ``ranking.csv`` by the volume of the start: ``sound`` or ``hard``."""
     block = {**SETTINGS, **changes}
     keys = parse_settings({"pressure": 0.0, "Fitness": ["SSCHA"], "sscha": block})
@@ -96,11 +90,11 @@ def ranked(
         return {names[row["id"]]: row for row in csv.DictReader(file)}
 
 
-def check_that_the_search_goes_on(rows: dict[str, dict[str, str]]) -> None:
+def check_that_the_search_goes_on(rows):
     assert rows["sound"]["status"] == "converged" and rows["sound"]["rank_quantum"] == "1"
 
 
-CASES: dict[str, tuple[Spoil | None, Any, dict[str, Any], str, bool]] = {
+CASES = {
     "dissociating": (swollen, HARD, {"max_populations": 30}, "dissociated: the volume is 2", True),
     "melting": (
         None,
@@ -129,9 +123,7 @@ finished before."""
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_hard_case_is_named_and_leaves_the_ranking_to_the_others(
-    name: str, tmp_path: Path
-) -> None:
+def test_a_hard_case_is_named_and_leaves_the_ranking_to_the_others(name, tmp_path):
     spoil, hard, changes, reason, begun = CASES[name]
     rows = ranked(tmp_path, [SOUND.atoms, hard.atoms], Spoilt(spoil, hard), **changes)
     check_that_the_search_goes_on(rows)
@@ -150,7 +142,7 @@ def test_a_hard_case_is_named_and_leaves_the_ranking_to_the_others(
         assert int(rows["hard"]["n_evaluations"]) >= 20
 
 
-def check_that_it_did_not_converge(row: dict[str, str]) -> None:
+def check_that_it_did_not_converge(row):
     assert (
         row["status"] == "unconverged"
         and "not converged after 5 populations: stress" in row["reason"]
@@ -173,8 +165,8 @@ def check_that_it_did_not_converge(row: dict[str, str]) -> None:
 
 @pytest.mark.parametrize("allocation", ["fixed", "elimination"])
 def test_a_run_that_does_not_converge_keeps_its_numbers_says_what_is_open_and_is_not_ranked(
-    allocation: str, tmp_path: Path
-) -> None:
+    allocation, tmp_path
+):
     rows = ranked(
         tmp_path,
         [SOUND.atoms, HARD.atoms],
@@ -190,7 +182,7 @@ def test_a_run_that_does_not_converge_keeps_its_numbers_says_what_is_open_and_is
     assert read_jsonl(tmp_path / "failures.jsonl") == []
 
 
-def test_where_nothing_converges_nobody_wins_and_the_words_say_so(tmp_path: Path) -> None:
+def test_where_nothing_converges_nobody_wins_and_the_words_say_so(tmp_path):
     rows = ranked(tmp_path, [HARD.atoms], Spoilt(swollen), max_populations=5)
     check_that_it_did_not_converge(rows["hard"])
     said = sentences(read_ranking(tmp_path / "ranking.csv"))
@@ -200,7 +192,7 @@ def test_where_nothing_converges_nobody_wins_and_the_words_say_so(tmp_path: Path
     )
 
 
-def test_an_imaginary_start_is_made_positive_and_runs(tmp_path: Path) -> None:
+def test_an_imaginary_start_is_made_positive_and_runs(tmp_path):
     double_well = crystal((3.4,) * 3, 1.0, 0.2, -0.3, 1.0, well=6.0, wall=6.0)
     rows = ranked(
         tmp_path, [SOUND.atoms, double_well.atoms], Spoilt(None, double_well), n_configs=60
@@ -209,7 +201,7 @@ def test_an_imaginary_start_is_made_positive_and_runs(tmp_path: Path) -> None:
     assert rows["hard"]["status"] == "converged" and float(rows["hard"]["gibbs_eV_per_atom"]) > 0.0
 
 
-def test_one_atom_in_one_cell_has_no_vibrations(tmp_path: Path) -> None:
+def test_one_atom_in_one_cell_has_no_vibrations(tmp_path):
     structures = [bulk("Cu"), bulk("Cu", "fcc", a=3.7, cubic=True)]
     rattled = structures[1]
     rattled.positions[0] += [0.05, 0.1, 0.15]
@@ -232,7 +224,7 @@ def test_one_atom_in_one_cell_has_no_vibrations(tmp_path: Path) -> None:
     )
 
 
-def test_a_temperature_below_zero_is_refused_before_anything_runs(tmp_path: Path) -> None:
+def test_a_temperature_below_zero_is_refused_before_anything_runs(tmp_path):
     with pytest.raises(InputError, match="temperature"):
         parse_settings(
             {"pressure": 0.0, "Fitness": ["SSCHA"], "sscha": {**SETTINGS, "temperature": -1.0}}
@@ -242,7 +234,7 @@ def test_a_temperature_below_zero_is_refused_before_anything_runs(tmp_path: Path
     assert not (tmp_path / "run").exists()
 
 
-def test_a_supercell_smaller_than_the_cutoff_is_a_warning_and_no_exclusion(tmp_path: Path) -> None:
+def test_a_supercell_smaller_than_the_cutoff_is_a_warning_and_no_exclusion(tmp_path):
     evaluator = Spoilt(None)
     evaluator.cutoff = 6.5
     rows = ranked(tmp_path, [SOUND.atoms, HARD.atoms], evaluator)
@@ -251,7 +243,7 @@ def test_a_supercell_smaller_than_the_cutoff_is_a_warning_and_no_exclusion(tmp_p
     assert rows["hard"]["reason"] == "" and rows["hard"]["rank_quantum"] == "2", "6.8 A are enough"
 
 
-def test_the_shortest_vector_of_a_slanted_supercell_counts() -> None:
+def test_the_shortest_vector_of_a_slanted_supercell_counts():
     slanted = np.array([[4.0, 0.0, 0.0], [8.0, 3.0, 0.0], [0.0, 0.0, 5.0]])
     assert "3.00 A away" in image_warning(slanted, 3.5)
     assert image_warning(slanted, 3.0) == image_warning(slanted, None) == ""
@@ -260,7 +252,7 @@ def test_the_shortest_vector_of_a_slanted_supercell_counts() -> None:
 # ------------------------------------------------------------------------------------------ melting
 
 
-def pair(spring: float, temperature: float, mass: float = 1.008) -> SschaState:
+def pair(spring, temperature, mass=1.008):
     """Two atoms (of ``mass`` in amu) in one cell with one spring: three equal modes."""
     block = spring * np.eye(3)
     compact = np.stack([np.stack([block, -block]), np.stack([-block, block])])[None]
@@ -271,7 +263,7 @@ def pair(spring: float, temperature: float, mass: float = 1.008) -> SschaState:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 300.0])
-def test_the_ratio_is_that_of_the_sampled_displacements(temperature: float) -> None:
+def test_the_ratio_is_that_of_the_sampled_displacements(temperature):
     calculator, atoms = LatticeSprings(), Atoms("Ne", cell=[3.0] * 3, pbc=True)
     result = free_energy(
         atoms, calculator, 0.0, temperature, supercell=(2, 2, 2), cell="fixed", n_configs=20
@@ -283,7 +275,7 @@ def test_the_ratio_is_that_of_the_sampled_displacements(temperature: float) -> N
     )
 
 
-def test_the_thermal_part_is_what_is_above_zero_point_motion() -> None:
+def test_the_thermal_part_is_what_is_above_zero_point_motion():
     state = pair(0.5, 800.0)
     mass = state.atoms.get_masses()[0] / 2.0
     hbar_omega = HBAR * np.sqrt(0.5 / mass)
@@ -299,7 +291,7 @@ def test_the_thermal_part_is_what_is_above_zero_point_motion() -> None:
     assert lindemann_ratios(replace(state, temperature=0.0))[1] == pytest.approx([0.0, 0.0])
 
 
-def test_a_liquid_is_named_and_a_quantum_crystal_is_not() -> None:
+def test_a_liquid_is_named_and_a_quantum_crystal_is_not():
     """Classical equipartition: <u^2> of a heavy atom is 3 kT / (4 spring); both limits are crossed
     where that says."""
     distance = CLOSE_PACKING * 32.0 ** (1 / 3)
@@ -318,7 +310,7 @@ def test_a_liquid_is_named_and_a_quantum_crystal_is_not() -> None:
     )
 
 
-def test_a_superheated_crystal_is_ranked_with_the_warning(tmp_path: Path) -> None:
+def test_a_superheated_crystal_is_ranked_with_the_warning(tmp_path):
     hot = replace(SOFT, bonds=6.0 * SOFT.bonds)
     rows = ranked(
         tmp_path, [SOUND.atoms, hot.atoms], Spoilt(None, hot), temperature=1500.0, cell="fixed"

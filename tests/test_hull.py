@@ -1,8 +1,6 @@
 """The hull of free energies over composition: geometry with known answers, probabilities from sampling, end
 members that fit."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 from scipy.optimize import linprog
@@ -104,7 +102,7 @@ def test_a_ternary_system_and_a_single_composition():
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_hulls_agree_with_a_linear_programme(seed: int) -> None:
+def test_hulls_agree_with_a_linear_programme(seed):
     """Few or many phases of cells of up to 24 atoms, not all compositions within reach, energies
     over up to 10 eV."""
     rng = np.random.default_rng(seed)

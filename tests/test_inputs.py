@@ -1,15 +1,13 @@
 """Every input that is shipped passes the checks a run would make, and says what its folder
 promises."""
 
-from __future__ import annotations
-
 import subprocess
 from pathlib import Path
 
 import pytest
 import yaml
 
-from magus_anharmonic.settings import Settings, load_settings, parse
+from magus_anharmonic.settings import load_settings, parse
 
 INPUTS = Path(__file__).parent.parent / "inputs"
 SEARCHES = sorted(
@@ -22,20 +20,20 @@ SEARCHES = sorted(
 PAPER = sorted(INPUTS.glob("h3s-paper/*/input-*.yaml"))
 
 
-def label(path: Path) -> str:
+def label(path):
     return str(path.relative_to(INPUTS))
 
 
 @pytest.mark.parametrize("path", SEARCHES, ids=label)
-def test_every_search_input_is_valid(path: Path) -> None:
+def test_every_search_input_is_valid(path):
     settings = load_settings(path)
     assert settings.calculator is not None
     assert settings.num_gen and settings.symbols
 
 
 @pytest.mark.parametrize("path", PAPER, ids=label)
-def test_the_paper_inputs_hold_the_numbers_of_the_paper(path: Path) -> None:
-    settings: Settings = load_settings(path)
+def test_the_paper_inputs_hold_the_numbers_of_the_paper(path):
+    settings = load_settings(path)
     assert settings.pressure == (75 if "75GPa" in path.name else 125)
     learning, sscha = settings.learning, settings.sscha
     assert learning is not None and sscha is not None and settings.calculator is not None
@@ -66,7 +64,7 @@ def test_the_paper_inputs_hold_the_numbers_of_the_paper(path: Path) -> None:
     assert settings.calculator.checkpoint == "mattersim-v1.0.0-1M"
 
 
-def test_both_pressures_exist_for_both_ways_and_differ_in_nothing_else() -> None:
+def test_both_pressures_exist_for_both_ways_and_differ_in_nothing_else():
     assert len(PAPER) == 4
     for folder in ("one-gpu-job", "magus-jobs"):
         low, high = (
@@ -76,7 +74,7 @@ def test_both_pressures_exist_for_both_ways_and_differ_in_nothing_else() -> None
         assert {**low, "pressure": 125} == high
 
 
-def test_vasp_labels_have_the_settings_of_the_paper_in_both_ways() -> None:
+def test_vasp_labels_have_the_settings_of_the_paper_in_both_ways():
     settings = load_settings(INPUTS / "h3s-paper" / "one-gpu-job" / "input-75GPa.yaml")
     assert settings.learning is not None
     labeler = settings.learning.labeler
@@ -110,7 +108,7 @@ def test_vasp_labels_have_the_settings_of_the_paper_in_both_ways() -> None:
         assert incar[tag] == given if isinstance(given, str) else float(incar[tag]) == given
 
 
-def test_under_m_the_labels_are_magus_own_and_the_folders_differ() -> None:
+def test_under_m_the_labels_are_magus_own_and_the_folders_differ():
     settings = load_settings(INPUTS / "h3s-paper" / "magus-jobs" / "input-75GPa.yaml")
     assert settings.learning is not None and settings.learning.labeler.calculator == "main"
     assert settings.host["SelectDFTScf"] is True and settings.host["poolSize"]
@@ -118,7 +116,7 @@ def test_under_m_the_labels_are_magus_own_and_the_folders_differ() -> None:
     assert settings.main_calculator["jobPrefix"] != settings.ml_calculator["jobPrefix"]
 
 
-def test_the_final_model_is_trained_in_the_two_stages_of_the_paper() -> None:
+def test_the_final_model_is_trained_in_the_two_stages_of_the_paper():
     from magus_anharmonic.potential.train import TrainRecipe
 
     recipe = parse(TrainRecipe, yaml.safe_load((INPUTS / "h3s-paper" / "final.yaml").read_text()))
@@ -128,7 +126,7 @@ def test_the_final_model_is_trained_in_the_two_stages_of_the_paper() -> None:
 
 
 @pytest.mark.parametrize("path", sorted(INPUTS.glob("**/job.*")), ids=label)
-def test_the_job_scripts_are_shell_that_calls_stock_magus(path: Path) -> None:
+def test_the_job_scripts_are_shell_that_calls_stock_magus(path):
     assert subprocess.run(["bash", "-n", str(path)], capture_output=True).returncode == 0
     text = path.read_text()
     assert (
@@ -139,7 +137,7 @@ def test_the_job_scripts_are_shell_that_calls_stock_magus(path: Path) -> None:
     )
 
 
-def test_the_oxide_example_is_marked_as_not_run() -> None:
+def test_the_oxide_example_is_marked_as_not_run():
     settings = load_settings(INPUTS / "batio3" / "input.yaml")
     assert settings.sscha is not None and settings.sscha.temperatures == (0, 100, 200, 300, 400)
     text = (INPUTS / "batio3" / "README.md").read_text()
@@ -147,7 +145,7 @@ def test_the_oxide_example_is_marked_as_not_run() -> None:
 
 
 @pytest.mark.parametrize("path", sorted(INPUTS.glob("*/campaign.yaml")), ids=label)
-def test_every_campaign_is_valid_and_has_the_steps_of_the_paper(path: Path) -> None:
+def test_every_campaign_is_valid_and_has_the_steps_of_the_paper(path):
     from magus_anharmonic.campaign.steps import plan
     from magus_anharmonic.campaign.structures import phases_of
     from magus_anharmonic.settings.campaign import load_campaign
@@ -171,7 +169,7 @@ def test_every_campaign_is_valid_and_has_the_steps_of_the_paper(path: Path) -> N
     } <= kinds
 
 
-def test_the_campaign_of_the_paper_holds_the_numbers_of_the_paper() -> None:
+def test_the_campaign_of_the_paper_holds_the_numbers_of_the_paper():
     from magus_anharmonic.settings import parse_settings
     from magus_anharmonic.settings.campaign import load_campaign
 
@@ -218,7 +216,7 @@ def test_the_campaign_of_the_paper_holds_the_numbers_of_the_paper() -> None:
     assert settings.dft.max_structures is None, "every candidate that changed"
 
 
-def test_the_small_campaign_makes_sixty_labels() -> None:
+def test_the_small_campaign_makes_sixty_labels():
     from magus_anharmonic.settings import LearningSettings
     from magus_anharmonic.settings.campaign import load_campaign
 

@@ -17,13 +17,13 @@ from magus_anharmonic.settings import LabelerSettings, absolute_file, parse_sett
 from magus_anharmonic.settings.campaign import load_campaign
 from magus_anharmonic.settings.phase_diagram import load_phase_diagram
 
-CAMPAIGN: dict[str, Any] = {"search": {"symbols": ["Cu"], "formula": [1]}}
-DIAGRAM: dict[str, Any] = {"phases": {"fcc": "cu.vasp"}, "pressures": [1]}
+CAMPAIGN = {"search": {"symbols": ["Cu"], "formula": [1]}}
+DIAGRAM = {"phases": {"fcc": "cu.vasp"}, "pressures": [1]}
 READERS = {"campaign": load_campaign, "phase-diagram": load_phase_diagram, "train": load_recipe}
 
 
 @pytest.fixture
-def project(tmp_path: Path) -> Path:
+def project(tmp_path):
     """A folder two levels below the files that an input may not name by a relative path."""
     folder = tmp_path / "group" / "project"
     folder.mkdir(parents=True)
@@ -56,10 +56,8 @@ def project(tmp_path: Path) -> Path:
         ("train", {"test": "FILE.xyz"}, "test"),
     ],
 )
-def test_a_file_that_an_input_names_is_below_its_folder_or_absolute(
-    project: Path, kind: str, given: dict[str, Any], key: str
-) -> None:
-    def read(place: str) -> Any:
+def test_a_file_that_an_input_names_is_below_its_folder_or_absolute(project, kind, given, key):
+    def read(place):
         text = yaml.safe_dump(given)
         for ending, name in ((".pth", "model.pth"), (".vasp", "cu.vasp"), (".xyz", "cu.xyz")):
             text = text.replace(f"FILE{ending}", f"{place}{name}")
@@ -77,7 +75,7 @@ def test_a_file_that_an_input_names_is_below_its_folder_or_absolute(
 
 
 @pytest.mark.parametrize("key", ["logs", "scratch", "python"])
-def test_a_path_of_the_workers_is_below_the_folder_or_absolute(key: str) -> None:
+def test_a_path_of_the_workers_is_below_the_folder_or_absolute(key):
     with pytest.raises(
         InputError, match=rf"workers\.{key}: '\.\./\.\./x': leaves the project folder"
     ):
@@ -114,9 +112,7 @@ def test_an_argument_of_a_labeler_does_not_leave_the_folder(
     assert not (tmp_path / "scratch").exists()
 
 
-def test_what_is_typed_on_the_command_line_may_lie_anywhere(
-    project: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_typed_on_the_command_line_may_lie_anywhere(project, monkeypatch):
     monkeypatch.chdir(project)
     assert absolute_file("../../model.pth") == str(project.parent.parent / "model.pth")
     assert absolute_file("mattersim-v1.0.0-1M") == "mattersim-v1.0.0-1M"

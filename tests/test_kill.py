@@ -7,17 +7,18 @@ import random
 import shutil
 import signal
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
 from kill_harness import Ended, Server, labels, outcome, prepare
 
-pytestmark = pytest.mark.skipif(
-    sys.platform != "linux", reason="the harness forks and pins its searches to one core"
-)
+pytestmark = [
+    pytest.mark.full,  # in the fast suite test_golden kills a search in each part
+    pytest.mark.skipif(
+        sys.platform != "linux", reason="the harness forks and pins its searches to one core"
+    ),
+]
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 CODES = {signal.SIGKILL: -9, signal.SIGTERM: 128 + 15, signal.SIGINT: 128 + 2}
@@ -31,36 +32,34 @@ class Reference:
     found: dict[str, Any]
 
     @property
-    def steps(self) -> list[str]:
+    def steps(self):
         """The names of its steps, in the order in which they were first made."""
         return list(dict.fromkeys(self.ended.steps))
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
+def server():
     with Server() as running:
         yield running
 
 
 @pytest.fixture(scope="module")
-def reference(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Reference:
+def reference(server, tmp_path_factory):
     folder = prepare(tmp_path_factory.mktemp("kill") / "reference")
     ended = server.search(folder)
     assert ended.code == 0, ended.text
     return Reference(ended, outcome(folder))
 
 
-def can_restart(folder: Path) -> bool:
+def can_restart(folder):
     return (folder / "results/anharmonic/run.json").exists()
 
 
-def kill_again_and_again(
-    server: Server, folder: Path, kills: list[tuple[str | float, signal.Signals]]
-) -> int:
+def kill_again_and_again(server, folder, kills):
     """Start a search and kill it by each of ``kills`` (a named step or seconds, and the signal),
     then let it end; returns the hits."""
     hits = 0
-    known: dict[str, tuple[Any, ...]] = {}
+    known = {}
     for when, number in kills:
         options = {"step": when} if isinstance(when, str) else {"after": when}
         ended = server.search(folder, restart=can_restart(folder), number=number, **options)  # type: ignore[arg-type]
@@ -73,7 +72,7 @@ def kill_again_and_again(
     return hits
 
 
-def was_hit(ended: Ended, when: str | float, number: signal.Signals) -> bool:
+def was_hit(ended, when, number):
     """Whether the signal met the search; any other end than by it, or after the last step, is an
     error."""
     # A step that a restart need not make again (its file is there) is not met, and the search runs
@@ -88,9 +87,7 @@ def was_hit(ended: Ended, when: str | float, number: signal.Signals) -> bool:
     return ended.code != 0
 
 
-def kill_early(
-    server: Server, folder: Path, after: float, number: signal.Signals, step: str
-) -> None:
+def kill_early(server, folder, after, number, step):
     """Start a search and kill it ``after`` so many seconds, or sooner: before it has made ``step``.
 
     Seconds of the reference are fewer steps or more where other programs come and go; a search that
@@ -105,7 +102,7 @@ def kill_early(
         after /= 2
 
 
-def assert_same(found: dict[str, Any], reference: Reference) -> None:
+def assert_same(found, reference):
     different = sorted(
         key for key in {*found, *reference.found} if found.get(key) != reference.found.get(key)
     )
@@ -117,7 +114,7 @@ def assert_same(found: dict[str, Any], reference: Reference) -> None:
     assert not different, f"{different}\n{shown}"
 
 
-def test_the_reference_does_everything_that_a_kill_could_spoil(reference: Reference) -> None:
+def test_the_reference_does_everything_that_a_kill_could_spoil(reference):
     found = reference.found
     assert len(found["labels"]) == len({label[0] for label in found["labels"]}) >= 3
     assert (
@@ -146,15 +143,14 @@ def test_the_reference_does_everything_that_a_kill_could_spoil(reference: Refere
         assert part in names
 
 
-@pytest.mark.slow
-def test_six_kills(server: Server, reference: Reference, tmp_path: Path) -> None:
+def test_six_kills(server, reference, tmp_path):
     moment = random.Random(7).uniform(0.1, 0.6) * reference.ended.seconds
     pending = [
         name
         for name in reference.steps
         if name.startswith("rename results/anharmonic/labels/pending/gen002")
     ]
-    kills: list[tuple[str | float, signal.Signals]] = [
+    kills = [
         ("rename results/raw1.traj", signal.SIGINT),
         ("rename results/anharmonic/checkpoints/gen1.pth", signal.SIGKILL),
         ("rename results/anharmonic/search.json", signal.SIGKILL),
@@ -170,11 +166,8 @@ def test_six_kills(server: Server, reference: Reference, tmp_path: Path) -> None
     assert_same(outcome(folder), reference)
 
 
-@pytest.mark.full
 @pytest.mark.parametrize("chain", range(10))
-def test_kills_at_every_named_step_and_at_random_instants(
-    server: Server, reference: Reference, tmp_path: Path, chain: int
-) -> None:
+def test_kills_at_every_named_step_and_at_random_instants(server, reference, tmp_path, chain):
     """Every tenth named step, in order, each with another signal; a random instant goes first."""
     draw, named = random.Random(chain), reference.steps[chain::10]
     folder = tmp_path / "search"
@@ -185,9 +178,7 @@ def test_kills_at_every_named_step_and_at_random_instants(
         SIGNALS[chain % 3],
         named[0],
     )
-    kills: list[tuple[str | float, signal.Signals]] = [
-        (name, draw.choice(SIGNALS)) for name in named
-    ]
+    kills = [(name, draw.choice(SIGNALS)) for name in named]
     hits = kill_again_and_again(server, folder, kills)
     assert hits >= len(kills) - 3, f"{hits} of {len(kills)} kills hit"
     assert_same(outcome(folder), reference)

@@ -1,7 +1,5 @@
 """Labels that cannot be right: found, named, and never learned from."""
 
-from __future__ import annotations
-
 import re
 
 import numpy as np
@@ -19,9 +17,7 @@ MODEL = {"sigma": 1.0, "epsilon": 0.30, "rc": 3.0}
 TRUTH = {"sigma": 1.0, "epsilon": 0.33, "rc": 3.0}
 
 
-def label(
-    atoms: Atoms, *, energy: float = 1.0, forces: float = 1.0, stress: float = 1.0, add: float = 0.0
-) -> Atoms:
+def label(atoms, *, energy=1.0, forces=1.0, stress=1.0, add=0.0):
     """A label by the truth, counted from other atoms than the model's energies are; factors and
     ``add`` (eV) make it wrong."""
     atoms = atoms.copy()
@@ -36,7 +32,7 @@ def label(
     return atoms
 
 
-def structure(seed: int) -> Atoms:
+def structure(seed):
     rng = np.random.default_rng(seed)
     atoms = Atoms(
         ["S4", "S2H2", "SH3"][seed % 3],
@@ -56,7 +52,7 @@ def model():
     return as_evaluator(LennardJones(**MODEL))
 
 
-def labels(wrong: dict[int, dict], n: int = 30) -> list[Atoms]:
+def labels(wrong, n=30):
     return [label(structure(i), **wrong.get(i, {})) for i in range(n)]
 
 

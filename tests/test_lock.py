@@ -1,7 +1,5 @@
 """Two processes never work in one folder, and a dead one keeps nobody out."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import json
@@ -12,9 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import asdict, replace
-from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -35,7 +31,7 @@ with locked(sys.argv[1], "a search"):
 """
 
 
-def holder(folder: Path) -> subprocess.Popen[str]:
+def holder(folder):
     process = subprocess.Popen(
         [sys.executable, "-c", HOLD, str(folder)], stdout=subprocess.PIPE, text=True
     )
@@ -43,7 +39,7 @@ def holder(folder: Path) -> subprocess.Popen[str]:
     return process
 
 
-def elsewhere(folder: Path, **changes: object) -> Owner:
+def elsewhere(folder, **changes):
     """A lock of a process on another machine."""
     with locked(folder, "a search") as mine:
         owner = replace(
@@ -54,7 +50,7 @@ def elsewhere(folder: Path, **changes: object) -> Owner:
     return owner
 
 
-def dead(folder: Path) -> Owner:
+def dead(folder):
     """A lock that a process of this machine has left."""
     with locked(folder, "a search") as mine:
         owner = replace(mine, born=mine.born - 1, token="0" * 12)
@@ -63,9 +59,7 @@ def dead(folder: Path) -> Owner:
     return owner
 
 
-def test_the_second_process_is_told_who_works_there_and_the_first_is_not_disturbed(
-    tmp_path: Path,
-) -> None:
+def test_the_second_process_is_told_who_works_there_and_the_first_is_not_disturbed(tmp_path):
     first = holder(tmp_path)
     before = (tmp_path / NAME).read_text()
     try:
@@ -83,9 +77,7 @@ def test_the_second_process_is_told_who_works_there_and_the_first_is_not_disturb
         first.wait()
 
 
-def test_the_lock_of_a_killed_process_is_taken_over(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_the_lock_of_a_killed_process_is_taken_over(tmp_path, caplog):
     first = holder(tmp_path)
     first.send_signal(signal.SIGKILL)
     first.wait()
@@ -94,7 +86,7 @@ def test_the_lock_of_a_killed_process_is_taken_over(
     assert not (tmp_path / NAME).exists()
 
 
-def test_what_a_killed_process_had_begun_to_write_goes_with_its_lock(tmp_path: Path) -> None:
+def test_what_a_killed_process_had_begun_to_write_goes_with_its_lock(tmp_path):
     for name in (
         f".gen2-x.traj{TEMPORARY}",
         f"structures/.making-x{TEMPORARY}/Al.cif",
@@ -117,8 +109,8 @@ def test_what_a_killed_process_had_begun_to_write_goes_with_its_lock(tmp_path: P
 
 
 def test_what_belongs_to_other_programs_or_to_somebody_who_lives_outlasts_the_lock_of_a_dead_process(
-    tmp_path: Path,
-) -> None:
+    tmp_path,
+):
     foreign = [tmp_path / "mine/.swap.tmp", tmp_path / ".cache.tmp/x"]
     running = (
         tmp_path / f"results/anharmonic/.run-x.json{TEMPORARY}",
@@ -146,7 +138,7 @@ def test_what_belongs_to_other_programs_or_to_somebody_who_lives_outlasts_the_lo
         assert not any(path.exists() for path in left)
 
 
-def test_a_process_id_that_was_given_to_somebody_else_is_not_the_owner(tmp_path: Path) -> None:
+def test_a_process_id_that_was_given_to_somebody_else_is_not_the_owner(tmp_path):
     with locked(tmp_path, "a search") as owner:
         pass
     (tmp_path / NAME).write_text(
@@ -155,13 +147,13 @@ def test_a_process_id_that_was_given_to_somebody_else_is_not_the_owner(tmp_path:
     check_free(tmp_path)
 
 
-def test_the_lock_is_given_back_after_an_error(tmp_path: Path) -> None:
+def test_the_lock_is_given_back_after_an_error(tmp_path):
     with pytest.raises(ZeroDivisionError), locked(tmp_path, "a search"):
         raise ZeroDivisionError
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_that_was_made_for_the_lock_alone_goes_with_it(tmp_path: Path) -> None:
+def test_a_folder_that_was_made_for_the_lock_alone_goes_with_it(tmp_path):
     with locked(tmp_path / "a" / "b", "a search"):
         assert (tmp_path / "a" / "b" / NAME).exists()
     assert list(tmp_path.iterdir()) == []
@@ -170,7 +162,7 @@ def test_a_folder_that_was_made_for_the_lock_alone_goes_with_it(tmp_path: Path) 
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["result"]
 
 
-def test_locks_of_different_names_in_a_folder_keep_nobody_out(tmp_path: Path) -> None:
+def test_locks_of_different_names_in_a_folder_keep_nobody_out(tmp_path):
     with (
         locked(tmp_path, "a training", "a.lock.json"),
         locked(tmp_path, "another", "b.lock.json"),
@@ -185,15 +177,13 @@ def test_locks_of_different_names_in_a_folder_keep_nobody_out(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"host": "a"}', '{"host": 3, "pid": "x"}'])
-def test_a_damaged_lock_keeps_nobody_out(tmp_path: Path, text: str) -> None:
+def test_a_damaged_lock_keeps_nobody_out(tmp_path, text):
     (tmp_path / NAME).write_text(text)
     with locked(tmp_path, "a search"):
         assert read_owner(tmp_path) is not None
 
 
-def test_an_owner_on_another_machine_is_dead_when_its_heart_does_not_beat(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_owner_on_another_machine_is_dead_when_its_heart_does_not_beat(tmp_path, monkeypatch):
     monkeypatch.setattr(lock, "PATIENCE", 0.3)
     elsewhere(
         tmp_path, since="2999-01-01T00:00:00+00:00"
@@ -203,8 +193,8 @@ def test_an_owner_on_another_machine_is_dead_when_its_heart_does_not_beat(
 
 
 def test_who_took_the_lock_after_it_was_looked_at_keeps_it_from_another_machine_too(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    tmp_path, monkeypatch
+):
     monkeypatch.setattr(lock, "PATIENCE", 0.3)
     check = lock.check_free
     owners = [elsewhere(tmp_path), elsewhere(tmp_path, token="e" * 12), elsewhere(tmp_path, beat=7)]
@@ -213,7 +203,7 @@ def test_who_took_the_lock_after_it_was_looked_at_keeps_it_from_another_machine_
         if seen is not None:
             (tmp_path / NAME).write_text(json.dumps(asdict(seen)))
 
-        def then_somebody_comes(folder: Path, name: str, now: Owner = now) -> Owner | None:
+        def then_somebody_comes(folder, name, now=now):
             found = check(folder, name)
             (tmp_path / NAME).write_text(json.dumps(asdict(now)))
             return found
@@ -224,14 +214,12 @@ def test_who_took_the_lock_after_it_was_looked_at_keeps_it_from_another_machine_
         assert read_owner(tmp_path) == now
 
 
-def test_an_unreadable_moment_of_a_lock_is_not_the_death_of_its_owner(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_unreadable_moment_of_a_lock_is_not_the_death_of_its_owner(tmp_path, monkeypatch):
     monkeypatch.setattr(lock, "PATIENCE", 3.0)
     owner = elsewhere(tmp_path)
     answers = [owner, None, OSError(errno.ESTALE, "Stale file handle"), replace(owner, beat=2)]
 
-    def flaky(*_: object) -> Owner | None:
+    def flaky(*_):
         answer = answers.pop(0)
         if isinstance(answer, OSError):
             raise answer
@@ -243,10 +231,8 @@ def test_an_unreadable_moment_of_a_lock_is_not_the_death_of_its_owner(
     assert not answers
 
 
-def test_a_lock_that_cannot_be_read_is_an_error_and_not_a_free_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def denied(*_: object) -> None:
+def test_a_lock_that_cannot_be_read_is_an_error_and_not_a_free_folder(tmp_path, monkeypatch):
+    def denied(*_):
         raise PermissionError(errno.EACCES, "Permission denied", str(tmp_path / NAME))
 
     elsewhere(tmp_path)
@@ -255,22 +241,14 @@ def test_a_lock_that_cannot_be_read_is_an_error_and_not_a_free_folder(
         locked(tmp_path, "another").__enter__()
 
 
-def test_a_lock_of_a_later_version_with_more_fields_is_a_lock(tmp_path: Path) -> None:
+def test_a_lock_of_a_later_version_with_more_fields_is_a_lock(tmp_path):
     with locked(tmp_path, "a search of a later version") as owner:
         (tmp_path / NAME).write_text(json.dumps(asdict(owner) | {"command": "x"}))
         with pytest.raises(InputError, match="a search of a later version"):
             locked(tmp_path, "another").__enter__()
 
 
-def test_a_time_without_a_zone_is_shown_as_it_is(tmp_path: Path) -> None:
-    owner = elsewhere(tmp_path)
-    for since in ("2026-01-01T00:00:00", "yesterday"):
-        assert replace(owner, since=since).described().endswith(f"since {since}")
-
-
-def test_an_owner_on_another_machine_that_shows_a_sign_of_life_is_respected(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_owner_on_another_machine_that_shows_a_sign_of_life_is_respected(tmp_path, monkeypatch):
     monkeypatch.setattr(lock, "PATIENCE", 3.0)
     owner = elsewhere(tmp_path)
     text = json.dumps(asdict(replace(owner, beat=2)))
@@ -281,9 +259,7 @@ def test_an_owner_on_another_machine_that_shows_a_sign_of_life_is_respected(
     beat.join()
 
 
-def test_the_heart_beats_and_a_lost_lock_stops_the_loser(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_heart_beats_and_a_lost_lock_stops_the_loser(tmp_path, monkeypatch):
     monkeypatch.setattr(lock, "HEARTBEAT", 0.05)
     with pytest.raises(LostLock), locked(tmp_path, "a search") as owner:
         wait_for(lambda: (found := read_owner(tmp_path)) is not None and found.beat > 2)
@@ -307,9 +283,7 @@ WRITERS = {
 
 @pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
 @pytest.mark.parametrize("now", ["another's", "released", "damaged", "moved away"])
-def test_an_owner_whose_token_is_gone_changes_no_file_any_more(
-    tmp_path: Path, now: str, write: Callable[[Path], object]
-) -> None:
+def test_an_owner_whose_token_is_gone_changes_no_file_any_more(tmp_path, now, write):
     folder, results = tmp_path / "results/anharmonic", tmp_path / "results"
     folder.mkdir(parents=True)
     (results / "best.traj").write_text("new owner")
@@ -336,8 +310,8 @@ def test_an_owner_whose_token_is_gone_changes_no_file_any_more(
 
 
 def test_a_lock_that_was_given_back_or_taken_again_by_this_process_hinders_nobody(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    tmp_path, monkeypatch
+):
     monkeypatch.setattr(lock, "HEARTBEAT", 0.05)
     monkeypatch.setattr(lock, "GRACE", 60.0)
     first = lock.FolderLock(tmp_path / "results/anharmonic", "magus search")
@@ -371,11 +345,12 @@ with lock.locked(sys.argv[1], "a search"):
 """
 
 
-@pytest.mark.parametrize("busy", ["writes", "computes", "sleeps"])
-@pytest.mark.parametrize("new", ["works", "has finished"])
+@pytest.mark.parametrize(
+    ("busy", "new"), [("writes", "works"), ("computes", "has finished"), ("sleeps", "works")]
+)
 def test_a_process_that_was_stopped_and_taken_over_writes_nothing_when_it_wakes_and_ends_though_it_ignores_sigint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, busy: str, new: str
-) -> None:
+    tmp_path, monkeypatch, busy, new
+):
     monkeypatch.setattr(lock, "PATIENCE", 1.0)
     monkeypatch.setattr(lock, "GUARD", 0.2)
     monkeypatch.setattr(
@@ -415,8 +390,8 @@ def test_a_process_that_was_stopped_and_taken_over_writes_nothing_when_it_wakes_
 
 
 def test_a_process_that_was_stopped_in_the_middle_of_a_write_is_not_taken_over(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    tmp_path, monkeypatch
+):
     monkeypatch.setattr(lock, "PATIENCE", 0.3)
     monkeypatch.setattr(lock, "GUARD", 0.3)
     elsewhere(tmp_path)
@@ -441,10 +416,10 @@ except (MachineError, MemoryError) as error:
 """
 
 
-@pytest.mark.parametrize("left", [0, 1 << 16, 1 << 18, 1 << 20, 1 << 22, 1 << 23, 1 << 24])
+@pytest.mark.parametrize("left", [0, 1 << 18, 1 << 22, 1 << 24])
 def test_a_heart_that_cannot_begin_to_beat_for_want_of_memory_is_an_error_and_not_a_wait_for_ever(
-    tmp_path: Path, left: int
-) -> None:
+    tmp_path, left
+):
     done = subprocess.run(
         [sys.executable, "-c", TIGHT, str(tmp_path / "run"), str(left)],
         capture_output=True,
@@ -456,10 +431,8 @@ def test_a_heart_that_cannot_begin_to_beat_for_want_of_memory_is_an_error_and_no
     assert not (tmp_path / "run" / NAME).exists()
 
 
-def test_no_thread_for_the_heart_gives_the_lock_back_with_one_clear_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def none_left(*arguments: object) -> None:
+def test_no_thread_for_the_heart_gives_the_lock_back_with_one_clear_error(tmp_path, monkeypatch):
+    def none_left(*arguments):
         raise RuntimeError("can't start new thread")
 
     monkeypatch.setattr("_thread.start_new_thread", none_left)
@@ -475,7 +448,7 @@ def test_no_thread_for_the_heart_gives_the_lock_back_with_one_clear_error(
     assert not (tmp_path / "run").exists() and not lock.claims()
 
 
-def steps_of(item: str, shared: object = None) -> int:
+def steps_of(item, shared=None):
     """A task that writes in a folder until it may not."""
     for number in range(1000):
         append_jsonl(Path(item) / "steps.jsonl", {"number": number})
@@ -486,7 +459,7 @@ def steps_of(item: str, shared: object = None) -> int:
     return number
 
 
-def test_workers_of_an_owner_write_under_its_lock_and_no_longer(tmp_path: Path) -> None:
+def test_workers_of_an_owner_write_under_its_lock_and_no_longer(tmp_path):
     with contextlib.closing(LocalScheduler(1)) as scheduler, locked(tmp_path, "a search"):
         with pytest.raises(MagusAnharmonicError, match="lost its lock"):
             list(scheduler.map(steps_of, [str(tmp_path)]))
@@ -498,8 +471,8 @@ def test_workers_of_an_owner_write_under_its_lock_and_no_longer(tmp_path: Path) 
 )
 @pytest.mark.parametrize("options", [["--mount-proc"], []])
 def test_an_owner_in_another_process_namespace_is_told_by_its_heart_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str]
-) -> None:
+    tmp_path, monkeypatch, options
+):
     monkeypatch.setattr(lock, "PATIENCE", 3.0)
     program = OWNER.replace("if number == 3", "if number == 0")
     command = [
@@ -528,13 +501,8 @@ def test_an_owner_in_another_process_namespace_is_told_by_its_heart_alone(
         pass
 
 
-def wait_for(condition) -> None:  # type: ignore[no-untyped-def]
+def wait_for(condition):  # type: ignore[no-untyped-def]
     deadline = time.monotonic() + 30
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)
-
-
-def test_the_owner_says_since_when(tmp_path: Path) -> None:
-    with locked(tmp_path, "a search") as owner:
-        assert datetime.fromisoformat(owner.since).tzinfo is not None and owner.alive and owner.here

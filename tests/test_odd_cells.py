@@ -1,7 +1,5 @@
 """Very skewed cells are the crystals that they describe, and cells that are none are no cells."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 from ase import Atoms
@@ -19,7 +17,7 @@ TURNS = {
 }
 
 
-def described(atoms: Atoms, turn: list[list[int]]) -> Atoms:
+def described(atoms, turn):
     """The same crystal with other lattice vectors."""
     other = atoms.copy()
     other.set_cell(np.array(turn) @ atoms.cell.array)
@@ -27,9 +25,7 @@ def described(atoms: Atoms, turn: list[list[int]]) -> Atoms:
 
 
 @pytest.mark.parametrize("turn", list(TURNS.values()), ids=list(TURNS))
-def test_a_skewed_description_of_a_crystal_has_its_energy_forces_and_stress(
-    turn, potential, h3s
-) -> None:
+def test_a_skewed_description_of_a_crystal_has_its_energy_forces_and_stress(turn, potential, h3s):
     double = potential.double()
     crystal = h3s(3.1, 0.1)
     crystal.rattle(0.05, seed=1)
@@ -43,7 +39,7 @@ def test_a_skewed_description_of_a_crystal_has_its_energy_forces_and_stress(
         )
 
 
-def test_a_skewed_slab_has_its_energy_and_forces_whatever_its_third_vector(potential) -> None:
+def test_a_skewed_slab_has_its_energy_and_forces_whatever_its_third_vector(potential):
     double = potential.double()
     slab = fcc111("Cu", (1, 1, 3), vacuum=5.0)
     slab.rattle(0.05, seed=1)
@@ -56,7 +52,7 @@ def test_a_skewed_slab_has_its_energy_and_forces_whatever_its_third_vector(poten
         np.testing.assert_allclose(found.forces[0], reference.forces[0], atol=1e-7)
 
 
-def test_a_skewed_crystal_relaxes_and_keeps_its_cell_vectors(potential, h3s) -> None:
+def test_a_skewed_crystal_relaxes_and_keeps_its_cell_vectors(potential, h3s):
     skewed = described(h3s(3.1, 0.1), TURNS["strong"])
     assert why_invalid(skewed) == overlap(skewed) == "" and not isolated(skewed)
     straight, (result,) = (
@@ -70,7 +66,7 @@ def test_a_skewed_crystal_relaxes_and_keeps_its_cell_vectors(potential, h3s) -> 
     )
 
 
-def test_ordinary_cells_are_searched_as_they_are(h3s) -> None:
+def test_ordinary_cells_are_searched_as_they_are(h3s):
     for atoms in (
         h3s(),
         described(h3s(), TURNS["modest"]),
@@ -82,7 +78,7 @@ def test_ordinary_cells_are_searched_as_they_are(h3s) -> None:
         )
 
 
-def test_a_cell_whose_volume_is_lost_in_rounding_is_refused() -> None:
+def test_a_cell_whose_volume_is_lost_in_rounding_is_refused():
     lost = Atoms("H", cell=[[3, 0, 0], [1e17 / 3, 3, 0], [0, 1e17 / 7, 3]], pbc=True)
     with pytest.raises(
         InputError, match=r"structure 5: the cell is too skewed .* give a reduced one"
@@ -97,9 +93,7 @@ DEPENDENT = [[1, 0, 0], [2, 0, 0], [0, 0, 1]]
     "cell", [DEPENDENT, [[1, 0, 0], [2, 1e-9, 0], [0, 0, 1]], [[1, 0, 0], [2, 0, 0], [0, 0, 0]]]
 )
 @pytest.mark.filterwarnings("error::RuntimeWarning")
-def test_dependent_vectors_without_periodicity_are_no_cell_alone_and_in_a_group(
-    cell, potential
-) -> None:
+def test_dependent_vectors_without_periodicity_are_no_cell_alone_and_in_a_group(cell, potential):
     free = potential.evaluate([molecule("H2")])
     for copies in (1, 5):
         found = potential.evaluate(
@@ -110,7 +104,7 @@ def test_dependent_vectors_without_periodicity_are_no_cell_alone_and_in_a_group(
         assert (found.stress == 0.0).all()
 
 
-def test_a_third_vector_in_the_plane_of_a_slab_is_no_vector(potential) -> None:
+def test_a_third_vector_in_the_plane_of_a_slab_is_no_vector(potential):
     slab = fcc111("Cu", (1, 1, 2), vacuum=5.0)
     plane = slab.cell.array.copy()
     plane[2] = plane[0] + plane[1]
@@ -125,7 +119,7 @@ def test_a_third_vector_in_the_plane_of_a_slab_is_no_vector(potential) -> None:
 
 @pytest.mark.parametrize("pbc", [True, [True, True, False]])
 @pytest.mark.filterwarnings("error::RuntimeWarning")
-def test_dependent_vectors_along_periodic_directions_are_flat(pbc, potential) -> None:
+def test_dependent_vectors_along_periodic_directions_are_flat(pbc, potential):
     with pytest.raises(InputError, match="structure 0: the cell is flat"):
         potential.evaluate(
             [Atoms("H2", positions=[[0, 0, 0], [0, 0, 0.74]], cell=DEPENDENT, pbc=pbc)]

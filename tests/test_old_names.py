@@ -1,9 +1,5 @@
 """Files and inputs with the names of earlier versions are read as those of now."""
 
-from __future__ import annotations
-
-from pathlib import Path
-
 import numpy as np
 import pytest
 from ase import Atoms
@@ -25,31 +21,31 @@ PAIR = Atoms("HF", positions=[[0, 0, 0], [1.5] * 3], cell=[3.0] * 3, pbc=True)
 OLD = {new: old for old, new in RENAMED.items()}
 
 
-def test_kicks_are_perturbations() -> None:
+def test_kicks_are_perturbations():
     assert parse(CalculatorSettings, {"calculator": "mattersim", "kicks": 3}).perturbations == 3
     assert parse(AseCalculatorSettings, {"calculator": "emt", "kicks": 2}).perturbations == 2
     with pytest.raises(InputError, match="perturbations is given twice"):
         parse(CalculatorSettings, {"calculator": "mattersim", "kicks": 3, "perturbations": 4})
 
 
-def test_phonon_energies_have_two_names() -> None:
+def test_phonon_energies_have_two_names():
     modes = Modes(np.array([0.1, 0.2]), np.zeros((9, 2)))
     assert modes.quantum is modes.hbar_omega
 
 
-def test_an_expected_value_has_two_names() -> None:
+def test_an_expected_value_has_two_names():
     ExpectedValue = script("expected").ExpectedValue  # noqa: N806
     given = {"value": 5, "unit": "1", "source": "x", "space_group": "Im-3m", "pressure_GPa": 100}
     assert ExpectedValue(name="n_became", **given) == ExpectedValue(name="n_transformed", **given)
 
 
-def test_columns_of_earlier_tables_are_those_of_now(tmp_path: Path) -> None:
+def test_columns_of_earlier_tables_are_those_of_now(tmp_path):
     (tmp_path / "stability.csv").write_text("phase,odds\nR3m,0.25\n")
     with table_rows(tmp_path / "stability.csv") as rows:
         assert list(rows) == [{"phase": "R3m", "probability": "0.25"}]
 
 
-def test_points_of_earlier_versions_are_read(tmp_path: Path) -> None:
+def test_points_of_earlier_versions_are_read(tmp_path):
     names = "phase,pressure_GPa,temperature_K,gibbs_eV_per_atom,gibbs_error_eV_per_atom"
     (tmp_path / "gibbs.csv").write_text(
         f"{names},decrease_eV_per_atom,status\nR3m,60,0,-3.0,0.001,0.004,became\n"
@@ -58,7 +54,7 @@ def test_points_of_earlier_versions_are_read(tmp_path: Path) -> None:
     assert (point.predicted_decrease_eV_per_atom, point.status) == (0.004, "transformed")
 
 
-def test_the_folder_of_a_run_of_an_earlier_version_is_read(tmp_path: Path) -> None:
+def test_the_folder_of_a_run_of_an_earlier_version_is_read(tmp_path):
     result = free_energy(
         PAIR, QuarticPair(), 0.0, 100.0, (1, 1, 1), "fixed",
         n_configs=20, max_populations=2, directory=tmp_path,

@@ -1,12 +1,9 @@
 """Each quantity of a campaign by every way in which a user can see it: numbers and words of the
 figures, `validate` as a function and as a command, and the report give one answer."""
 
-from __future__ import annotations
-
 import csv
 import json
 import re
-from pathlib import Path
 
 import pytest
 import yaml
@@ -66,7 +63,7 @@ WANTED = [
 
 
 @pytest.fixture(scope="module")
-def campaign(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def campaign(tmp_path_factory):
     """A campaign with figures and a validation by the command."""
     folder = tmp_path_factory.mktemp("campaign")
     write_campaign(folder / "campaign")
@@ -84,7 +81,7 @@ def campaign(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def validated(campaign: Path) -> dict[str, str]:
+def validated(campaign):
     """Found values by name."""
     rows = script("validate").validate(campaign, campaign / "expected.yaml")
     assert all(row.verdict != "not in this run" for row in rows)
@@ -92,24 +89,24 @@ def validated(campaign: Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def report(campaign: Path) -> str:
+def report(campaign):
     return " ".join(
         line for _, lines in campaign_contents(campaign / "campaign").summary for line in lines
     )
 
 
-def figure(campaign: Path, name: str) -> list[dict[str, str]]:
+def figure(campaign, name):
     with (campaign / "campaign" / "figures" / f"{name}.csv").open(newline="") as file:
         return list(csv.DictReader(file))
 
 
-def same(validated: str, *others: str | float) -> None:
+def same(validated, *others):
     """Four digits of `validate` against the same number written with as many digits or fewer."""
     for other in others:
         assert float(validated) == pytest.approx(float(other), rel=6e-3), (validated, other)
 
 
-def test_the_command_stores_what_the_function_finds(campaign: Path, validated) -> None:
+def test_the_command_stores_what_the_function_finds(campaign, validated):
     with (campaign / "campaign" / "validation.csv").open(newline="") as file:
         assert {row["name"]: row["found"] for row in csv.DictReader(file)} == validated
     said = " ".join((campaign / "said.txt").read_text().split())
@@ -117,7 +114,7 @@ def test_the_command_stores_what_the_function_finds(campaign: Path, validated) -
         assert f"{name}: found {found}" in said
 
 
-def test_errors_of_models(campaign: Path, validated, report: str) -> None:
+def test_errors_of_models(campaign, validated, report):
     columns = {"energy": "energy_meV_per_atom", "force": "force_meV_per_A", "stress": "stress_GPa"}
     for quantity, column in columns.items():
         lines = {r["model"]: r[column] for r in figure(campaign, "table_1") if r["set"] == "test"}
@@ -127,7 +124,7 @@ def test_errors_of_models(campaign: Path, validated, report: str) -> None:
         same(validated[f"{quantity}_rmse finetuned test"], lines["finetuned"], after)
 
 
-def test_transitions_and_their_sequence(campaign: Path, validated, report: str) -> None:
+def test_transitions_and_their_sequence(campaign, validated, report):
     lines = figure(campaign, "fig_5_relative_enthalpy-summary")
     alt = json.loads((campaign / "alt.json").read_text())["fig_5_relative_enthalpy"]
     for line in lines:
@@ -140,7 +137,7 @@ def test_transitions_and_their_sequence(campaign: Path, validated, report: str) 
     assert validated["stability_sequence"] == " -> ".join(names)
 
 
-def test_the_rank_of_a_phase(campaign: Path, validated) -> None:
+def test_the_rank_of_a_phase(campaign, validated):
     name = "fig_2_enthalpy_volume-150GPa"
     (line,) = figure(campaign, f"{name}-summary")
     alt = json.loads((campaign / "alt.json").read_text())[name]
@@ -150,7 +147,7 @@ def test_the_rank_of_a_phase(campaign: Path, validated) -> None:
     assert f"number {line['rank']} of {line['n_distinct']}, {float(above):.0f} meV/atom" in alt
 
 
-def test_critical_pressures(campaign: Path, validated, report: str) -> None:
+def test_critical_pressures(campaign, validated, report):
     lines = figure(campaign, "fig_4a_modes-Im-3m-T1u-summary")
     alt = json.loads((campaign / "alt.json").read_text())["fig_4a_modes-Im-3m-T1u"]
     assert len(lines) == 3
@@ -163,7 +160,7 @@ def test_critical_pressures(campaign: Path, validated, report: str) -> None:
         same(found, line["critical_pressure_GPa"], told, drawn)
 
 
-def test_what_sscha_reorders(campaign: Path, validated, report: str) -> None:
+def test_what_sscha_reorders(campaign, validated, report):
     (line,) = figure(campaign, "fig_6_ranking-100GPa-summary")
     alt = json.loads((campaign / "alt.json").read_text())["fig_6_ranking-100GPa"]
     same(validated["n_with_free_energy 100 GPa"], line["n"])
@@ -179,7 +176,7 @@ def test_what_sscha_reorders(campaign: Path, validated, report: str) -> None:
     assert f"{line['n_changed']} of {line['n']} structures changed" in report
 
 
-def test_errors_of_gradients(campaign: Path, validated, report: str) -> None:
+def test_errors_of_gradients(campaign, validated, report):
     lines = {
         r["quantity"]: 1e3 * float(r["rmse"])
         for r in figure(campaign, "fig_7_gradient_errors-Im-3m-60GPa")

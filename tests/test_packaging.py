@@ -1,8 +1,6 @@
 """What is promised about installing and importing: light, complete, and documented by its own
 code."""
 
-from __future__ import annotations
-
 import functools
 import importlib
 import importlib.util
@@ -27,7 +25,7 @@ PACKAGE = Path(magus_anharmonic.__file__).parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
-def fresh_python(code: str) -> str:
+def fresh_python(code):
     """What a new interpreter prints, without the measuring hooks of the test run."""
     clean = {key: value for key, value in os.environ.items() if not key.startswith("COV")}
     path = os.pathsep.join([str(ROOT), *filter(None, [clean.get("PYTHONPATH")])])
@@ -41,7 +39,7 @@ def fresh_python(code: str) -> str:
     return run.stdout.strip()
 
 
-def test_importing_the_package_takes_less_than_50_ms() -> None:
+def test_importing_the_package_takes_less_than_50_ms():
     code = (
         "import time; t = time.process_time(); import magus_anharmonic; print(time.process_time()"
         " - t)"
@@ -53,7 +51,7 @@ def test_importing_the_package_takes_less_than_50_ms() -> None:
     "module",
     ["magus_anharmonic", "magus_anharmonic.settings", "magus_anharmonic.autoload", "ase.io"],
 )
-def test_light_modules_load_neither_torch_nor_mattersim(module: str) -> None:
+def test_light_modules_load_neither_torch_nor_mattersim(module):
     code = (
         f"import sys, {module}; print(sorted({{'torch', 'mattersim', 'sscha', 'magus'}} &"
         " set(sys.modules)))"
@@ -61,7 +59,7 @@ def test_light_modules_load_neither_torch_nor_mattersim(module: str) -> None:
     assert fresh_python(code) == "[]"
 
 
-def test_the_public_names_are_loaded_on_first_use() -> None:
+def test_the_public_names_are_loaded_on_first_use():
     assert dir(magus_anharmonic) == ["MatterSim", "__version__", "free_energy", "load"]
     assert callable(magus_anharmonic.load) and callable(magus_anharmonic.free_energy)
     assert magus_anharmonic.MatterSim.__module__ == "magus_anharmonic.potential.calculator"
@@ -69,21 +67,21 @@ def test_the_public_names_are_loaded_on_first_use() -> None:
         _ = magus_anharmonic.matter_sim
 
 
-def test_ase_and_magus_are_told_where_to_look() -> None:
+def test_ase_and_magus_are_told_where_to_look():
     points = PROJECT["project"]["entry-points"]
     assert points["ase.ioformats"] == {"magus-anharmonic": "magus_anharmonic.autoload:ase_format"}
     assert points["magus.plugins"] == {"magus-anharmonic": "magus_anharmonic.plugins:register"}
     assert PROJECT["project"]["scripts"] == {"magus-anharmonic": "magus_anharmonic.cli:main"}
 
 
-def test_the_entry_points_lead_to_something() -> None:
+def test_the_entry_points_lead_to_something():
     from magus_anharmonic import autoload, cli
 
     assert callable(cli.main) and callable(autoload.install)
     assert autoload.ase_format.desc
 
 
-def test_every_distribution_that_the_code_imports_is_declared() -> None:
+def test_every_distribution_that_the_code_imports_is_declared():
     declared = {
         re.split(r"[^A-Za-z0-9_.-]", line)[0].lower() for line in PROJECT["project"]["dependencies"]
     }
@@ -124,7 +122,7 @@ def test_every_distribution_that_the_code_imports_is_declared() -> None:
             )
 
 
-def test_the_constraints_satisfy_the_declared_versions() -> None:
+def test_the_constraints_satisfy_the_declared_versions():
     from packaging.requirements import Requirement
 
     lines = [
@@ -145,7 +143,7 @@ def test_the_constraints_satisfy_the_declared_versions() -> None:
 
 
 @pytest.mark.parametrize("page", ["keys", "columns"])
-def test_the_pages_of_keys_and_columns_are_up_to_date(page: str) -> None:
+def test_the_pages_of_keys_and_columns_are_up_to_date(page):
     file = ROOT / "docs" / f"make_{page}.py"
     spec = importlib.util.spec_from_file_location(file.stem, file)
     assert spec and spec.loader
@@ -154,7 +152,7 @@ def test_the_pages_of_keys_and_columns_are_up_to_date(page: str) -> None:
     assert (ROOT / "docs" / f"{page}.md").read_text() == module.render(), "run `make docs`"
 
 
-def test_every_number_of_a_table_is_made_where_its_column_says() -> None:
+def test_every_number_of_a_table_is_made_where_its_column_says():
     origins = {one.origin for record in (Candidate, GibbsPoint) for one in columns_of(record)}
     for origin in origins - {""}:
         module, found = f"magus_anharmonic.{origin}", []
@@ -164,7 +162,7 @@ def test_every_number_of_a_table_is_made_where_its_column_says() -> None:
         assert functools.reduce(getattr, found, importlib.import_module(module)), origin
 
 
-def test_links_in_the_documentation_lead_to_files() -> None:
+def test_links_in_the_documentation_lead_to_files():
     for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
         for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
             assert target.startswith("http") or (page.parent / target).exists(), (
@@ -172,7 +170,7 @@ def test_links_in_the_documentation_lead_to_files() -> None:
             )
 
 
-def test_the_citation_names_the_method_and_the_parts() -> None:
+def test_the_citation_names_the_method_and_the_parts():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert citation["version"] == magus_anharmonic.__version__
     assert citation["preferred-citation"]["authors"][-1]["family-names"] == "Errea"
@@ -183,12 +181,12 @@ def test_the_citation_names_the_method_and_the_parts() -> None:
 
 
 @pytest.mark.parametrize("script", ["setup", "system.sh", "demo", "run"])
-def test_the_set_up_scripts_are_valid_shell(script: str) -> None:
+def test_the_set_up_scripts_are_valid_shell(script):
     run = subprocess.run(["bash", "-n", str(ROOT / ".ci" / script)], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
 
 
-def test_set_up_names_what_is_missing_and_the_line_for_each_system() -> None:
+def test_set_up_names_what_is_missing_and_the_line_for_each_system():
     # A user who is not root, on a machine without any tool: only what bash itself has is left, so
     # paste and sed are played.
     code = f"""
@@ -202,7 +200,7 @@ def test_set_up_names_what_is_missing_and_the_line_for_each_system() -> None:
 
 
 @pytest.mark.slow
-def test_the_wheel_holds_the_data_and_the_marker_for_types(tmp_path: Path) -> None:
+def test_the_wheel_holds_the_data_and_the_marker_for_types(tmp_path):
     pytest.importorskip("hatchling", reason="the build backend is not installed here")
     code = f"from hatchling.build import build_wheel; print(build_wheel({str(tmp_path)!r}))"
     run = subprocess.run(

@@ -1,8 +1,6 @@
 """Boundaries against a closed expression: inside the band, with the coverage that the band claims,
 the right slope and isotope shift."""
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from dataclasses import replace

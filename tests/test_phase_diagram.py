@@ -1,8 +1,6 @@
 """The phase diagram as a whole: real SSCHA on a grid (stored, resumed, chained), tables, words,
 picture, and wrong input."""
 
-from __future__ import annotations
-
 import csv
 import json
 import math
@@ -41,7 +39,7 @@ SOFT = crystal((3.0, 3.0, 3.0), 1.0, 0.25, -0.2, 1.0)
 HARD = crystal((2.5, 2.5, 2.7), 1.2, 0.3, -0.2, 1.0, depth=0.05)
 
 
-def table(path: Path) -> list[dict[str, str]]:
+def table(path):
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
 
@@ -108,7 +106,7 @@ ISOTOPES = {
 }
 
 
-def of_isotopes(folder: Path, supercell: int):
+def of_isotopes(folder, supercell):
     SOFT.atoms.write(folder / "soft.vasp", direct=True)
     keys = {**ISOTOPES, "sscha": {**ISOTOPES["sscha"], "supercell": [supercell] * 3}}
     (folder / "p.yaml").write_text(yaml.safe_dump(keys, sort_keys=False))
@@ -155,7 +153,7 @@ def test_heavy_isotopes_cost_two_new_populations_and_none_where_the_light_ones_c
 
 def test_isotopes_that_do_not_converge_are_an_upper_bound_and_say_so(tmp_path):
     settings, structures = of_isotopes(tmp_path, 2)
-    starts: list[object] = []
+    starts = []
 
     def stubborn(atoms, evaluator, *, max_populations, masses, start, **options):
         assert max_populations == 12, "two are the rule, and no limit: at 60 GPa D3S needs more"

@@ -7,10 +7,8 @@ import json
 import logging
 import pickle
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -30,7 +28,7 @@ from magus_anharmonic.units import gpa_to_ev_per_a3  # noqa: E402
 OURS = ("magus", "magus_anharmonic.plugins")
 
 
-def forget() -> dict[str, Any]:
+def forget():
     """Take every module of MAGUS and of the plug-ins out of sys.modules, and return them."""
     names = [
         name
@@ -41,7 +39,7 @@ def forget() -> dict[str, Any]:
 
 
 @pytest.fixture
-def magus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
+def magus(tmp_path, monkeypatch):
     """The stand-in, imported and with the plug-ins registered; the working directory is a fresh
     folder."""
     before = forget()
@@ -73,7 +71,7 @@ def magus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNam
     sys.modules.update(before)
 
 
-def keys(checkpoint: Path | str, **more: Any) -> dict[str, Any]:
+def keys(checkpoint, **more):
     return {
         "symbols": ["H", "S"],
         "formula": [3, 1],
@@ -89,13 +87,11 @@ def keys(checkpoint: Path | str, **more: Any) -> dict[str, Any]:
     }
 
 
-def search_of(
-    magus: SimpleNamespace, data: dict[str, Any], *, ml: bool = False, **options: Any
-) -> Any:
+def search_of(magus, data, *, ml=False, **options):
     return (magus.MLMagus if ml else magus.Magus)(magus.Parameters(data), **options)
 
 
-def population(magus: SimpleNamespace, h3s: Any, n: int = 3) -> Any:
+def population(magus, h3s, n=3):
     from magus.populations.populations import Population
 
     rng = np.random.default_rng(0)
@@ -110,7 +106,7 @@ def population(magus: SimpleNamespace, h3s: Any, n: int = 3) -> Any:
 # Registration
 
 
-def test_registering_twice_changes_nothing(magus: SimpleNamespace) -> None:
+def test_registering_twice_changes_nothing(magus):
     first = (
         magus.Magus.set_good_pop,
         magus.calculators.load_plugins,
@@ -124,17 +120,11 @@ def test_registering_twice_changes_nothing(magus: SimpleNamespace) -> None:
     ) == first
 
 
-def test_a_file_of_magus_with_our_name_does_not_displace_us(
-    magus: SimpleNamespace, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_file_of_magus_with_our_name_does_not_displace_us(magus, caplog):
     magus.utils.EXTRA.append(("mattersim", object))
     magus.calculators.load_plugins("x", "magus.calculators")
     assert magus.utils.CALCULATOR_PLUGIN["mattersim"] is magus.plugins.mattersim
     assert "is replaced by the one of magus-anharmonic" in caplog.text
-
-
-def test_the_fitness_is_known_to_magus(magus: SimpleNamespace) -> None:
-    assert magus.fitness.fit_dict["SSCHA"].__name__ == "SschaFitness"
 
 
 # Input
@@ -174,13 +164,6 @@ NO_CRYSTALS = (
             ({"structureType": kind, "sscha": {}}, f"structureType: {kind}: SSCHA needs crystals")
             for kind in NO_CRYSTALS
         ),
-        *(
-            (
-                {"structureType": kind, "sscha": {}, "Fitness": ["SSCHA"]},
-                f"structureType: {kind}: SSCHA needs",
-            )
-            for kind in NO_CRYSTALS
-        ),
         ({"dimension": 2, "sscha": {}}, "dimension: 2: SSCHA needs crystals"),
         (
             {"structureType": "layer", "learning": {"labeler": {"calculator": "gpaw"}}},
@@ -218,12 +201,8 @@ NO_CRYSTALS = (
     ],
 )
 def test_wrong_input_ends_with_code_2_before_any_work(
-    magus: SimpleNamespace,
-    tiny_checkpoint: Path,
-    caplog: pytest.LogCaptureFixture,
-    more: dict[str, Any],
-    complaint: str,
-) -> None:
+    magus, tiny_checkpoint, caplog, more, complaint
+):
     with pytest.raises(SystemExit) as stopped:
         search_of(magus, keys(tiny_checkpoint, **more))
     assert stopped.value.code == 2
@@ -250,12 +229,8 @@ def test_wrong_input_ends_with_code_2_before_any_work(
     ],
 )
 def test_what_does_not_go_with_the_ml_mode_is_refused(
-    magus: SimpleNamespace,
-    tiny_checkpoint: Path,
-    caplog: pytest.LogCaptureFixture,
-    more: dict[str, Any],
-    complaint: str,
-) -> None:
+    magus, tiny_checkpoint, caplog, more, complaint
+):
     ours = {"calculator": "mattersim", "jobPrefix": "ML", "checkpoint": str(tiny_checkpoint)}
     data = keys(
         tiny_checkpoint,
@@ -270,13 +245,13 @@ def test_what_does_not_go_with_the_ml_mode_is_refused(
     assert complaint in caplog.text
 
 
-def test_a_search_without_our_keys_is_not_even_looked_at(magus: SimpleNamespace) -> None:
+def test_a_search_without_our_keys_is_not_even_looked_at(magus):
     @magus.utils.CALCULATOR_PLUGIN.register("other")
     class Other:
-        def __init__(self, **parameters: Any) -> None:
+        def __init__(self, **parameters):
             pass
 
-        def relax(self, pop: Any) -> Any:
+        def relax(self, pop):
             for ind in pop:
                 ind.info["enthalpy"] = 1.0
             return pop
@@ -292,8 +267,8 @@ def test_a_search_without_our_keys_is_not_even_looked_at(magus: SimpleNamespace)
 
 
 def test_near_degenerate_phases_get_a_warning_when_magus_would_merge_them(
-    magus: SimpleNamespace, tiny_checkpoint: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+    magus, tiny_checkpoint, caplog
+):
     from magus_anharmonic.plugins.modes import check_input
 
     data = keys(tiny_checkpoint, Fitness=["SSCHA"], sscha={})
@@ -325,8 +300,8 @@ def test_near_degenerate_phases_get_a_warning_when_magus_would_merge_them(
 
 
 def test_by_free_energy_magus_compares_more_than_shapes_unless_told_otherwise(
-    magus: SimpleNamespace, tiny_checkpoint: Path
-) -> None:
+    magus, tiny_checkpoint
+):
     """The fault: its default, naive or zurek, took R3m and Im-3m for one whatever ``dE``, and every
     input had to know."""
     theirs = {"comparator_list": ["naive", "zurek"]}
@@ -338,9 +313,7 @@ def test_by_free_energy_magus_compares_more_than_shapes_unless_told_otherwise(
         assert search_of(magus, keys(tiny_checkpoint, **more)).parameters.get("Comparator") == used
 
 
-def test_every_number_of_a_ranking_leaves_with_the_structure_it_belonged_to(
-    magus: SimpleNamespace, h3s: Any
-) -> None:
+def test_every_number_of_a_ranking_leaves_with_the_structure_it_belonged_to(magus, h3s):
     """The fault: the distance above the hull stayed with a structure that was relaxed anew."""
     from magus_anharmonic.plugins.calculator import FREE_ENERGY_KEYS, RESULT_KEYS
     from magus_anharmonic.ranking.candidate import Candidate
@@ -359,7 +332,7 @@ def test_every_number_of_a_ranking_leaves_with_the_structure_it_belonged_to(
     )
 
 
-def test_magus_s_default_formula_type_does_not_contradict_the_user_s(tiny_checkpoint: Path) -> None:
+def test_magus_s_default_formula_type_does_not_contradict_the_user_s(tiny_checkpoint):
     from magus_anharmonic.plugins.parameters import settings_of
 
     assert (
@@ -370,9 +343,7 @@ def test_magus_s_default_formula_type_does_not_contradict_the_user_s(tiny_checkp
     )
 
 
-def test_relaxation_keys_at_the_top_level_hold_for_our_calculator_too(
-    tiny_checkpoint: Path,
-) -> None:
+def test_relaxation_keys_at_the_top_level_hold_for_our_calculator_too(tiny_checkpoint):
     from magus_anharmonic.plugins.parameters import calculator_settings, settings_of
 
     settings = settings_of(keys(tiny_checkpoint, eps=0.2, maxStep=7))
@@ -380,9 +351,7 @@ def test_relaxation_keys_at_the_top_level_hold_for_our_calculator_too(
     assert (options.eps, options.max_step) == (0.2, 7)
 
 
-def test_what_magus_would_ignore_is_said(
-    magus: SimpleNamespace, tiny_checkpoint: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_what_magus_would_ignore_is_said(magus, tiny_checkpoint, caplog):
     from magus_anharmonic.plugins.modes import check_input
 
     given = {
@@ -417,9 +386,7 @@ def test_what_magus_would_ignore_is_said(
         {"jobPrefix": "mattersim1"},
     ],
 )
-def test_the_calculator_is_ours_however_its_name_is_written(
-    magus: SimpleNamespace, tiny_checkpoint: Path, block: dict[str, Any]
-) -> None:
+def test_the_calculator_is_ours_however_its_name_is_written(magus, tiny_checkpoint, block):
     """The fault: without ``calculator`` MAGUS takes the name from ``jobPrefix`` and our hook was
     off; a list of one made a chain of one."""
     search = search_of(
@@ -438,8 +405,8 @@ def test_the_calculator_is_ours_however_its_name_is_written(
 
 
 def test_molecules_that_magus_puts_in_the_place_of_their_files_are_no_trouble(
-    magus: SimpleNamespace, tiny_checkpoint: Path
-) -> None:
+    magus, tiny_checkpoint
+):
     data = keys(
         tiny_checkpoint,
         molMode=True,
@@ -456,6 +423,7 @@ def test_molecules_that_magus_puts_in_the_place_of_their_files_are_no_trouble(
     ("record", "complaint"),
     [
         (None, "was started without this package: its enthalpies are not MatterSim's"),
+        ({"version": "99.0.0"}, "written by magus-anharmonic 99.0.0"),
         ({"host": "embedded"}, "was made by host 'embedded', this is host 'magus'"),
         (
             {"host": "magus", "settings": {"pressure": 100.0}},
@@ -464,12 +432,8 @@ def test_molecules_that_magus_puts_in_the_place_of_their_files_are_no_trouble(
     ],
 )
 def test_only_the_search_that_began_in_a_folder_goes_on_there(
-    magus: SimpleNamespace,
-    tiny_checkpoint: Path,
-    caplog: pytest.LogCaptureFixture,
-    record: dict[str, Any] | None,
-    complaint: str,
-) -> None:
+    magus, tiny_checkpoint, caplog, record, complaint
+):
     Path("results/anharmonic").mkdir(parents=True)
     Path("results/good.traj").write_text("of somebody else")
     if record is not None:
@@ -484,8 +448,8 @@ def test_only_the_search_that_began_in_a_folder_goes_on_there(
 
 
 def test_keys_that_changed_between_a_search_and_its_restart_are_named(
-    magus: SimpleNamespace, tiny_checkpoint: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+    magus, tiny_checkpoint, caplog
+):
     data = keys(
         tiny_checkpoint, sscha={"n_configs": 20}, Fitness=["SSCHA"], preset_spg_prob={230: 0.2}
     )
@@ -501,17 +465,8 @@ def test_keys_that_changed_between_a_search_and_its_restart_are_named(
     ]
 
 
-def test_a_calculator_built_alone_ends_with_code_2_too(
-    magus: SimpleNamespace, tiny_checkpoint: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    block = {"calculator": "mattersim", "checkpoint": str(tiny_checkpoint), "maxSteps": 3}
-    with pytest.raises(SystemExit):
-        _ = magus.Parameters(keys(tiny_checkpoint, MainCalculator=block)).MainCalculator
-    assert "MainCalculator.maxSteps: unknown key; did you mean max_step?" in caplog.text
-
-
 @pytest.fixture
-def root_handlers() -> Iterator[None]:
+def root_handlers():
     root = logging.getLogger()
     before = list(root.handlers)
     yield
@@ -523,18 +478,15 @@ def root_handlers() -> Iterator[None]:
 
 
 def test_our_own_command_runs_stock_magus_with_the_plugins(
-    magus: SimpleNamespace,
-    tiny_checkpoint: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    root_handlers: None,
-) -> None:
+    magus, tiny_checkpoint, monkeypatch, root_handlers
+):
     import yaml
     from magus.entrypoints.search import started
 
     from magus_anharmonic import labelers
     from magus_anharmonic.plugins.parameters import run_stock_magus
 
-    def missing(*_: Any) -> Any:
+    def missing(*_):
         raise LabelerNotInstalled("learning.labeler.calculator: gpaw: labeler not installed")
 
     monkeypatch.setattr(labelers, "get_labeler", missing)
@@ -562,11 +514,11 @@ def test_our_own_command_runs_stock_magus_with_the_plugins(
 # Log
 
 
-def test_no_line_of_ours_can_mislead_the_restart_of_magus(caplog: pytest.LogCaptureFixture) -> None:
+def test_no_line_of_ours_can_mislead_the_restart_of_magus(caplog):
     from magus_anharmonic.plugins.parameters import tame
 
     root = logging.getLogger()
-    lines: list[str] = []
+    lines = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
     root.addHandler(handler)
@@ -592,9 +544,7 @@ def test_no_line_of_ours_can_mislead_the_restart_of_magus(caplog: pytest.LogCapt
         (None, None),
     ],
 )
-def test_a_restart_for_which_the_log_of_magus_names_no_place_is_refused(
-    tmp_path: Path, log: str | None, complaint: str | None
-) -> None:
+def test_a_restart_for_which_the_log_of_magus_names_no_place_is_refused(tmp_path, log, complaint):
     from magus_anharmonic.plugins.parameters import check_restart
 
     file = tmp_path / "log.txt"
@@ -610,9 +560,7 @@ def test_a_restart_for_which_the_log_of_magus_names_no_place_is_refused(
 # Calculator
 
 
-def test_energies_forces_and_stress_equal_those_of_mattersim_itself(
-    magus: SimpleNamespace, tiny_checkpoint: Path, h3s: Any
-) -> None:
+def test_energies_forces_and_stress_equal_those_of_mattersim_itself(magus, tiny_checkpoint, h3s):
     from mattersim.forcefield import MatterSimCalculator, Potential
 
     calculator = magus.Parameters(keys(tiny_checkpoint)).MainCalculator
@@ -636,8 +584,8 @@ def test_energies_forces_and_stress_equal_those_of_mattersim_itself(
 
 
 def test_a_relaxation_takes_the_caller_s_individuals_and_lowers_the_enthalpy(
-    magus: SimpleNamespace, tiny_checkpoint: Path, h3s: Any
-) -> None:
+    magus, tiny_checkpoint, h3s
+):
     block = {"calculator": "mattersim", "checkpoint": str(tiny_checkpoint), "max_step": 5}
     calculator = magus.Parameters(keys(tiny_checkpoint, MainCalculator=block)).MainCalculator
     pop = population(magus, h3s)
@@ -655,9 +603,7 @@ def test_a_relaxation_takes_the_caller_s_individuals_and_lowers_the_enthalpy(
     assert Path.cwd() == magus.work
 
 
-def test_keys_of_the_relaxation_reach_it(
-    magus: SimpleNamespace, tiny_checkpoint: Path, h3s: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_keys_of_the_relaxation_reach_it(magus, tiny_checkpoint, h3s, monkeypatch):
     block = {
         "calculator": "mattersim",
         "checkpoint": str(tiny_checkpoint),
@@ -666,7 +612,7 @@ def test_keys_of_the_relaxation_reach_it(
         "optimizer": "fire",
     }
     calculator = magus.Parameters(keys(tiny_checkpoint, MainCalculator=block)).MainCalculator
-    given: dict[str, Any] = {}
+    given = {}
     relax = type(calculator.potential).relax
     monkeypatch.setattr(
         type(calculator.potential),
@@ -677,23 +623,7 @@ def test_keys_of_the_relaxation_reach_it(
     assert (given["max_steps"], given["perturbations"], given["optimizer"]) == (7, 2, "fire")
 
 
-def test_perturbations_and_fix_symmetry_exclude_each_other(
-    magus: SimpleNamespace, tiny_checkpoint: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    block = {
-        "calculator": "mattersim",
-        "checkpoint": str(tiny_checkpoint),
-        "perturbations": 1,
-        "fix_symmetry": True,
-    }
-    with pytest.raises(SystemExit):
-        _ = magus.Parameters(keys(tiny_checkpoint, MainCalculator=block)).MainCalculator
-    assert "perturbations must be 0 with fix_symmetry" in caplog.text
-
-
-def test_a_list_comes_back_as_a_list_and_nothing_as_nothing(
-    magus: SimpleNamespace, tiny_checkpoint: Path, h3s: Any
-) -> None:
+def test_a_list_comes_back_as_a_list_and_nothing_as_nothing(magus, tiny_checkpoint, h3s):
     calculator = magus.Parameters(keys(tiny_checkpoint)).MainCalculator
     assert isinstance(calculator.scf([h3s(bond_shift=0.0)]), list)
     assert calculator.relax([]) == [] and calculator.scf([]) == []
@@ -705,7 +635,7 @@ class Refusing:
     model_id = "refusing"
     path = None
 
-    def evaluate(self, structures: list[Atoms]) -> Any:
+    def evaluate(self, structures):
         from magus_anharmonic.evaluator import Evaluation
 
         if any(len(atoms) == 1 for atoms in structures):
@@ -715,7 +645,7 @@ class Refusing:
             np.zeros(n), [np.zeros((len(a), 3)) for a in structures], np.zeros((n, 3, 3))
         )
 
-    def relax(self, structures: list[Atoms], pressure: float, **options: Any) -> list[Any]:
+    def relax(self, structures, pressure, **options):
         return [
             SimpleNamespace(
                 atoms=a,
@@ -733,12 +663,8 @@ class Refusing:
 
 @pytest.mark.parametrize("mode", ["scf", "relax"])
 def test_a_failure_is_dropped_with_its_reason_and_never_keeps_an_old_energy(
-    magus: SimpleNamespace,
-    tiny_checkpoint: Path,
-    h3s: Any,
-    caplog: pytest.LogCaptureFixture,
-    mode: str,
-) -> None:
+    magus, tiny_checkpoint, h3s, caplog, mode
+):
     caplog.set_level(logging.INFO)
     calculator = magus.Parameters(keys(tiny_checkpoint)).MainCalculator
     calculator.use(Refusing())
@@ -756,9 +682,7 @@ def test_a_failure_is_dropped_with_its_reason_and_never_keeps_an_old_energy(
     assert len(kept) == 1 and kept.info["reason"]
 
 
-def test_the_model_is_loaded_late_and_left_out_of_pickles(
-    magus: SimpleNamespace, tiny_checkpoint: Path, h3s: Any
-) -> None:
+def test_the_model_is_loaded_late_and_left_out_of_pickles(magus, tiny_checkpoint, h3s):
     calculator = magus.Parameters(keys(tiny_checkpoint)).MainCalculator
     assert calculator._potential is None
     energy = calculator.scf([h3s(bond_shift=0.0)])[0].info["energy"]
@@ -769,17 +693,15 @@ def test_the_model_is_loaded_late_and_left_out_of_pickles(
 
 
 def test_a_relative_checkpoint_is_found_from_any_working_directory(
-    magus: SimpleNamespace, tiny_checkpoint: Path, h3s: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    magus, tiny_checkpoint, h3s, monkeypatch
+):
     Path("mine.pth").write_bytes(Path(tiny_checkpoint).read_bytes())
     calculator = magus.Parameters(keys("mine.pth")).MainCalculator
     monkeypatch.chdir("/")
     assert len(calculator.scf([h3s(bond_shift=0.0)])) == 1
 
 
-def test_a_search_that_learns_goes_on_with_its_latest_model(
-    magus: SimpleNamespace, tiny_checkpoint: Path
-) -> None:
+def test_a_search_that_learns_goes_on_with_its_latest_model(magus, tiny_checkpoint):
     folder = Path("results/anharmonic/checkpoints")
     folder.mkdir(parents=True)
     for name in ("gen2.pth", "gen10.pth", "gen9.pth.state", "genX.pth"):
@@ -792,8 +714,8 @@ def test_a_search_that_learns_goes_on_with_its_latest_model(
 
 
 def test_cuda_in_a_forked_worker_is_refused_in_plain_words(
-    magus: SimpleNamespace, tiny_checkpoint: Path, h3s: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    magus, tiny_checkpoint, h3s, monkeypatch
+):
     import torch
 
     from magus_anharmonic.plugins.modes import check_input
@@ -810,9 +732,7 @@ def test_cuda_in_a_forked_worker_is_refused_in_plain_words(
 # Seeds
 
 
-def test_seeds_join_the_user_s_own_and_a_repeated_round_changes_nothing(
-    magus: SimpleNamespace, h3s: Any
-) -> None:
+def test_seeds_join_the_user_s_own_and_a_repeated_round_changes_nothing(magus, h3s):
     from magus_anharmonic.plugins.hook import write_seeds
 
     Path("Seeds").mkdir()
@@ -833,9 +753,7 @@ def test_seeds_join_the_user_s_own_and_a_repeated_round_changes_nothing(
     assert write_seeds("Seeds", 2, []) == 0 and len(read("Seeds/seeds_2.traj", ":")) == 1
 
 
-def test_without_anything_to_seed_no_file_appears_and_ours_alone_goes_away(
-    magus: SimpleNamespace, h3s: Any
-) -> None:
+def test_without_anything_to_seed_no_file_appears_and_ours_alone_goes_away(magus, h3s):
     from magus_anharmonic.plugins.hook import write_seeds
 
     assert write_seeds("Seeds", 2, []) == 0 and not Path("Seeds").exists()
@@ -843,9 +761,7 @@ def test_without_anything_to_seed_no_file_appears_and_ours_alone_goes_away(
     assert write_seeds("Seeds", 2, []) == 0 and not Path("Seeds/seeds_2.traj").exists()
 
 
-def test_a_new_search_starts_without_the_seeds_of_the_last_one(
-    magus: SimpleNamespace, tiny_checkpoint: Path, h3s: Any
-) -> None:
+def test_a_new_search_starts_without_the_seeds_of_the_last_one(magus, tiny_checkpoint, h3s):
     from magus_anharmonic.plugins.hook import write_seeds
 
     search_of(magus, keys(tiny_checkpoint, sscha={}))
@@ -866,7 +782,7 @@ def test_a_new_search_starts_without_the_seeds_of_the_last_one(
 # Fitness
 
 
-def test_the_fitness_reads_flat_keys_and_is_finite_for_everybody(magus: SimpleNamespace) -> None:
+def test_the_fitness_reads_flat_keys_and_is_finite_for_everybody(magus):
     from magus.populations.populations import Population
 
     infos = [
@@ -890,10 +806,10 @@ class Relaxing(Refusing):
     """Harmonic wells by volume: enough for populations to have different enthalpies; relaxes
     nothing."""
 
-    def __init__(self, model_id: str = "first") -> None:
+    def __init__(self, model_id="first"):
         self.model_id = model_id
 
-    def evaluate(self, structures: list[Atoms]) -> Any:
+    def evaluate(self, structures):
         found = super().evaluate(structures)
         shift = 1.0 if self.model_id == "first" else 2.0
         energy = np.array([shift + 0.01 * np.abs(atoms.positions).sum() for atoms in structures])
@@ -901,13 +817,11 @@ class Relaxing(Refusing):
 
 
 @pytest.fixture
-def rounds_of(
-    magus: SimpleNamespace, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
-) -> Any:
+def rounds_of(magus, tiny_checkpoint, monkeypatch):
     """Start a stand-in search whose potential is `Relaxing`; returns the search and its rounds."""
     from magus_anharmonic.plugins import hook
 
-    def begin(ml: bool = False, restart: bool = False, **more: Any) -> tuple[Any, Any]:
+    def begin(ml=False, restart=False, **more):
         search = search_of(magus, keys(tiny_checkpoint, **more), ml=ml, restart=restart)
         rounds = hook._ROUNDS[search]
         rounds.state.potential = Relaxing()
@@ -917,11 +831,11 @@ def rounds_of(
     return begin
 
 
-def sscha_stand_in(calls: list[Atoms]) -> Any:
+def sscha_stand_in(calls):
     """A free energy that is the enthalpy plus 0.1 eV/atom, and centroids that are the structure
     itself."""
 
-    def free_energy(atoms: Atoms, evaluator: Any, **options: Any) -> Result:
+    def free_energy(atoms, evaluator, **options):
         calls.append(atoms)
         found = evaluator.evaluate([atoms])
         gibbs = (
@@ -954,9 +868,7 @@ def sscha_stand_in(calls: list[Atoms]) -> Any:
     return free_energy
 
 
-def test_the_record_is_there_before_the_first_step_and_the_seed_survives_a_restart(
-    rounds_of: Any,
-) -> None:
+def test_the_record_is_there_before_the_first_step_and_the_seed_survives_a_restart(rounds_of):
     import json
 
     _, rounds = rounds_of(sscha={})
@@ -970,15 +882,13 @@ def test_the_record_is_there_before_the_first_step_and_the_seed_survives_a_resta
 
 
 def test_each_round_hands_over_the_relaxed_population_with_duplicates_and_all_survivors(
-    rounds_of: Any, magus: SimpleNamespace, h3s: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    rounds_of, magus, h3s, monkeypatch
+):
     from magus_anharmonic.plugins import hook as module
 
-    seen: list[tuple[int, int, int]] = []
+    seen = []
 
-    def after_generation(
-        state: Any, population: list[Atoms], survivors: Any, generation: int, *, last: bool
-    ) -> list[Atoms]:
+    def after_generation(state, population, survivors, generation, *, last):
         survivors = list(survivors)
         seen.append((generation, len(population), len(survivors)))
         assert all("fitness" in ind.info for ind in survivors), (
@@ -1007,10 +917,10 @@ def test_each_round_hands_over_the_relaxed_population_with_duplicates_and_all_su
 
 
 def test_free_energies_and_one_model_are_in_every_survivor_and_in_the_saved_population(
-    rounds_of: Any, magus: SimpleNamespace, h3s: Any
-) -> None:
+    rounds_of, magus, h3s
+):
     search, rounds = rounds_of(Fitness=["SSCHA"], sscha={"max_candidates": 2}, dE=0.001)
-    calls: list[Atoms] = []
+    calls = []
     rounds.state.free_energy, rounds.state.workers, rounds.state.relaxation_steps = (
         sscha_stand_in(calls),
         1,
@@ -1036,13 +946,8 @@ def test_free_energies_and_one_model_are_in_every_survivor_and_in_the_saved_popu
     "more", [{"numGen": 5, "converged_in": 2}, {"numGen": 2}], ids=["MAGUS ended it", "numGen"]
 )
 def test_the_last_round_is_ranked_whatever_ended_the_search(
-    rounds_of: Any,
-    magus: SimpleNamespace,
-    h3s: Any,
-    monkeypatch: pytest.MonkeyPatch,
-    more: dict[str, int],
-    capsys: Any,
-) -> None:
+    rounds_of, magus, h3s, monkeypatch, more, capsys
+):
     """The fault: with learning SSCHA waits for round ``numGen``, and MAGUS's
     ``convergence_condition`` ended the search before it."""
     monkeypatch.setattr(
@@ -1053,7 +958,7 @@ def test_the_last_round_is_ranked_whatever_ended_the_search(
     search, rounds = rounds_of(
         Fitness=["SSCHA"], sscha={"max_candidates": 2}, learning=learning, **more
     )
-    calls: list[Atoms] = []
+    calls = []
     rounds.state.free_energy, rounds.state.workers, rounds.state.relaxation_steps = (
         sscha_stand_in(calls),
         1,
@@ -1076,9 +981,7 @@ def test_the_last_round_is_ranked_whatever_ended_the_search(
     )
 
 
-def test_a_structure_that_magus_changed_in_place_gets_its_own_energy_again(
-    rounds_of: Any, magus: SimpleNamespace, h3s: Any
-) -> None:
+def test_a_structure_that_magus_changed_in_place_gets_its_own_energy_again(rounds_of, magus, h3s):
     search, rounds = rounds_of(sscha={"max_candidates": 1})
     rounds.state.free_energy, rounds.state.workers, rounds.state.relaxation_steps = (
         sscha_stand_in([]),
@@ -1094,18 +997,7 @@ def test_a_structure_that_magus_changed_in_place_gets_its_own_energy_again(
     assert moved.info["energy"] == pytest.approx(expected) and moved.info["energy"] != before
 
 
-def test_a_restart_in_the_folder_of_another_version_is_refused(
-    magus: SimpleNamespace, tiny_checkpoint: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    folder = Path("results/anharmonic")
-    folder.mkdir(parents=True)
-    (folder / "run.json").write_text('{"version": "99.0.0", "seed": 1}')
-    with pytest.raises(SystemExit):
-        search_of(magus, keys(tiny_checkpoint, sscha={}), restart=True)
-    assert "written by magus-anharmonic 99.0.0" in caplog.text
-
-
-def test_with_a_seed_magus_s_own_random_numbers_repeat_round_by_round(rounds_of: Any) -> None:
+def test_with_a_seed_magus_s_own_random_numbers_repeat_round_by_round(rounds_of):
     draws = []
     for _ in range(2):
         search, _ = rounds_of(seed=7, sscha={})
@@ -1122,7 +1014,7 @@ def test_with_a_seed_magus_s_own_random_numbers_repeat_round_by_round(rounds_of:
 
 
 @pytest.fixture
-def ml_keys(magus: SimpleNamespace, tiny_checkpoint: Path) -> dict[str, Any]:
+def ml_keys(magus, tiny_checkpoint):
     """Input of a search whose MainCalculator is ``dft``: a spring to the origin, in place like
     MAGUS's own, with failures on request."""
     from magus.calculators.base import Calculator
@@ -1131,7 +1023,7 @@ def ml_keys(magus: SimpleNamespace, tiny_checkpoint: Path) -> dict[str, Any]:
         fail: set[int] = set()
         voigt = True
 
-        def scf_(self, pop: list[Atoms]) -> list[Atoms]:
+        def scf_(self, pop):
             for number, atoms in enumerate(pop):
                 if number in self.fail:
                     continue
@@ -1167,9 +1059,7 @@ def ml_keys(magus: SimpleNamespace, tiny_checkpoint: Path) -> dict[str, Any]:
     )
 
 
-def test_a_round_of_the_ml_mode_labels_distortions_and_trains_on_them(
-    magus: SimpleNamespace, ml_keys: dict[str, Any], h3s: Any
-) -> None:
+def test_a_round_of_the_ml_mode_labels_distortions_and_trains_on_them(magus, ml_keys, h3s):
     from magus_anharmonic.io.files import read_jsonl
 
     search = search_of(magus, ml_keys, ml=True)
@@ -1199,8 +1089,8 @@ def test_a_round_of_the_ml_mode_labels_distortions_and_trains_on_them(
 
 
 def test_a_restart_repeats_a_round_with_its_own_model_and_volumes_and_asks_for_no_label_again(
-    magus: SimpleNamespace, ml_keys: dict[str, Any], h3s: Any
-) -> None:
+    magus, ml_keys, h3s
+):
     search = search_of(magus, ml_keys, ml=True)
     search.one_step(population(magus, h3s).pop)
     files = [
@@ -1227,8 +1117,8 @@ def test_a_restart_repeats_a_round_with_its_own_model_and_volumes_and_asks_for_n
 
 
 def test_a_round_that_was_killed_between_its_labels_and_its_training_asks_for_the_missing_ones(
-    magus: SimpleNamespace, ml_keys: dict[str, Any], h3s: Any
-) -> None:
+    magus, ml_keys, h3s
+):
     search = search_of(magus, ml_keys, ml=True)
     ml = search.ml_calculator
     planned = ml.expand_perturb(ml.select(population(magus, h3s)))
@@ -1241,17 +1131,15 @@ def test_a_round_that_was_killed_between_its_labels_and_its_training_asks_for_th
 class Asked:
     """A main calculator's single points, which fail: how many it was asked for, call by call."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         self.numbers: list[int] = []
 
-    def __call__(self, pop: list[Atoms]) -> list[Atoms]:
+    def __call__(self, pop):
         self.numbers.append(len(pop))
         return pop
 
 
-def test_the_miner_s_step_in_the_place_of_the_learning_one_is_refused(
-    magus: SimpleNamespace, ml_keys: dict[str, Any], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_the_miner_s_step_in_the_place_of_the_learning_one_is_refused(magus, ml_keys, caplog):
     """The fault: ``-m -smfr`` puts a step of its own on the search, which relaxed with DFT and
     never trained, without a word."""
     search = search_of(magus, ml_keys, ml=True)
@@ -1261,9 +1149,7 @@ def test_the_miner_s_step_in_the_place_of_the_learning_one_is_refused(
     assert stopped.value.code == 2 and "search with -m or with -smfr" in caplog.text
 
 
-def test_a_label_that_fails_is_recorded_and_the_search_goes_on(
-    magus: SimpleNamespace, ml_keys: dict[str, Any], h3s: Any
-) -> None:
+def test_a_label_that_fails_is_recorded_and_the_search_goes_on(magus, ml_keys, h3s):
     from magus_anharmonic.io.files import read_jsonl
 
     search = search_of(magus, ml_keys, ml=True)
@@ -1276,9 +1162,7 @@ def test_a_label_that_fails_is_recorded_and_the_search_goes_on(
     assert (metrics["n_labels"], metrics["n_failures"]) == (3, 1)
 
 
-def test_labels_of_an_earlier_batch_that_come_back_are_not_taken(
-    magus: SimpleNamespace, ml_keys: dict[str, Any], h3s: Any, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_labels_of_an_earlier_batch_that_come_back_are_not_taken(magus, ml_keys, h3s, caplog):
     search = search_of(magus, ml_keys, ml=True)
     ml, main = search.ml_calculator, search.main_calculator
     pop = population(magus, h3s)
@@ -1290,9 +1174,7 @@ def test_labels_of_an_earlier_batch_that_come_back_are_not_taken(
     assert "earlier batch" in caplog.text
 
 
-def test_selection_keeps_the_kind_of_the_population_and_never_touches_it(
-    magus: SimpleNamespace, ml_keys: dict[str, Any], h3s: Any
-) -> None:
+def test_selection_keeps_the_kind_of_the_population_and_never_touches_it(magus, ml_keys, h3s):
     ml = search_of(magus, ml_keys, ml=True).ml_calculator
     pop = ml.relax(population(magus, h3s))
     chosen = ml.select(pop)
@@ -1307,9 +1189,7 @@ def test_selection_keeps_the_kind_of_the_population_and_never_touches_it(
     assert isinstance(ml.select(list(pop)), list)
 
 
-def test_predictions_leave_the_labels_as_they_are(
-    magus: SimpleNamespace, ml_keys: dict[str, Any], h3s: Any
-) -> None:
+def test_predictions_leave_the_labels_as_they_are(magus, ml_keys, h3s):
     search = search_of(magus, ml_keys, ml=True)
     ml, labelled = search.ml_calculator, search.main_calculator.scf(population(magus, h3s))
     before = [ind.info["energy"] for ind in labelled]
@@ -1326,9 +1206,7 @@ def test_predictions_leave_the_labels_as_they_are(
     )
 
 
-def test_labels_of_the_other_loops_of_magus_are_kept_too(
-    magus: SimpleNamespace, ml_keys: dict[str, Any], h3s: Any
-) -> None:
+def test_labels_of_the_other_loops_of_magus_are_kept_too(magus, ml_keys, h3s):
     search = search_of(magus, ml_keys, ml=True)
     ml = search.ml_calculator
     ml.updatedataset([*search.main_calculator.scf(population(magus, h3s))])
@@ -1338,10 +1216,8 @@ def test_labels_of_the_other_loops_of_magus_are_kept_too(
     assert all("energy" in atoms.info for atoms in ml.trainset)
 
 
-def test_other_dft_settings_make_another_data_set_but_another_queue_does_not(
-    magus: SimpleNamespace, ml_keys: dict[str, Any], h3s: Any
-) -> None:
-    def hash_with(**changes: Any) -> str:
+def test_other_dft_settings_make_another_data_set_but_another_queue_does_not(magus, ml_keys, h3s):
+    def hash_with(**changes):
         main = {**ml_keys["MainCalculator"], **changes}
         return search_of(
             magus, {**ml_keys, "MainCalculator": main}, ml=True
@@ -1358,26 +1234,16 @@ def test_other_dft_settings_make_another_data_set_but_another_queue_does_not(
     assert hash_with() != with_incar
 
 
-def test_the_learner_is_pickled_without_model_and_labels(
-    magus: SimpleNamespace, ml_keys: dict[str, Any]
-) -> None:
-    ml = search_of(magus, ml_keys, ml=True).ml_calculator
-    state = ml.__getstate__()
-    assert ml.potential is not None and state["_potential"] is None and state["_labels"] is None
-
-
-def test_the_better_copy_takes_the_place_of_an_equal_known_structure(
-    magus: SimpleNamespace,
-) -> None:
+def test_the_better_copy_takes_the_place_of_an_equal_known_structure(magus):
     from magus_anharmonic.plugins.hook import keep_better
 
     class Individual(Atoms):
-        def __eq__(self, other: object) -> bool:
+        def __eq__(self, other):
             return isinstance(other, Atoms) and self.info["phase"] == other.info["phase"]
 
         __hash__ = None  # type: ignore[assignment]
 
-    def individual(phase: str, **info: Any) -> Individual:
+    def individual(phase, **info):
         return Individual("H", info={"phase": phase, "model": "m", **info})
 
     ranked = {"gibbs": -1.0, "status": "converged", "gibbs_model": "m"}

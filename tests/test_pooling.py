@@ -6,7 +6,6 @@ from __future__ import annotations
 import csv
 import math
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,7 +25,7 @@ from magus_anharmonic.ranking.phases import (
     same_supercell,
 )
 from magus_anharmonic.ranking.probabilities import with_probabilities
-from magus_anharmonic.ranking.run import Key, Run
+from magus_anharmonic.ranking.run import Key
 from magus_anharmonic.ranking.store import FreeEnergyStore
 from magus_anharmonic.ranking.structures import rank_structures
 from magus_anharmonic.ranking.uncertainty import CommonNumbers, difference_error
@@ -45,20 +44,20 @@ KEY = Key(MODEL.model_id, 0.0, 0.0, "0123456789ab")
 # --------------------------------------------------------------------------- the mean and its error
 
 
-def test_independent_runs_count_by_the_inverse_squares_of_their_errors() -> None:
+def test_independent_runs_count_by_the_inverse_squares_of_their_errors():
     found = combined([1.0, 1.004], np.diag([1e-6, 4e-6]), remaining=[1.0, 1.0])
     assert found.weights == pytest.approx([0.8, 0.2]) and found.value == pytest.approx(1.0008)
     assert found.error == pytest.approx(math.sqrt(0.8e-6))
 
 
-def test_runs_with_the_same_random_numbers_add_nothing_to_one_another() -> None:
+def test_runs_with_the_same_random_numbers_add_nothing_to_one_another():
     shared = combined([1.0, 1.0], np.full((2, 2), 1e-6))
     assert shared.error == pytest.approx(1e-3), "twice the same configurations are one sample"
     worse = combined([1.0, 1.001], np.array([[1e-6, 1.5e-6], [1.5e-6, 4e-6]]))
     assert worse.weights == pytest.approx([1.0, 0.0]) and worse.error == pytest.approx(1e-3)
 
 
-def test_the_scatter_of_the_pooled_value_is_its_error_bar() -> None:
+def test_the_scatter_of_the_pooled_value_is_its_error_bar():
     """10,000 times three runs, two of them with common numbers; the Birge factor is left out (it
     looks at each draw)."""
     matrix = np.array([[1.0, 0.6, 0.0], [0.6, 1.5, 0.0], [0.0, 0.0, 2.0]])
@@ -72,9 +71,7 @@ def test_the_scatter_of_the_pooled_value_is_its_error_bar() -> None:
 
 @settings(max_examples=100, deadline=None)
 @given(st.integers(1, 5), st.integers(0, 2**32 - 1))
-def test_the_pooled_value_lies_between_and_its_error_is_never_above_the_smallest(
-    n: int, seed: int
-) -> None:
+def test_the_pooled_value_lies_between_and_its_error_is_never_above_the_smallest(n, seed):
     rng = np.random.default_rng(seed)
     factors = rng.normal(size=(n, 3)) * 10.0 ** rng.uniform(-2, 0)
     matrix = factors @ factors.T + np.diag(rng.uniform(1e-6, 1.0, n))
@@ -85,7 +82,7 @@ def test_the_pooled_value_lies_between_and_its_error_is_never_above_the_smallest
     assert found.error <= np.sqrt(np.diag(matrix)).min() * (1 + 1e-9)
 
 
-def test_runs_that_disagree_widen_the_error() -> None:
+def test_runs_that_disagree_widen_the_error():
     agree, apart = (combined([0.0, d], np.diag([1e-6, 1e-6])) for d in (1e-3, 10e-3))
     assert agree.error == pytest.approx(1e-3 / math.sqrt(2.0))
     assert apart.error == pytest.approx(10e-3 / 2.0), "Birge: half their distance"
@@ -98,11 +95,7 @@ def test_runs_that_disagree_widen_the_error() -> None:
 # -------------------------------------------------------------------- which supercells are the same
 
 
-def state(
-    supercell_matrix: object,
-    shift: tuple[float, float, float] = (0.0, 0.0, 0.0),
-    edges: tuple[float, ...] = (3.0, 3.0, 3.0),
-) -> SschaState:
+def state(supercell_matrix, shift=(0.0, 0.0, 0.0), edges=(3.0, 3.0, 3.0)):
     atoms = Atoms(
         "LiH", positions=[np.zeros(3), np.array(edges) / 2.0 + shift], cell=edges, pbc=True
     )
@@ -120,7 +113,7 @@ def state(
     return SschaState(atoms, supercell_matrix, np.zeros((n, 2, 2, 3, 3)), 0.0)
 
 
-def turned(one: SschaState, order: tuple[int, int, int] = (1, 2, 0)) -> SschaState:
+def turned(one, order=(1, 2, 0)):
     """The same crystal and supercell with the axes exchanged, other lattice vectors, and the atoms
     in another order."""
     rotation = np.eye(3)[list(order)]
@@ -137,7 +130,7 @@ def turned(one: SschaState, order: tuple[int, int, int] = (1, 2, 0)) -> SschaSta
     )
 
 
-def test_a_supercell_is_the_same_however_it_is_described() -> None:
+def test_a_supercell_is_the_same_however_it_is_described():
     for one in (
         state((2, 2, 1), (0.0, 0.0, 0.2)),
         state((3, 1, 2), edges=(3.0, 3.1, 3.4)),
@@ -154,7 +147,7 @@ def test_a_supercell_is_the_same_however_it_is_described() -> None:
     )
 
 
-def test_supercells_that_differ_in_size_shape_or_direction_are_not_the_same() -> None:
+def test_supercells_that_differ_in_size_shape_or_direction_are_not_the_same():
     cubic = state((2, 2, 2))
     assert not same_supercell(cubic, state((2, 2, 1)))
     assert not same_supercell(state((2, 1, 1)), state(((1, 1, 0), (-1, 1, 0), (0, 0, 1)))), (
@@ -181,20 +174,12 @@ def test_supercells_that_differ_in_size_shape_or_direction_are_not_the_same() ->
 class Runs:
     """Runs of one crystal under one key, as a ranking leaves them."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root):
         self.root, self.store = root, FreeEnergyStore(root / "free_energies.db")
         self.common = CommonNumbers(root / "sscha")
         self.candidates: list[Candidate] = []
 
-    def add(
-        self,
-        name: str,
-        *,
-        seed: int,
-        supercell: object = (2, 2, 2),
-        n_configs: int = 100,
-        **numbers: object,
-    ) -> Run:
+    def add(self, name, *, seed, supercell=(2, 2, 2), n_configs=100, **numbers):
         result = free_energy(
             PHASE.atoms,
             MODEL,
@@ -217,7 +202,7 @@ class Runs:
         self.candidates.append(with_result(candidate, record, self.store.final(record)))
         return record
 
-    def table(self) -> dict[str, Candidate]:
+    def table(self):
         merged = merge_duplicates(
             label_phases(self.candidates),
             self.store,
@@ -229,11 +214,11 @@ class Runs:
 
 
 @pytest.fixture
-def runs(tmp_path: Path) -> Runs:
+def runs(tmp_path):
     return Runs(tmp_path)
 
 
-def test_independent_runs_of_one_supercell_are_one_sample(runs: Runs) -> None:
+def test_independent_runs_of_one_supercell_are_one_sample(runs):
     one, other = runs.add("aaaa", seed=1), runs.add("bbbb", seed=2)
     table = runs.table()
     leader = next(c for c in table.values() if not c.same_as)
@@ -257,7 +242,7 @@ def test_independent_runs_of_one_supercell_are_one_sample(runs: Runs) -> None:
     )
 
 
-def test_what_one_run_of_a_phase_could_not_decide_another_one_did(runs: Runs) -> None:
+def test_what_one_run_of_a_phase_could_not_decide_another_one_did(runs):
     open_ = "P4mm (99) or P4/mmm (123): not decided, 2.3 sigma"
     runs.add("aaaa", seed=1, gibbs=-1.0, space_group=open_)
     runs.add("bbbb", seed=2, gibbs=-0.9999, space_group="P4/mmm (123)")
@@ -265,7 +250,7 @@ def test_what_one_run_of_a_phase_could_not_decide_another_one_did(runs: Runs) ->
     assert table["aaaa"].same_as == "bbbb" and table["bbbb"].spg_quantum == "P4/mmm (123)"
 
 
-def test_the_same_random_numbers_twice_are_no_second_sample(runs: Runs) -> None:
+def test_the_same_random_numbers_twice_are_no_second_sample(runs):
     one, _ = runs.add("aaaa", seed=1), runs.add("bbbb", seed=1)
     leader = runs.table()["aaaa"]
     assert not leader.pooled and "pooled" not in leader.reason
@@ -274,9 +259,7 @@ def test_the_same_random_numbers_twice_are_no_second_sample(runs: Runs) -> None:
     )
 
 
-def test_another_supercell_is_never_pooled_and_its_distance_is_the_finite_size_error(
-    runs: Runs,
-) -> None:
+def test_another_supercell_is_never_pooled_and_its_distance_is_the_finite_size_error(runs):
     small, large = runs.add("aaaa", seed=1, supercell=FEWER), runs.add("bbbb", seed=2)
     duplicates = runs.table()
     assert duplicates["aaaa"].same_as == "bbbb", "the one with more atoms stands for the phase"
@@ -295,14 +278,14 @@ def test_another_supercell_is_never_pooled_and_its_distance_is_the_finite_size_e
     assert found["bbbb"].difference_finite_size_error == 0.0
 
 
-def test_the_run_before_a_reduction_to_the_primitive_cell_shows_the_spread(runs: Runs) -> None:
+def test_the_run_before_a_reduction_to_the_primitive_cell_shows_the_spread(runs):
     final = runs.add("bbbb", seed=2)
     runs.add("aaaa", seed=1, supercell=FEWER, reduced="bbbb")
     leader = next(c for c in runs.table().values() if not c.same_as)
     assert leader.gibbs == final.gibbs and leader.duplicate_spread > 0.0
 
 
-def test_a_run_that_has_not_converged_or_whose_files_are_gone_is_not_pooled(runs: Runs) -> None:
+def test_a_run_that_has_not_converged_or_whose_files_are_gone_is_not_pooled(runs):
     import shutil
 
     one = runs.add("aaaa", seed=1)
@@ -317,7 +300,7 @@ def test_a_run_that_has_not_converged_or_whose_files_are_gone_is_not_pooled(runs
     )
 
 
-def test_the_error_of_a_difference_follows_the_runs_that_were_pooled(runs: Runs) -> None:
+def test_the_error_of_a_difference_follows_the_runs_that_were_pooled(runs):
     """Two runs make the pooled one; a third shares the numbers of the first: half of that is shared
     with the mean."""
     for name, seed in (("aaaa", 1), ("bbbb", 2)):
@@ -332,7 +315,7 @@ def test_the_error_of_a_difference_follows_the_runs_that_were_pooled(runs: Runs)
     )
 
 
-def test_a_run_that_ended_in_a_higher_minimum_is_no_sample_of_the_lower_one(runs: Runs) -> None:
+def test_a_run_that_ended_in_a_higher_minimum_is_no_sample_of_the_lower_one(runs):
     low, high = runs.add("aaaa", seed=1), runs.add("bbbb", seed=2)
     runs.store.put(high.updated(gibbs=low.gibbs + 10.0 * low.gibbs_error))
     runs.candidates[1] = runs.candidates[1].updated(gibbs=low.gibbs + 10.0 * low.gibbs_error)
@@ -342,7 +325,7 @@ def test_a_run_that_ended_in_a_higher_minimum_is_no_sample_of_the_lower_one(runs
 
 
 @pytest.mark.slow
-def test_a_ranking_pools_two_starts_that_quantum_motion_brings_to_one_phase(tmp_path: Path) -> None:
+def test_a_ranking_pools_two_starts_that_quantum_motion_brings_to_one_phase(tmp_path):
     """A shallow double well: the centred start is a static saddle, the other one lies in a well;
     both end in the middle."""
     one = crystal((3.0, 3.0, 3.3), 1.0, 0.2, -0.3, 1.0, well=5.5, wall=3.0, shift=(0.0, 0.0, 0.25))

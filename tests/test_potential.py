@@ -1,8 +1,6 @@
 """A loaded checkpoint gives MatterSim's own numbers, for any structure, and says clearly what is
 wrong when it cannot."""
 
-from __future__ import annotations
-
 import logging
 import subprocess
 import sys

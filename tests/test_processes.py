@@ -1,7 +1,5 @@
 """Programs that are started with a limit of time."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 import time

@@ -1,8 +1,6 @@
 """Jobs of SLURM, LSF and PBS: the scripts that are sent, and a run through a queue system that is
 played by small programs."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess
@@ -219,7 +217,20 @@ def test_several_gpus_per_job_are_workers_of_dask_cuda():
     )
 
 
-def connects(address: str, **security: str) -> bool:
+def small(tools, count):
+    """Keys of workers that fit this machine."""
+    folders = {name: str(tools / name) for name in ("scratch", "logs")}
+    return {"count": count, "memory": "1 GB", "interface": "lo", **folders}
+
+
+ONE_OF_EACH = [
+    "slurm",
+    pytest.param("lsf", marks=pytest.mark.full),
+    pytest.param("pbs", marks=pytest.mark.full),
+]
+
+
+def connects(address, **security):
     """Whether a client in an environment of its own can have its code run at ``address``."""
     code = (
         "import sys; from distributed import Client; from distributed.security import Security\n"
@@ -236,7 +247,7 @@ def connects(address: str, **security: str) -> bool:
     return "ran 42" in found.stdout
 
 
-def listening() -> list[str]:
+def listening():
     """Addresses at which this process listens."""
     return [
         entry.laddr.ip
@@ -246,7 +257,7 @@ def listening() -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("name", ONE_OF_EACH)
 def test_a_stranger_is_refused_and_nothing_listens_where_it_was_not_asked(name, tools, monkeypatch):
     if name == "lsf":
         monkeypatch.setattr("dask_jobqueue.lsf.lsf_detect_units", lambda: "mb")
@@ -280,7 +291,7 @@ def test_without_an_interface_the_scheduler_listens_at_one_address(tools):
         assert "host" not in arguments("slurm", WorkerSettings())["scheduler_options"]
 
 
-def refusing(tools: Path, name: str, times: str) -> None:
+def refusing(tools, name, times):
     """Let the queue system say no ``times`` times."""
     program = tools / "bin" / COMMANDS[name][0]
     program.rename(program.with_suffix(".real"))
@@ -300,16 +311,10 @@ def hurried(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("name", ONE_OF_EACH)
 def test_a_queue_that_refuses_for_a_moment_is_asked_again(name, tools, hurried, caplog):
     refusing(tools, name, "4")
-    workers = {
-        "count": 2,
-        "memory": "1 GB",
-        "scratch": str(tools / "scratch"),
-        "logs": str(tools / "logs"),
-        "interface": "lo",
-    }
+    workers = small(tools, 2)
     try:
         with open_scheduler(parse_settings({"scheduler": name, "workers": workers})) as scheduler:
             assert sorted(done.value for done in scheduler.map(tasks.square, [2, 3])) == [4, 9]
@@ -323,16 +328,10 @@ def test_a_queue_that_refuses_for_a_moment_is_asked_again(name, tools, hurried, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("name", ONE_OF_EACH)
 def test_a_queue_that_refuses_for_good_ends_the_call_with_its_own_words(name, tools, hurried):
     refusing(tools, name, "1000")
-    workers = {
-        "count": 2,
-        "memory": "1 GB",
-        "scratch": str(tools / "scratch"),
-        "logs": str(tools / "logs"),
-        "interface": "lo",
-    }
+    workers = small(tools, 2)
     try:
         with open_scheduler(parse_settings({"scheduler": name, "workers": workers})) as scheduler:
             with pytest.raises(
@@ -364,13 +363,7 @@ def test_one_job_in_the_queue_is_hope_and_an_answer_without_a_number_is_none(mon
 
 @pytest.mark.slow
 def test_what_dask_says_goes_into_a_file(tools):
-    workers = {
-        "count": 1,
-        "memory": "1 GB",
-        "scratch": str(tools / "scratch"),
-        "logs": str(tools / "logs"),
-        "interface": "lo",
-    }
+    workers = small(tools, 1)
     code = (
         "import scheduler_tasks as tasks; from magus_anharmonic.cli.common import"
         " configure_logging\nfrom magus_anharmonic.scheduler import open_scheduler; from"
@@ -408,24 +401,11 @@ def test_what_is_missing_for_several_gpus_is_named(tools):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param("slurm"),
-        pytest.param("lsf", marks=pytest.mark.full),
-        pytest.param("pbs", marks=pytest.mark.full),
-    ],
-)
+@pytest.mark.parametrize("name", ONE_OF_EACH)
 def test_tasks_run_in_jobs_that_are_sent_and_ended(name, tools, monkeypatch):
     if name == "lsf":
         monkeypatch.setattr("dask_jobqueue.lsf.lsf_detect_units", lambda: "mb")
-    workers = {
-        "count": 1,
-        "memory": "1 GB",
-        "scratch": str(tools / "scratch"),
-        "logs": str(tools / "logs"),
-        "interface": "lo",
-    }
+    workers = small(tools, 1)
     settings = parse_settings({"scheduler": name, "workers": workers})
     try:
         with open_scheduler(settings) as scheduler:
@@ -445,17 +425,11 @@ def test_tasks_run_in_jobs_that_are_sent_and_ended(name, tools, monkeypatch):
 def test_a_job_that_ends_is_sent_again(tools):
     """At its walltime, or with its node: Dask takes it off its list and sends no other one by
     itself."""
-    workers = {
-        "count": 1,
-        "memory": "1 GB",
-        "scratch": str(tools / "scratch"),
-        "logs": str(tools / "logs"),
-        "interface": "lo",
-    }
+    workers = small(tools, 1)
     settings = parse_settings({"scheduler": "slurm", "workers": workers})
     ended = threading.Event()
 
-    def run() -> None:
+    def run():
         with open_scheduler(settings) as scheduler:
             (first,) = [done.value[0] for done in scheduler.map(tasks.who, [0.0])]
             os.killpg(int((tools / "pids").read_text()), signal.SIGKILL)

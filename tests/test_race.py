@@ -1,8 +1,6 @@
 """The race on the real SSCHA engine: none that is still relaxing is eliminated, isotopes,
 temperatures, workers and kills."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess
@@ -15,7 +13,6 @@ import pytest
 from crystal_models import Crystals, crystal
 
 from magus_anharmonic.io.files import read_jsonl
-from magus_anharmonic.ranking.candidate import Candidate
 from magus_anharmonic.ranking.structures import rank_structures
 from magus_anharmonic.settings import parse_settings
 from magus_anharmonic.sscha import free_energy
@@ -56,7 +53,7 @@ RIVALS = [
 ]
 
 
-def ranked(crystals: list, folder: Path, **changes) -> list[Candidate]:
+def ranked(crystals, folder, **changes):
     sscha = {
         "n_configs": 400,
         "reference_spacing": 0.1,
@@ -162,7 +159,7 @@ def test_a_new_model_takes_over_the_runs_of_the_old_one_and_asks_for_less(tmp_pa
     )
 
 
-@pytest.mark.parametrize("temperature", [0.0, pytest.param(300.0, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("temperature", [0.0, pytest.param(300.0, marks=pytest.mark.full)])
 def test_heavy_hydrogen_needs_two_populations_from_light(temperature):
     evaluator = Crystals([PLAIN, WELL])
     options = dict(temperature=temperature, n_configs=1000, reference_spacing=0.1)
@@ -182,7 +179,7 @@ def test_heavy_hydrogen_needs_two_populations_from_light(temperature):
         assert heavy.volume < light.volume * 1.002
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_d3s_needs_two_populations_from_h3s(h3s):
     """Im-3m at 150 GPa with the shipped checkpoint; the cell of H3S is a GPa or two off for D3S."""
     from magus_anharmonic.potential import load
@@ -267,7 +264,7 @@ if __name__ == "__main__":
 class Recording(Crystals):
     """Leaves a line per large call, and takes its time."""
 
-    def __init__(self, crystals, calls: str) -> None:
+    def __init__(self, crystals, calls):
         super().__init__(crystals)
         self.calls = calls
 

@@ -20,7 +20,7 @@ from magus_anharmonic.settings import load_settings, load_yaml
 from magus_anharmonic.settings.campaign import load_campaign
 from magus_anharmonic.settings.phase_diagram import load_phase_diagram
 
-BASE: dict[str, Any] = {
+BASE = {
     "symbols": ["Cu"],
     "formula": [1],
     "min_n_atoms": 1,
@@ -33,7 +33,7 @@ BASE: dict[str, Any] = {
 }
 
 
-def search(folder: Path, labeler: str, monkeypatch: pytest.MonkeyPatch) -> tuple[int, list[str]]:
+def search(folder, labeler, monkeypatch):
     """Exit code and lines of ``search`` with this YAML as the block ``labeler``."""
     text = yaml.safe_dump(BASE) + f"learning:\n  labeler: {labeler}\n"
     (folder / "input.yaml").write_text(text)
@@ -76,7 +76,7 @@ def test_a_wrong_argument_of_a_labeler_is_one_line(
 
 
 @pytest.mark.parametrize("given", ["[1]", "text", "5", "null"])
-def test_input_data_of_espresso_is_a_block(tmp_path: Path, given: str, monkeypatch) -> None:
+def test_input_data_of_espresso_is_a_block(tmp_path, given, monkeypatch):
     arguments = f"{{pseudopotentials: {{Cu: Cu.upf}}, input_data: {given}}}"
     status, lines = search(
         tmp_path, f"{{calculator: espresso, arguments: {arguments}}}", monkeypatch
@@ -101,9 +101,7 @@ def test_input_data_of_espresso_is_a_block(tmp_path: Path, given: str, monkeypat
         "this file.X",
     ],
 )
-def test_a_labeler_is_the_class_of_an_ase_calculator(
-    tmp_path: Path, name: str, monkeypatch
-) -> None:
+def test_a_labeler_is_the_class_of_an_ase_calculator(tmp_path, name, monkeypatch):
     status, lines = search(tmp_path, f"{{calculator: '{name}'}}", monkeypatch)
     assert (
         status == 2
@@ -114,7 +112,7 @@ def test_a_labeler_is_the_class_of_an_ase_calculator(
     assert not available(name)[0]
 
 
-def test_a_module_that_breaks_while_it_is_imported_is_named(tmp_path: Path, monkeypatch) -> None:
+def test_a_module_that_breaks_while_it_is_imported_is_named(tmp_path, monkeypatch):
     (tmp_path / "broken_calculator.py").write_text("raise RuntimeError('no\\nlicence')")
     monkeypatch.syspath_prepend(tmp_path)
     assert available("broken_calculator.C") == (
@@ -130,7 +128,7 @@ def test_doctor_says_that_a_command_is_wrong(code: str, command: Any) -> None:
     assert not usable and text.startswith("the command ") and repr(command) in text
 
 
-def test_a_key_that_is_given_twice_is_refused_with_both_lines(tmp_path: Path) -> None:
+def test_a_key_that_is_given_twice_is_refused_with_both_lines(tmp_path):
     file = tmp_path / "input.yaml"
     file.write_text("numGen: 2\nsscha:\n  n_configs: 10\n  n_configs: 20\nnumGen: 1\n")
     with pytest.raises(InputError) as caught:
@@ -141,7 +139,7 @@ def test_a_key_that_is_given_twice_is_refused_with_both_lines(tmp_path: Path) ->
     ]
 
 
-def test_the_same_key_in_two_blocks_and_a_merged_default_are_no_repetition(tmp_path: Path) -> None:
+def test_the_same_key_in_two_blocks_and_a_merged_default_are_no_repetition(tmp_path):
     file = tmp_path / "input.yaml"
     file.write_text(
         "a: &shared {x: 1, y: 2}\nb: {x: 3}\nc:\n  <<: *shared\n  x: 4\nd: [*shared, *shared]\n"
@@ -157,7 +155,7 @@ SHIPPED = sorted(
 
 
 @pytest.mark.parametrize("file", SHIPPED, ids=lambda file: f"{file.parent.name}/{file.name}")
-def test_no_shipped_file_gives_a_key_twice(file: Path) -> None:
+def test_no_shipped_file_gives_a_key_twice(file):
     assert load_yaml(file)
 
 
@@ -181,18 +179,16 @@ BOMBS = {
 }
 
 
-@pytest.mark.parametrize("kind", BOMBS)
-@pytest.mark.parametrize(
-    "reader",
-    [
-        load_settings,
-        load_campaign,
-        load_phase_diagram,
-        load_recipe,
-        load_yaml,
-        load_labeler_settings,
-    ],
-)
+LOADERS = [load_settings, load_campaign, load_phase_diagram, load_recipe, load_labeler_settings]
+
+
+def each(cases, loaders=LOADERS):
+    """All cases by the reader behind all loaders, and one of them by each loader."""
+    cases = list(cases)
+    return [*((case, load_yaml) for case in cases), *((cases[0], load) for load in loaders)]
+
+
+@pytest.mark.parametrize(("kind", "reader"), each(BOMBS))
 def test_a_short_file_that_stands_for_a_huge_one_is_refused_at_once(tmp_path, kind, reader):
     file = tmp_path / "input.yaml"
     file.write_text("\n".join(BOMBS[kind]) + "\n")
@@ -202,19 +198,18 @@ def test_a_short_file_that_stands_for_a_huge_one_is_refused_at_once(tmp_path, ki
     assert time.monotonic() - begun < 5.0
 
 
-@pytest.mark.parametrize(
-    "number",
-    [
-        "9" * 30,
-        "9" * 5000,
-        "0x" + "f" * 10**5,
-        "0b" + "1" * 10**5,
-        "1" + ":59" * 10**5,
-        "1" + ":59" * 300 + ".5",
-        "-" + "9" * 400,
-    ],
-)
-@pytest.mark.parametrize("reader", [load_settings, load_campaign, load_yaml])
+NUMBERS = [
+    "9" * 30,
+    "9" * 5000,
+    "0x" + "f" * 10**5,
+    "0b" + "1" * 10**5,
+    "1" + ":59" * 10**5,
+    "1" + ":59" * 300 + ".5",
+    "-" + "9" * 400,
+]
+
+
+@pytest.mark.parametrize(("number", "reader"), each(NUMBERS, LOADERS[:2]))
 def test_a_number_that_nothing_can_hold_is_refused_at_once(tmp_path, number, reader):
     (tmp_path / "input.yaml").write_text(f"pressure: {number}\nsymbols: [H]\n")
     begun = time.monotonic()
@@ -224,9 +219,12 @@ def test_a_number_that_nothing_can_hold_is_refused_at_once(tmp_path, number, rea
 
 
 @pytest.mark.parametrize(
-    "reader", [load_campaign, load_phase_diagram, load_recipe, load_labeler_settings]
+    ("key", "reader"),
+    [
+        *((key, load_campaign) for key in ("a[0]", "\\e[31mkey", "[", "", ".")),
+        *(("a[0]", load) for load in LOADERS[2:]),
+    ],
 )
-@pytest.mark.parametrize("key", ["a[0]", "\\e[31mkey", "[", "", "."])
 def test_a_key_may_be_any_text(tmp_path, reader, key):
     (tmp_path / "input.yaml").write_text(f'"{key}": 1\n')
     with pytest.raises(InputError, match="unknown key|is missing|calculator"):
@@ -251,8 +249,7 @@ def test_a_file_of_megabytes_is_no_file_of_settings(tmp_path, monkeypatch):
     assert result.exit_code == 2, result.output
     words = "input.yaml: has 20.8 MB, and settings at most 1"
     assert words in " ".join(result.output.split())
-    loaders = (load_settings, load_campaign, load_phase_diagram, load_recipe, load_labeler_settings)
-    for load in loaders:
+    for load in LOADERS:
         with pytest.raises(InputError, match=words):
             load("input.yaml")
     assert time.monotonic() - begun < 30.0

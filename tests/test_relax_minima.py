@@ -1,8 +1,6 @@
 """The minima are those of ASE's BFGS with FrechetCellFilter on the stock calculator, or lower
 ones."""
 
-from __future__ import annotations
-
 import pytest
 
 

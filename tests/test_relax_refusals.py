@@ -1,7 +1,5 @@
 """What a relaxation refuses, and what it says of what goes wrong inside it."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 
 import numpy as np
@@ -25,10 +23,10 @@ class Loud:
 
     model_id = "loud"
 
-    def __init__(self, factor: float, only: str = "forces") -> None:
+    def __init__(self, factor, only="forces"):
         self.factor, self.only = factor, only
 
-    def evaluate(self, structures: list[Atoms]) -> Evaluation:
+    def evaluate(self, structures):
         found = CalculatorEvaluator(EMT()).evaluate(structures)
         loud = [len(atoms) == 2 for atoms in structures]
         forces = [
@@ -52,13 +50,13 @@ class Loud:
     ],
     ids=str,
 )  # fmt: skip
-def test_an_argument_that_makes_no_sense_is_named_in_one_line(arguments: dict[str, object]) -> None:
+def test_an_argument_that_makes_no_sense_is_named_in_one_line(arguments):
     with pytest.raises(InputError, match=f"^{next(iter(arguments))} = ") as refused:
         relax(CalculatorEvaluator(EMT()), [bulk("Cu")], **arguments)
     assert len(refused.value.problems) == 1
 
 
-def test_all_wrong_arguments_are_named_at_once() -> None:
+def test_all_wrong_arguments_are_named_at_once():
     with pytest.raises(InputError) as refused:
         relax(CalculatorEvaluator(EMT()), [], pressure=None, optimizer=None, max_steps=np.nan)
     assert [line.split(" = ")[0] for line in refused.value.problems] == [
@@ -68,7 +66,7 @@ def test_all_wrong_arguments_are_named_at_once() -> None:
     ]
 
 
-def test_numbers_of_numpy_and_a_tension_are_fine() -> None:
+def test_numbers_of_numpy_and_a_tension_are_fine():
     (result,) = relax(
         CalculatorEvaluator(EMT()),
         [bulk("Cu")],
@@ -84,9 +82,7 @@ def test_numbers_of_numpy_and_a_tension_are_fine() -> None:
     ("factor", "only", "reason"),
     [(1e200, "forces", "forces of 1.0e+200"), (1e80, "stress", "stress of 1.0e+80")],
 )
-def test_absurd_forces_or_stress_fail_one_structure_only(
-    factor: float, only: str, reason: str, optimizer: str
-) -> None:
+def test_absurd_forces_or_stress_fail_one_structure_only(factor, only, reason, optimizer):
     results = relax(
         Loud(factor, only),
         [bulk("Cu"), bulk("Cu").repeat((2, 1, 1)), bulk("Al")],
@@ -99,10 +95,8 @@ def test_absurd_forces_or_stress_fail_one_structure_only(
 
 
 @pytest.mark.parametrize("method", ["step", "learn", "predicted_decrease"])
-def test_a_step_rule_that_raises_fails_its_structure_only(
-    method: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def raises(self: optimizers.Bfgs, *arguments: np.ndarray) -> np.ndarray:
+def test_a_step_rule_that_raises_fails_its_structure_only(method, monkeypatch):
+    def raises(self, *arguments):
         if len(self.hessian) == 15:
             raise np.linalg.LinAlgError("Eigenvalues did not converge")
         return original(self, *arguments)
@@ -130,10 +124,8 @@ def test_a_step_rule_that_raises_fails_its_structure_only(
         assert not results[1].converged and np.isfinite(results[1].enthalpy)
 
 
-def test_after_a_step_rule_that_raises_the_next_optimiser_has_its_turn(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    def raises(self: optimizers.Bfgs, gradient: np.ndarray) -> np.ndarray:
+def test_after_a_step_rule_that_raises_the_next_optimiser_has_its_turn(monkeypatch):
+    def raises(self, gradient):
         raise np.linalg.LinAlgError("Eigenvalues did not converge")
 
     monkeypatch.setattr(optimizers.Bfgs, "step", raises)
@@ -141,7 +133,7 @@ def test_after_a_step_rule_that_raises_the_next_optimiser_has_its_turn(
     assert result.converged and not result.failed and result.reason == ""
 
 
-def test_the_reason_of_a_structure_does_not_name_another_number(potential) -> None:
+def test_the_reason_of_a_structure_does_not_name_another_number(potential):
     unknown = Atoms("Cm", cell=[4] * 3, pbc=True)
     h3 = Atoms("H3", positions=[[0, 0, 0], [0, 0, 1], [0, 1, 0]], cell=[3] * 3, pbc=True)
     results = potential.relax([h3, h3, unknown], 100.0, max_steps=1)
@@ -152,15 +144,15 @@ def test_the_reason_of_a_structure_does_not_name_another_number(potential) -> No
     )
 
 
-def test_an_evaluator_that_names_structure_0_elsewhere_in_its_words_means_the_structure() -> None:
-    def evaluate(structures: list[Atoms]) -> Evaluation:
+def test_an_evaluator_that_names_structure_0_elsewhere_in_its_words_means_the_structure():
+    def evaluate(structures):
         raise ValueError("structure 0 (1 atoms) does not fit; structure 01 neither")
 
     (result,) = relax(SimpleNamespace(model_id="full", evaluate=evaluate), [bulk("Cu")])
     assert result.reason == "the structure (1 atoms) does not fit; structure 01 neither"
 
 
-def test_a_constraint_that_cannot_be_kept_fails_its_structure_alone() -> None:
+def test_a_constraint_that_cannot_be_kept_fails_its_structure_alone():
     planar, free = bulk("Cu"), bulk("Cu")
     planar.set_constraint(FixedPlane([0], (0, 0, 1)))
     failed, fine = relax(CalculatorEvaluator(EMT()), [planar, free], max_steps=30)
@@ -175,8 +167,8 @@ def test_a_constraint_that_cannot_be_kept_fails_its_structure_alone() -> None:
 @BOTH
 @pytest.mark.parametrize("periodic", [True, False], ids=["bulk", "slab"])
 def test_held_atoms_stay_and_the_energy_is_that_of_the_structure_that_comes_back(
-    optimizer: str, periodic: bool
-) -> None:
+    optimizer, periodic
+):
     """The fault: a slab relaxed whole, and was handed back with its lower half where it had been,
     under the energy of the other one."""
     start = bulk("Cu", cubic=True).repeat((1, 1, 2))
@@ -196,7 +188,7 @@ def test_held_atoms_stay_and_the_energy_is_that_of_the_structure_that_comes_back
     assert end.energy == pytest.approx(evaluator.evaluate([end.atoms]).energy[0], abs=1e-9)
 
 
-def test_a_relaxation_with_species_the_model_never_saw_says_so_even_where_it_converged() -> None:
+def test_a_relaxation_with_species_the_model_never_saw_says_so_even_where_it_converged():
     evaluator = CalculatorEvaluator(EMT())
     evaluator.species_seen = {13, 29}  # type: ignore[attr-defined]
     strained = bulk("Au").repeat((2, 1, 1))
@@ -222,10 +214,10 @@ class Stretch:
 
     model_id = "stretch"
 
-    def __init__(self, end: float) -> None:
+    def __init__(self, end):
         self.end = end
 
-    def evaluate(self, structures: list[Atoms]) -> Evaluation:
+    def evaluate(self, structures):
         gap = [self.end - (a.positions[len(a) // 2, 2] - a.positions[0, 2]) for a in structures]
         forces = [
             np.outer(np.repeat([-1, 1], len(a) // 2), [0, 0, g])
@@ -234,7 +226,7 @@ class Stretch:
         return Evaluation(np.array(gap) ** 2, forces, np.zeros((len(gap), 3, 3)))
 
 
-def pairs_of_molecules(distance: float) -> Atoms:
+def pairs_of_molecules(distance):
     positions = [[0, 0, 0], [0.8, 0, 0], [0, 0, distance], [0.8, 0, distance]]
     return Atoms("H4", positions=positions, cell=[3.0, 3.0, 16.0], pbc=True)
 
@@ -245,8 +237,8 @@ def pairs_of_molecules(distance: float) -> Atoms:
     [(2.5, 7.5, True), (2.5, 4.5, False), (4.5, 7.5, False), (7.5, 7.0, False)],
 )
 def test_pieces_that_drift_apart_are_called_dissolved_unless_they_began_so(
-    begin: float, end: float, dissolved: bool, optimizer: str
-) -> None:
+    begin, end, dissolved, optimizer
+):
     (result,) = relax(
         Stretch(end),
         [pairs_of_molecules(begin)],
@@ -266,9 +258,7 @@ def test_pieces_that_drift_apart_are_called_dissolved_unless_they_began_so(
         (None, False, 1),
     ],
 )  # fmt: skip
-def test_layers_chains_and_molecules_of_one_per_cell_are_pieces_of_the_crystal(
-    cell: list, pbc: object, count: int
-) -> None:
+def test_layers_chains_and_molecules_of_one_per_cell_are_pieces_of_the_crystal(cell, pbc, count):
     assert (
         n_pieces(Atoms("H2", positions=[[0, 0, 0], [0.5, 0.5, 0]], cell=cell, pbc=pbc), 5.0)
         == count

@@ -1,8 +1,6 @@
 """``fix_symmetry``: the projection is exact, supercells are no burden, and what cannot be kept is
 said."""
 
-from __future__ import annotations
-
 import logging
 import subprocess
 import sys
@@ -32,7 +30,7 @@ SLANTED = bulk("NaCl", "rocksalt", a=5.6).repeat((2, 1, 1))
 SLANTED.set_cell(np.array([[1, 0, 0], [7, 1, 0], [-9, 5, 1]]) @ SLANTED.cell.array)
 
 
-def over_all_operations(atoms: Atoms, forces: np.ndarray) -> np.ndarray:
+def over_all_operations(atoms, forces):
     """The average over every operation that spglib lists, each image found among all atoms and
     neighbouring cells."""
     found = spglib.get_symmetry(spglib_cell(atoms), symprec=0.01)
@@ -49,7 +47,7 @@ def over_all_operations(atoms: Atoms, forces: np.ndarray) -> np.ndarray:
     return result / len(found["rotations"])
 
 
-def n_operations(atoms: Atoms, symprec: float) -> int:
+def n_operations(atoms, symprec):
     return len(spglib.get_symmetry(spglib_cell(atoms), symprec=symprec)["rotations"])
 
 
@@ -59,8 +57,8 @@ def n_operations(atoms: Atoms, symprec: float) -> int:
     ids=["metal", "quartz", "doubled", "slanted"],
 )
 def test_translations_and_one_operation_for_each_rotation_are_the_average_over_all_operations(
-    atoms: Atoms,
-) -> None:
+    atoms,
+):
     rng = np.random.default_rng(0)
     atoms = atoms.copy()
     atoms.rattle(2e-4, rng=rng)
@@ -73,7 +71,7 @@ def test_translations_and_one_operation_for_each_rotation_are_the_average_over_a
     assert n_operations(healed, 1e-6) == n_operations(atoms, 0.01) > n_operations(atoms, 1e-6)
 
 
-def test_a_supercell_of_125_atoms_keeps_its_group_within_300_megabytes() -> None:
+def test_a_supercell_of_125_atoms_keeps_its_group_within_300_megabytes():
     program = """
 import resource, numpy as np
 from ase.build import bulk
@@ -93,11 +91,9 @@ print([len(step.rotations) for step in projector.steps], space_group(projector.s
     assert done.stdout.strip() == "[125, 48] Fm-3m (225)", done.stderr
 
 
-def test_a_structure_whose_symmetry_cannot_be_set_up_fails_alone(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_structure_whose_symmetry_cannot_be_set_up_fails_alone(monkeypatch):
     class Costly(SymmetryProjector):
-        def __init__(self, atoms: Atoms, symprec: float) -> None:
+        def __init__(self, atoms, symprec):
             if len(atoms) > 1:
                 raise ValueError("no operation closes the group")
             super().__init__(atoms, symprec)
@@ -117,29 +113,25 @@ def test_a_structure_whose_symmetry_cannot_be_set_up_fails_alone(
 
 
 @pytest.mark.parametrize("symprec", [0, -1, np.nan, np.inf, None])
-def test_a_symprec_that_would_crash_spglib_or_lose_the_symmetry_is_refused(symprec: float) -> None:
+def test_a_symprec_that_would_crash_spglib_or_lose_the_symmetry_is_refused(symprec):
     with pytest.raises(InputError, match="symprec"):
         relax(CalculatorEvaluator(EMT()), [bulk("Cu")], fix_symmetry=True, symprec=symprec)
 
 
-def test_operations_that_put_two_atoms_on_one_are_refused() -> None:
+def test_operations_that_put_two_atoms_on_one_are_refused():
     atoms = Atoms("H2", scaled_positions=[[0, 0, 0], [0.4, 0, 0]], cell=3 * [3.0], pbc=True)
     images = symmetrise._Images(atoms, 5.0)
     with pytest.raises(InputError, match="two atoms on one; take a smaller symprec"):
         images(np.eye(3), np.array([0.2, 0, 0]))
 
 
-def test_where_no_space_group_is_found_the_log_says_so(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_where_no_space_group_is_found_the_log_says_so(monkeypatch, caplog):
     monkeypatch.setattr(symmetrise, "spglib_or_none", lambda *arguments, **options: None)
     projector = SymmetryProjector(bulk("Cu"))
     assert "finds no space group of Cu at 0.01 A" in caplog.text and len(projector.rotations) == 1
 
 
-def test_structures_without_three_periods_relax_without_symmetry_and_one_line_says_so(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+def test_structures_without_three_periods_relax_without_symmetry_and_one_line_says_so(caplog):
     slab = fcc111("Cu", (1, 1, 3), vacuum=5.0)
     with caplog.at_level(logging.WARNING):
         relax(CalculatorEvaluator(EMT()), [slab, bulk("Cu"), slab], fix_symmetry=True, max_steps=2)

@@ -1,9 +1,6 @@
 """What the report says follows from the numbers of the ranking, and from nothing else."""
 
-from __future__ import annotations
-
 import csv
-from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -52,8 +49,8 @@ ESTIMATED = {
 
 
 @pytest.fixture
-def rows(tmp_path: Path):
-    def make(*lines: dict[str, str]):
+def rows(tmp_path):
+    def make(*lines):
         file = tmp_path / "ranking.csv"
         common = {"formula": "H3S", "natoms": "4", "pressure_GPa": "150", "temperature_K": "0"}
         with file.open("w", newline="") as handle:
@@ -65,11 +62,11 @@ def rows(tmp_path: Path):
     return make
 
 
-def ranks(rows, by: str = "rank_quantum") -> dict[str, int]:
+def ranks(rows, by="rank_quantum"):
     return {row.id: getattr(row, by) for row in numbered(rows) if getattr(row, by)}
 
 
-def text_of(rows, width: int = 160) -> str:
+def text_of(rows, width=160):
     console = Console(width=width, record=True, file=open("/dev/null", "w"))
     for view in ranking_views("ranking.csv", rows):
         console.print(table(view))

@@ -1,11 +1,6 @@
 """The page in a real browser: nothing in the console, no request, usable on a narrow screen, by
 keyboard and in the dark."""
 
-from __future__ import annotations
-
-from collections.abc import Iterator
-from pathlib import Path
-
 import pytest
 from browser import Browser, find_browser
 from synthetic_campaign import synthetic_campaign, table
@@ -25,7 +20,7 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def page(tmp_path_factory):
     from matplotlib.figure import Figure
 
     folder = synthetic_campaign(tmp_path_factory.mktemp("report") / "h3s", 110, pressures=(50, 100))
@@ -40,15 +35,13 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
+def browser():
     with Browser(str(FOUND)) as one:
         yield one
 
 
 @pytest.mark.parametrize(("width", "dark"), [(1200, False), (360, True), (320, False)])
-def test_the_page_is_quiet_asks_for_nothing_and_fits_the_screen(
-    browser: Browser, page: Path, width: int, dark: bool
-) -> None:
+def test_the_page_is_quiet_asks_for_nothing_and_fits_the_screen(browser, page, width, dark):
     browser.open(page, width=width, dark=dark)
     browser.evaluate("document.querySelectorAll('details').forEach(one => { one.open = true; })")
     assert browser.complaints() == []
@@ -69,7 +62,7 @@ def test_the_page_is_quiet_asks_for_nothing_and_fits_the_screen(
     )
 
 
-def test_every_picture_is_drawn_and_has_a_text(browser: Browser, page: Path) -> None:
+def test_every_picture_is_drawn_and_has_a_text(browser, page):
     browser.open(page)
     found = browser.evaluate(
         "[...document.images].map(image => [image.naturalWidth > 100, image.alt.length > 20])"
@@ -77,9 +70,7 @@ def test_every_picture_is_drawn_and_has_a_text(browser: Browser, page: Path) -> 
     assert len(found) >= 3 and found == [[True, True]] * len(found)
 
 
-def test_a_heading_sorts_by_number_both_ways_and_blank_cells_come_last(
-    browser: Browser, page: Path
-) -> None:
+def test_a_heading_sorts_by_number_both_ways_and_blank_cells_come_last(browser, page):
     browser.open(page)
     column = (
         "[...document.querySelector('table.ranking').tBodies[0].rows].map(row =>"
@@ -100,7 +91,7 @@ def test_a_heading_sorts_by_number_both_ways_and_blank_cells_come_last(
         )
 
 
-def pixels(browser: Browser) -> str:
+def pixels(browser):
     """The picture that the viewer shows."""
     browser.evaluate(
         "new Promise(done => requestAnimationFrame(() => requestAnimationFrame(() => done(1))))"
@@ -108,9 +99,7 @@ def pixels(browser: Browser) -> str:
     return browser.evaluate("document.querySelector('#canvas canvas').toDataURL()")
 
 
-def test_the_viewer_shows_what_is_chosen_and_turns_by_keyboard_and_by_buttons(
-    browser: Browser, page: Path
-) -> None:
+def test_the_viewer_shows_what_is_chosen_and_turns_by_keyboard_and_by_buttons(browser, page):
     browser.open(page)
     assert browser.evaluate("document.querySelectorAll('#canvas canvas').length") == 1
     first = pixels(browser)
@@ -139,7 +128,7 @@ def test_the_viewer_shows_what_is_chosen_and_turns_by_keyboard_and_by_buttons(
     assert browser.complaints() == []
 
 
-def test_without_webgl_the_still_picture_stands_in(browser: Browser, page: Path) -> None:
+def test_without_webgl_the_still_picture_stands_in(browser, page):
     text = page.read_text(encoding="utf-8")
     cut = page.with_name("without.html")
     # the policy would refuse the changed script: it goes too
@@ -153,7 +142,7 @@ def test_without_webgl_the_still_picture_stands_in(browser: Browser, page: Path)
     assert browser.complaints() == []
 
 
-def test_a_script_that_is_not_ours_does_not_run(browser: Browser, page: Path) -> None:
+def test_a_script_that_is_not_ours_does_not_run(browser, page):
     changed = page.with_name("changed.html")
     changed.write_text(
         page.read_text(encoding="utf-8").replace(
@@ -166,7 +155,7 @@ def test_a_script_that_is_not_ours_does_not_run(browser: Browser, page: Path) ->
     assert any("Content Security Policy" in one for one in browser.complaints())
 
 
-def test_text_can_be_read_in_the_light_and_in_the_dark(browser: Browser, page: Path) -> None:
+def test_text_can_be_read_in_the_light_and_in_the_dark(browser, page):
     """Contrast of text to its background of at least 4.5 (WCAG 2.1, AA)."""
     ratio = """(() => {
         const parse = (c) => c.match(/[\\d.]+/g).map(Number);

@@ -1,9 +1,6 @@
 """``run.json`` says what made the results, and protects them from another version."""
 
-from __future__ import annotations
-
 import json
-from pathlib import Path
 
 import pytest
 
@@ -18,7 +15,7 @@ from magus_anharmonic.runs.record import (
 from magus_anharmonic.settings import parse_settings
 
 
-def test_the_record_holds_resolved_settings_versions_seed_and_model(tmp_path: Path) -> None:
+def test_the_record_holds_resolved_settings_versions_seed_and_model(tmp_path):
     settings = parse_settings({"pressure": 150, "sscha": {}, "popSize": 8})
     write_run_record(
         tmp_path, settings, seed=7, model_id="0123456789ab", extra={"host": "embedded"}
@@ -34,7 +31,7 @@ def test_the_record_holds_resolved_settings_versions_seed_and_model(tmp_path: Pa
     assert record["python"].startswith("3.")
 
 
-def test_a_second_start_keeps_the_record_of_the_first(tmp_path: Path) -> None:
+def test_a_second_start_keeps_the_record_of_the_first(tmp_path):
     for seed in (1, 2, 3):
         write_run_record(tmp_path, parse_settings({"seed": seed}), seed=seed, model_id=None)
     record = read_run_record(tmp_path)
@@ -42,15 +39,13 @@ def test_a_second_start_keeps_the_record_of_the_first(tmp_path: Path) -> None:
     assert [earlier["seed"] for earlier in record["earlier_starts"]] == [1, 2]
 
 
-def test_the_settings_hash_sees_values_not_their_order() -> None:
+def test_the_settings_hash_sees_values_not_their_order():
     one = parse_settings({"pressure": 150, "seed": 1})
     assert settings_hash(one) == settings_hash(parse_settings({"seed": 1, "pressure": 150.0}))
     assert settings_hash(one) != settings_hash(parse_settings({"pressure": 151, "seed": 1}))
 
 
-def test_results_of_another_version_are_refused_with_both_versions_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_results_of_another_version_are_refused_with_both_versions_named(tmp_path, monkeypatch):
     check_results_version(tmp_path)
     write_run_record(tmp_path, parse_settings({}), seed=0, model_id=None)
     check_results_version(tmp_path)
@@ -63,9 +58,7 @@ def test_results_of_another_version_are_refused_with_both_versions_named(
 
 
 @pytest.mark.parametrize("changed", [{"physics": 0}, {"schema": 2}, {"physics": None}])
-def test_a_folder_of_other_numbers_or_files_is_not_gone_on_with(
-    tmp_path: Path, changed: dict[str, int | None]
-) -> None:
+def test_a_folder_of_other_numbers_or_files_is_not_gone_on_with(tmp_path, changed):
     """Every commit called itself 0.1.0, and a free energy of a hundred commits before was taken as
     one of now."""
     record = write_run_record(tmp_path, parse_settings({}), seed=0, model_id=None) | changed
@@ -78,7 +71,7 @@ def test_a_folder_of_other_numbers_or_files_is_not_gone_on_with(
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"seed": 1}'])
-def test_a_broken_record_is_an_input_error_not_a_traceback(text: str, tmp_path: Path) -> None:
+def test_a_broken_record_is_an_input_error_not_a_traceback(text, tmp_path):
     (tmp_path / "run.json").write_text(text)
     with pytest.raises(InputError, match=r"run\.json"):
         check_results_version(tmp_path)

@@ -1,8 +1,6 @@
 """Schedulers: every task ends exactly once, whoever runs it and whatever dies; results do not
 depend on the number of workers."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import signal
@@ -21,7 +19,6 @@ import ranking_fakes as fakes
 import scheduler_tasks as tasks
 from ase import Atoms
 from ase.build import bulk
-from ase.calculators.emt import EMT
 
 from magus_anharmonic.errors import InputError, MagusAnharmonicError
 from magus_anharmonic.labelers import get_labeler
@@ -34,7 +31,7 @@ from magus_anharmonic.scheduler.base import MAX_DEATHS, SerialScheduler, changed
 from magus_anharmonic.scheduler.cluster import DaskScheduler, _is_here
 from magus_anharmonic.scheduler.local import LocalScheduler
 from magus_anharmonic.search.relaxation import Relaxer, build_relaxer
-from magus_anharmonic.settings import LabelerSettings, Settings, WorkerSettings, parse_settings
+from magus_anharmonic.settings import LabelerSettings, WorkerSettings, parse_settings
 from magus_anharmonic.sscha import free_energy
 from magus_anharmonic.structures import structure_id
 
@@ -151,7 +148,7 @@ def test_a_task_whose_worker_died_once_is_run_again(parallel, tmp_path):
 
 @pytest.mark.slow
 def test_a_worker_killed_from_outside_costs_no_task_and_doubles_none(parallel, tmp_path):
-    def kill() -> None:
+    def kill():
         end = time.monotonic() + 60
         while not list(tmp_path.glob("*-*")) and time.monotonic() < end:
             time.sleep(0.02)
@@ -178,7 +175,7 @@ def test_a_local_task_is_tried_three_times(local, caplog):
     )
 
 
-def gone(pid: int) -> bool:
+def gone(pid):
     """Whether a process ends within some seconds."""
     end = time.monotonic() + 20
     while time.monotonic() < end:
@@ -257,37 +254,6 @@ def test_a_result_that_is_lost_with_the_connection_is_computed_again(cluster, mo
         return fetch(future, *arguments, **options)
 
     monkeypatch.setattr(Future, "result", result)
-    with contextlib.closing(
-        DaskScheduler.connect(cluster.scheduler_address, WorkerSettings())
-    ) as scheduler:
-        found = list(scheduler.map(tasks.who, [0.0] * 4))
-    assert (
-        lost
-        and sorted(done.index for done in found) == list(range(4))
-        and not any(done.reason for done in found)
-    )
-
-
-@pytest.mark.slow
-def test_a_result_that_is_lost_with_its_worker_is_computed_again(cluster, monkeypatch):
-    """Dask computes it again by itself, if anybody is left; waiting for that would stop everything
-    else."""
-    from distributed.client import Future
-
-    lost, fetch, status = [], Future.result, Future.status.fget
-
-    def result(future, timeout=None):
-        if not lost:
-            lost.append(future.key)
-            raise TimeoutError
-        return fetch(future, timeout=timeout)
-
-    monkeypatch.setattr(Future, "result", result)
-    monkeypatch.setattr(
-        Future,
-        "status",
-        property(lambda future: "pending" if future.key in lost else status(future)),
-    )
     with contextlib.closing(
         DaskScheduler.connect(cluster.scheduler_address, WorkerSettings())
     ) as scheduler:
@@ -419,11 +385,11 @@ def test_a_worker_cannot_write_outside_the_folder(tmp_path, name):
 # ------------------------------------------------------------------ labels, relaxations, SSCHA
 
 
-def at(address: str) -> Settings:
+def at(address):
     return parse_settings({"scheduler": address, "Fitness": ["SSCHA"], "sscha": {}})
 
 
-def copper(scale: float) -> Atoms:
+def copper(scale):
     atoms = bulk("Cu", cubic=True, a=3.6 * scale)
     atoms.rattle(0.05, seed=3)
     return atoms
@@ -572,7 +538,7 @@ def test_a_checkpoint_travels_as_bytes_and_a_replaced_one_is_refused(potential, 
 METALS = (("Cu", 3.55), ("Al", 3.95))
 
 
-def sscha_jobs(folder: Path, workers, crystals=METALS) -> dict[str, float]:
+def sscha_jobs(folder, workers, crystals=METALS):
     """Free energies of metals on EMT by the real engine, at two temperatures, as the ranking runs
     them."""
     options = {"n_configs": 10, "max_populations": 1, "supercell": (1, 1, 2), "cell": "fixed"}
@@ -598,7 +564,7 @@ def sscha_jobs(folder: Path, workers, crystals=METALS) -> dict[str, float]:
     return found
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_sscha_gives_the_same_numbers_with_one_worker_and_with_eight(tmp_path):
     crystals = [(symbol, a + strain) for symbol, a in METALS for strain in (0.0, 0.01, 0.02, 0.03)]
     with (
@@ -659,17 +625,3 @@ def test_a_candidate_that_kills_its_worker_is_a_failure_that_is_tried_again_late
         and not found["Ni"].lasting
         and "worker died" in found["Ni"].reason
     )
-
-
-def emt_energy(atoms: Atoms) -> float:
-    copy = atoms.copy()
-    copy.calc = EMT()
-    return copy.get_potential_energy()
-
-
-@pytest.mark.slow
-def test_an_evaluator_that_cannot_travel_is_used_here(dask):
-    evaluator = fakes.Emt()
-    evaluator.handle = lambda: None
-    (found,) = relax_on(dask, evaluator, [copper(1.05)], 0.0, max_steps=60, force_tolerance=0.01)
-    assert found.converged and found.energy == pytest.approx(emt_energy(found.atoms), abs=1e-9)

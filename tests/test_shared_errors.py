@@ -1,8 +1,6 @@
 """Errors of a model that several structures share: expected from its features, and found in DFT
 labels that it has not seen."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
@@ -10,15 +8,13 @@ import numpy as np
 import pytest
 from ase import Atoms
 from ase.io import read
-from benchmarks.uncertainty import pairs_of_like_volume, signed_errors
 from records import a_candidate, stored_run
 
 from magus_anharmonic.evaluator import CalculatorEvaluator
 from magus_anharmonic.generation import expected_spread
-from magus_anharmonic.potential import Potential, load
-from magus_anharmonic.potential.labelled import split_by_parent
+from magus_anharmonic.potential import load
+from magus_anharmonic.potential.labelled import labels_of, split_by_parent
 from magus_anharmonic.potential.uncertainty import ErrorModel
-from magus_anharmonic.ranking.candidate import Candidate
 from magus_anharmonic.ranking.probabilities import with_probabilities
 from magus_anharmonic.ranking.run import Key
 from magus_anharmonic.ranking.store import FreeEnergyStore
@@ -27,8 +23,33 @@ from magus_anharmonic.ranking.uncertainty import ModelTerm, model_errors
 INPUTS = Path(__file__).parents[1] / "inputs"
 
 
+def signed_errors(potential, labelled):
+    """E(DFT) - E(model) of each structure, eV/atom."""
+    known = np.array([labels_of(atoms)[0] / len(atoms) for atoms in labelled])
+    return known - potential.evaluate(labelled).energy / [len(atoms) for atoms in labelled]
+
+
+def pairs_of_like_volume(potential, labelled):
+    """Differences of energy (eV/atom) between all structures whose volumes are within 5 %.
+
+    Their true errors, those expected with what both errors share, and those expected of independent
+    errors.
+    """
+    signed, vectors = (
+        signed_errors(potential, labelled),
+        potential.error_model.vectors(potential.mean_features(labelled)),
+    )
+    volumes = np.array([atoms.get_volume() / len(atoms) for atoms in labelled])
+    one, other = np.triu_indices(len(labelled), 1)
+    alike = np.abs(volumes[one] / volumes[other] - 1) < 0.05
+    one, other = one[alike], other[alike]
+    levels = np.linalg.norm(vectors, axis=1)
+    shared = np.linalg.norm(vectors[one] - vectors[other], axis=1)
+    return np.abs(signed[one] - signed[other]), shared, np.hypot(levels[one], levels[other])
+
+
 @pytest.fixture(scope="module")
-def potential() -> Potential:
+def potential():
     """The shipped model, with the error estimate that was fitted when it was trained."""
     return load("h3s-gpaw-small", device="cpu")
 
@@ -36,9 +57,7 @@ def potential() -> Potential:
 # ------------------------------------------------------------------ the estimate
 
 
-def test_the_product_of_error_vectors_is_the_covariance_of_a_random_readout(
-    potential: Potential,
-) -> None:
+def test_the_product_of_error_vectors_is_the_covariance_of_a_random_readout(potential):
     """Readouts drawn from N(0, alpha^2 (C + ridge)^-1), by its Cholesky factor: covariance of their
     energies over 200,000 draws."""
     error_model = potential.error_model
@@ -62,8 +81,8 @@ def test_the_product_of_error_vectors_is_the_covariance_of_a_random_readout(
 
 
 def test_an_error_that_all_share_is_no_spread_and_one_that_changes_sign_in_a_pair_neither(
-    potential: Potential,
-) -> None:
+    potential,
+):
     error_model = potential.error_model
     assert isinstance(error_model, ErrorModel)
     rng = np.random.default_rng(1)
@@ -76,7 +95,7 @@ def test_an_error_that_all_share_is_no_spread_and_one_that_changes_sign_in_a_pai
         error_model.spread(opposite[:2], group_size=2)
 
 
-def test_without_an_estimate_all_ensembles_are_alike() -> None:
+def test_without_an_estimate_all_ensembles_are_alike():
     from ase.calculators.lj import LennardJones
 
     assert expected_spread(CalculatorEvaluator(LennardJones()), [Atoms("H"), Atoms("H")] * 4) == 1.0
@@ -86,8 +105,8 @@ def test_without_an_estimate_all_ensembles_are_alike() -> None:
 
 
 def test_expected_errors_of_differences_are_those_found_in_labels_that_the_model_has_not_seen(
-    potential: Potential,
-) -> None:
+    potential,
+):
     """The test side of the shipped label set: all pairs of structures of like volume."""
     test = split_by_parent(read(INPUTS / "h3s-checkpoint" / "labels.xyz", ":"))[2]
     true, expected, independent = pairs_of_like_volume(potential, test)
@@ -101,9 +120,7 @@ def test_expected_errors_of_differences_are_those_found_in_labels_that_the_model
     )
 
 
-def test_the_ensemble_whose_labels_are_worth_more_is_known_before_they_are_made(
-    potential: Potential,
-) -> None:
+def test_the_ensemble_whose_labels_are_worth_more_is_known_before_they_are_made(potential):
     """GPAW labels of two SSCHA ensembles at 60 GPa: standard deviation of the error among pairs
     +u/-u, expected and found."""
     expected, found = {}, {}
@@ -127,9 +144,7 @@ def test_the_ensemble_whose_labels_are_worth_more_is_known_before_they_are_made(
 # ------------------------------------------------------------------ the ranking
 
 
-def candidate(
-    name: str, gibbs: float, vector: tuple[float, ...] | None, **more: object
-) -> Candidate:
+def candidate(name, gibbs, vector, **more):
     return a_candidate(
         name,
         Atoms("H"),
@@ -144,7 +159,7 @@ def candidate(
     )
 
 
-def test_what_two_phases_share_leaves_their_order_certain() -> None:
+def test_what_two_phases_share_leaves_their_order_certain():
     """Both errors are 50 meV/atom, of which 3 are not shared."""
     rows = [candidate("a", 0.0, (0.050, 0.0)), candidate("b", 0.010, (0.050, 0.003))]
     best, other = with_probabilities(rows, model_error=0.05)
@@ -161,7 +176,7 @@ def test_what_two_phases_share_leaves_their_order_certain() -> None:
     assert 0.5 < apart[0].p_lowest_total < 0.6
 
 
-def test_the_probabilities_of_phases_that_share_errors_are_those_of_the_joint_gaussian() -> None:
+def test_the_probabilities_of_phases_that_share_errors_are_those_of_the_joint_gaussian():
     """Two phases: the probabilities are one normal distribution of the difference."""
     from scipy.stats import norm
 
@@ -172,7 +187,7 @@ def test_the_probabilities_of_phases_that_share_errors_are_those_of_the_joint_ga
     assert first.p_lowest_total == pytest.approx(expected, abs=0.01)
 
 
-def test_a_phase_without_an_estimate_is_independent_of_the_others() -> None:
+def test_a_phase_without_an_estimate_is_independent_of_the_others():
     _, other = with_probabilities(
         [candidate("a", 0.0, (0.03,)), candidate("b", 0.01, None, model_error=0.04)],
         model_error=None,
@@ -186,9 +201,7 @@ def test_a_phase_without_an_estimate_is_independent_of_the_others() -> None:
     ].difference_model_error is None
 
 
-def test_a_phase_without_labels_shares_the_shift_of_the_measured_one_as_far_as_it_looks_like_it() -> (
-    None
-):
+def test_a_phase_without_labels_shares_the_shift_of_the_measured_one_as_far_as_it_looks_like_it():
     rows = [candidate("a", 0.0, (0.05, 0.0)), candidate("b", 0.01, (0.05, 0.004))]
     errors = model_errors(rows, [ModelTerm(0.04, 0.001), None], None)
     assert errors.of_difference(1, 0) == pytest.approx(np.hypot(0.004, 0.001))
@@ -196,7 +209,7 @@ def test_a_phase_without_labels_shares_the_shift_of_the_measured_one_as_far_as_i
     assert other.difference_model_error == pytest.approx(np.hypot(0.004, 0.001))
 
 
-def test_the_error_vector_of_a_run_is_kept_in_the_database(tmp_path: Path) -> None:
+def test_the_error_vector_of_a_run_is_kept_in_the_database(tmp_path):
     key, vector = (
         Key("0123456789ab", 150.0, 0.0, "settings"),
         tuple(np.random.default_rng(0).normal(size=64).tolist()),

@@ -1,8 +1,6 @@
 """The engine: same numbers as python-sscha on the same ensemble, its chatter in a file, dynamical
 matrices as files."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys
@@ -19,16 +17,16 @@ from magus_anharmonic.errors import InputError, SschaError
 from magus_anharmonic.evaluator import as_evaluator
 from magus_anharmonic.sscha import python_sscha
 from magus_anharmonic.sscha.engines import ENGINES, engine
-from magus_anharmonic.sscha.ensemble import Ensemble, average
+from magus_anharmonic.sscha.ensemble import average
 from magus_anharmonic.sscha.reciprocal import finite_size_term
 from magus_anharmonic.sscha.start import LARGEST_AMPLITUDE_LATER, floor_modes, relative_motion
-from magus_anharmonic.sscha.state import SschaState, fold, normal_modes, variance
+from magus_anharmonic.sscha.state import fold, normal_modes, variance
 from magus_anharmonic.sscha.symmetry import Symmetry
 from magus_anharmonic.units import BOHR, HBAR, RYDBERG
 
 
 @pytest.fixture(scope="module")
-def hcp() -> tuple[SschaState, Ensemble, Symmetry]:
+def hcp():
     """Compressed hcp Cu, two atoms, turned out of every standard orientation, with an evaluated
     ensemble at 300 K."""
     atoms = bulk("Cu", "hcp", a=2.45, c=4.0)

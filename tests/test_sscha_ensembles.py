@@ -1,12 +1,9 @@
 """Ensembles of python-sscha that are taken over: of which state they are, and whether they are what
 they claim."""
 
-from __future__ import annotations
-
 import logging
 import re
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,15 +13,15 @@ from sscha_models import EV, evaluated, harmonic_state
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.paper.ensemble_errors import displacements_of
 from magus_anharmonic.ranking.structures import read_start
-from magus_anharmonic.sscha.ensemble import Ensemble, average
+from magus_anharmonic.sscha.ensemble import average
 from magus_anharmonic.sscha.ensemble_checks import require_sampled_from
 from magus_anharmonic.sscha.qe_files import read_ensemble, state_from_dyn, write_dyn, write_ensemble
-from magus_anharmonic.sscha.state import SschaState, displaced, fold, sample, sum_rule
+from magus_anharmonic.sscha.state import displaced, fold, sample, sum_rule
 from magus_anharmonic.sscha.symmetry import Symmetry
 
 
 @pytest.fixture(scope="module")
-def aluminium() -> tuple[SschaState, Ensemble]:
+def aluminium():
     """fcc Al at 300 K with force constants of 1.5 times the harmonic ones, and 200
     configurations."""
     atoms = bulk("Al", a=4.05)
@@ -34,7 +31,7 @@ def aluminium() -> tuple[SschaState, Ensemble]:
 
 
 @pytest.fixture
-def folder(aluminium, tmp_path) -> Path:
+def folder(aluminium, tmp_path):
     """python-sscha's folder with ensemble 1, and dyn_pop1_ beside it, where it is said to have
     led."""
     state, ensemble = aluminium
@@ -43,7 +40,7 @@ def folder(aluminium, tmp_path) -> Path:
     return tmp_path
 
 
-def led_to(state: SschaState) -> SschaState:
+def led_to(state):
     return replace(state, force_constants=state.force_constants / 1.25)
 
 
@@ -115,7 +112,7 @@ def test_how_well_a_sample_knows_its_temperature_is_said(aluminium, caplog):
     state, _ = aluminium
     widths, right = {}, 0
     for count in (60, 600):
-        for seed in range(20):
+        for seed in range(8):
             caplog.clear()
             u = sample(state, count, np.random.default_rng(seed))
             with caplog.at_level(logging.INFO, logger="magus_anharmonic"):
@@ -124,13 +121,13 @@ def test_how_well_a_sample_knows_its_temperature_is_said(aluminium, caplog):
             low, high = (float(n) for n in re.findall(r"between (\d+) and (\d+) K", said)[0])
             widths[count], right = high - low, right + (low <= 300.0 <= high)
     assert 10.0 < widths[600] < 0.5 * widths[60] < 100.0
-    assert right >= 32, "of 40, of which 38 are expected"
+    assert right >= 12, "of 16, of which 15 are expected"
 
 
 def test_chance_alone_refuses_none(aluminium):
     state, _ = aluminium
     rng = np.random.default_rng(1)
-    for number in range(300):
+    for number in range(100):
         require_sampled_from(state, sample(state, 10 + 2 * (number % 40), rng), "ensemble")
 
 
@@ -305,7 +302,7 @@ def test_configurations_for_the_errors_command_are_of_the_state(aluminium):
 # ------------------------------------------------------------------------------- dynamical matrices
 
 
-def rewritten(source: Path, target: Path, change) -> Path:
+def rewritten(source, target, change):
     target.mkdir(parents=True, exist_ok=True)
     for file in source.parent.glob(f"{source.name}*"):
         (target / file.name).write_text(change(file.name, file.read_text()))
@@ -354,7 +351,7 @@ def test_labels_of_hydrogen_and_labels_that_are_no_elements():
 
 @pytest.mark.parametrize("damage", ["NaN", "-nan", "Infinity", "************"])
 def test_what_is_no_number_in_a_file_of_matrices_names_the_file(folder, damage):
-    def change(name: str, text: str) -> str:
+    def change(name, text):
         if name != "dyn_pop1_2":
             return text
         head, rest = text.split("Dynamical", 1)

@@ -1,8 +1,6 @@
 """Entropy of SSCHA states: against derivatives of the free energy, phonopy, and the scatter of
 ensembles with a known answer."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import numpy as np

@@ -1,8 +1,6 @@
 """What SSCHA users exchange and look at: dynamical matrices, ensembles, dispersions, the group that
 error bars support, the command."""
 
-from __future__ import annotations
-
 import csv
 import json
 from pathlib import Path
@@ -19,19 +17,17 @@ from magus_anharmonic.cli import app
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.evaluator import as_evaluator
 from magus_anharmonic.sscha import free_energy, python_sscha
-from magus_anharmonic.sscha.ensemble import Ensemble
 from magus_anharmonic.sscha.hessian import free_energy_hessian
 from magus_anharmonic.sscha.phonons import band_path, bands, dispersion
 from magus_anharmonic.sscha.qe_files import read_ensemble, state_from_dyn, write_dyn, write_ensemble
 from magus_anharmonic.sscha.report import hessian_of_run
-from magus_anharmonic.sscha.state import SschaState
 from magus_anharmonic.sscha.symmetry import Symmetry
 from magus_anharmonic.sscha.unstable import supported_group
 from magus_anharmonic.units import HBAR, RYDBERG
 
 
 @pytest.fixture(scope="module")
-def hcp() -> tuple[SschaState, Ensemble]:
+def hcp():
     """hcp Cu with q points that are not their own negatives."""
     state = harmonic_state(bulk("Cu", "hcp", a=2.5, c=4.1), (3, 3, 1), temperature=100.0)
     return state, evaluated(state, EV, 10)
@@ -215,7 +211,7 @@ def test_bands_meet_the_frequencies_at_the_q_points_of_the_supercell(matrix, poi
         assert error >= 0.0
 
 
-def im3m(shift: float, noise: float = 0.0, seed: int = 0) -> Atoms:
+def im3m(shift, noise=0.0, seed=0):
     """H3S; R3m when the hydrogens are ``shift`` A off the middle of their bonds, with noise on
     every coordinate."""
     cell = 1.5 * np.array([[-1, 1, 1], [1, -1, 1], [1, 1, -1]])
@@ -253,7 +249,7 @@ PAIR = Atoms("HF", positions=[[0, 0, 0], [1.5] * 3], cell=[3.0] * 3, pbc=True)
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory) -> Path:
+def run(tmp_path_factory):
     """The folder of a finished run of a double well that quantum motion makes a minimum."""
     folder = tmp_path_factory.mktemp("sscha") / "run"
     free_energy(
@@ -268,7 +264,7 @@ def run(tmp_path_factory) -> Path:
     return folder
 
 
-def invoke(*arguments: object) -> tuple[int, str]:
+def invoke(*arguments):
     result = CliRunner().invoke(app, ["hessian", *map(str, arguments)])
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import csv
 import json
-import logging
 from dataclasses import replace
 
 import numpy as np
@@ -17,8 +16,8 @@ from ase.calculators.lj import LennardJones
 from ase.units import invcm
 from sscha_models import CountingCalculator, LatticeSprings, QuarticPair, evaluated
 
-from magus_anharmonic.errors import InputError
-from magus_anharmonic.evaluator import Evaluation, as_evaluator
+from magus_anharmonic.errors import InputError, NotConverged
+from magus_anharmonic.evaluator import as_evaluator
 from magus_anharmonic.io.files import read_json, write_json
 from magus_anharmonic.sscha import SschaResult, free_energy
 from magus_anharmonic.sscha.ensemble import average
@@ -36,7 +35,7 @@ ASKED = 3
 """Evaluations of `calculator_check`, once per ASE calculator; they are none of the run."""
 
 
-def quartic(directory=None, **changes) -> SschaResult:
+def quartic(directory=None, **changes):
     """The cheapest run with something to relax."""
     options = dict(
         cell="fixed", supercell=(1, 1, 1), n_configs=60, max_populations=6, directory=directory
@@ -46,7 +45,7 @@ def quartic(directory=None, **changes) -> SschaResult:
 
 
 @pytest.fixture(scope="module")
-def compressed(tmp_path_factory) -> tuple[SschaResult, object]:
+def compressed(tmp_path_factory):
     """fcc Al at 20 GPa and 300 K, variable cell, from its conventional cell."""
     folder = tmp_path_factory.mktemp("al") / "run"
     atoms = bulk("Al", "fcc", a=4.0, cubic=True)
@@ -89,7 +88,7 @@ def test_quartic_double_well_has_the_free_energy_of_the_direct_integration(tempe
     assert result.gibbs_raw == pytest.approx(exact, abs=3.5 * result.gibbs_error)
 
 
-def exact_free_energy(calculator: QuarticPair, mass: float, temperature: float) -> float:
+def exact_free_energy(calculator, mass, temperature):
     """Of three equal oscillators, eV per pair, by diagonalising the Hamiltonian on a grid (sinc
     functions)."""
     x = np.linspace(-1.6, 1.6, 161)
@@ -165,20 +164,6 @@ def test_variable_cell_meets_the_pressure_and_all_numbers_are_of_one_state(compr
     assert averages.stress == pytest.approx(result.stress, abs=1e-8)
 
 
-def test_error_bar_of_the_fresh_ensemble_covers_a_much_larger_one(compressed):
-
-    result, _ = compressed
-    state = result.state
-    large = average(
-        state,
-        evaluated(state, as_evaluator(EMT()), 1200, seed=99),
-        Symmetry(state.atoms, state.supercell_matrix),
-    )
-    assert result.gibbs_raw - gpa_to_ev_per_a3(20.0) * result.volume == pytest.approx(
-        large.helmholtz, abs=4.0 * result.gibbs_error
-    )
-
-
 def test_gibbs_energy_has_its_minimum_at_the_volume_that_was_found(compressed):
     result, _ = compressed
     for factor in (0.99, 1.01):
@@ -230,12 +215,6 @@ def test_a_converged_run_draws_what_is_missing_for_the_wanted_error():
     )
 
 
-def test_counts_are_those_of_the_calculator():
-    calculator = CountingCalculator(QuarticPair())
-    result = quartic(evaluator=calculator)
-    assert result.n_evaluations + ASKED == calculator.count
-
-
 def test_same_seed_same_result_and_another_seed_another():
     first, second, other = quartic(seed=1), quartic(seed=1), quartic(seed=2)
     assert (first.gibbs, first.n_populations) == (second.gibbs, second.n_populations)
@@ -280,7 +259,9 @@ def test_a_finished_run_is_returned_without_work(tmp_path):
 def test_more_populations_continue_an_unconverged_run(tmp_path):
     short = quartic(tmp_path / "run", max_populations=1)
     assert short.status == "unconverged" and "one population" in short.reason
-    assert np.isfinite(short.gibbs)
+    with pytest.raises(NotConverged, match=r"result\.numbers\.gibbs is its upper bound"):
+        assert short.gibbs
+    assert np.isfinite(short.numbers.gibbs) and "below" in repr(short)
     long = quartic(tmp_path / "run", max_populations=6)
     assert long.converged
     assert long.gibbs == pytest.approx(quartic(max_populations=6).gibbs, abs=1e-12)
@@ -346,7 +327,7 @@ def test_nothing_is_written_where_nothing_was_asked_for(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["only"]
 
 
-def exact_pair(hydrogen: float, temperature: float = 0.0) -> float:
+def exact_pair(hydrogen, temperature=0.0):
     """SSCHA free energy of the pair with that mass of H (amu), eV/atom."""
     masses = np.array([hydrogen, PAIR.get_masses()[1]])
     return QuarticPair().scha_free_energy(masses.prod() / masses.sum(), temperature) / 2.0
@@ -384,23 +365,6 @@ def test_a_start_of_another_supercell_is_interpolated(compressed):
     assert larger.gibbs == pytest.approx(result.gibbs, abs=3e-3)
 
 
-def test_one_population_is_one_call_of_the_evaluator():
-    evaluator = RecordingEvaluator()
-    result = quartic(evaluator=evaluator)
-    assert sum(evaluator.sizes) == result.n_evaluations
-    assert evaluator.sizes[-result.n_populations :] == [20] + [60] * (result.n_populations - 1)
-
-
-def test_progress_is_logged(caplog):
-    caplog.set_level(logging.INFO, logger="magus_anharmonic")
-    quartic(max_populations=2)
-    lines = [record.getMessage() for record in caplog.records]
-    assert any(
-        line.startswith("population 1 of at most 2: G = ") and "ESS" in line for line in lines
-    )
-    assert not any("Generation" in line or "volRatio" in line for line in lines)
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -416,7 +380,6 @@ def test_progress_is_logged(caplog):
         ({"masses": {"He": 3.0}}, "masses.He"),
         ({"masses": {"H": -3.0}}, "masses.H"),
         ({"atoms": Atoms("HF", positions=[[0, 0, 0], [0, 0, 1]])}, "periodic cell"),
-        ({"pressure_tolerence": 1.0}, "pressure_tolerance"),
         ({"start": 3.0}, "start"),
         ({"start": "nowhere/dyn"}, "no such file"),
         ({"evaluator": "emt"}, "evaluator"),
@@ -446,7 +409,9 @@ def test_a_crystal_that_falls_apart_is_a_failed_result_with_a_reason(tmp_path):
     result = quartic(tmp_path / "run", evaluator=Repulsion(), cell="variable", max_populations=3)
     assert result.status == "failed" and not result.converged
     assert "volume" in result.reason
-    assert result.gibbs is None
+    assert result.numbers.gibbs is None and "G = none" in repr(result)
+    with pytest.raises(NotConverged, match="volume"):
+        assert result.gibbs
     assert SschaResult.read(tmp_path / "run").reason == result.reason
 
 
@@ -480,16 +445,16 @@ class RecordingEvaluator:
 
     model_id = "recording"
 
-    def __init__(self) -> None:
+    def __init__(self):
         self.inner = as_evaluator(QuarticPair())
         self.sizes: list[int] = []
 
-    def evaluate(self, structures) -> Evaluation:
+    def evaluate(self, structures):
         self.sizes.append(len(structures))
         return self.inner.evaluate(structures)
 
 
-def as_evaluator_named(calculator: CountingCalculator):
+def as_evaluator_named(calculator):
     """The counting calculator under the model id of what it counts."""
     from magus_anharmonic.evaluator import CalculatorEvaluator
 
@@ -501,7 +466,7 @@ class LabelerOfEmt:
 
     settings_hash = "0123456789ab"
 
-    def __init__(self) -> None:
+    def __init__(self):
         self.calls: list[int] = []
 
     def label(self, structures, on_result=None):
@@ -518,7 +483,7 @@ class LabelerOfEmt:
 class Watched:
     """Keeps the positions of every structure that it is asked about."""
 
-    def __init__(self, calculator: QuarticPair, model_id: str) -> None:
+    def __init__(self, calculator, model_id):
         self.inner, self.model_id, self.positions = as_evaluator(calculator), model_id, []
 
     def evaluate(self, structures):
@@ -611,5 +576,7 @@ def test_a_start_with_modes_near_zero_does_as_well_on_either_side_of_it():
         )
         start = replace(state, force_constants=softened)
         assert start.modes.hbar_omega[0] == pytest.approx(wavenumber * invcm, rel=1e-3, abs=1e-7)
-        found.append(free_energy(state.atoms, EMT(), 20.0, 0.0, start=start, **options).gibbs)
+        found.append(
+            free_energy(state.atoms, EMT(), 20.0, 0.0, start=start, **options).numbers.gibbs
+        )
     assert np.isfinite(found).all() and np.ptp(found) < 0.01

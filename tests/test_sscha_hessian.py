@@ -1,10 +1,7 @@
 """The free-energy Hessian: python-sscha on the same ensemble, curvature of a free energy that is
 known, honest error bars."""
 
-from __future__ import annotations
-
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -44,14 +41,14 @@ THEIR_KELVIN = 2.0 * RYDBERG / 315774.65221921849
 """python-sscha's Boltzmann constant for the variances, eV/K."""
 
 
-def hcp() -> Atoms:
+def hcp():
     """Compressed hcp Cu, turned out of every standard orientation."""
     atoms = bulk("Cu", "hcp", a=2.45, c=4.0)
     atoms.rotate(20, (1, 1, 0), rotate_cell=True)
     return atoms
 
 
-def no_symmetry() -> Atoms:
+def no_symmetry():
     """Three different atoms in general positions."""
     cell = [[3.1, 0.2, 0.0], [0.0, 3.3, 0.3], [0.25, 0.0, 3.6]]
     return Atoms(
@@ -62,19 +59,17 @@ def no_symmetry() -> Atoms:
     )
 
 
-def start(atoms: Atoms, supercell_matrix: tuple[int, int, int], temperature: float) -> SschaState:
+def start(atoms, supercell_matrix, temperature):
     """Harmonic state of EMT, imaginary modes raised."""
     return harmonic_state(atoms, supercell_matrix, EV, temperature, raised=True)
 
 
-def with_their_constant(state: SschaState) -> SschaState:
+def with_their_constant(state):
     """The temperature at which we do what python-sscha does at that of ``state``."""
     return replace(state, temperature=state.temperature * THEIR_KELVIN / KELVIN)
 
 
-def python_sschas(
-    state: SschaState, ensemble: Ensemble, log: Path, include_v4: bool = False
-) -> tuple[np.ndarray, np.ndarray]:
+def python_sschas(state, ensemble, log, include_v4=False):
     """Compact Hessian (eV/A^2) and third-order tensor (eV/A^3, our order of atoms) of python-sscha.
 
     Lengths are scaled so that they are the same in its bohr as in ours.
@@ -100,7 +95,7 @@ def python_sschas(
     ), tensor
 
 
-def third_order_of(state: SschaState, ensemble: Ensemble, symmetry: Symmetry) -> np.ndarray:
+def third_order_of(state, ensemble, symmetry):
     modes = wavevectors(state)
     tensor, _ = tensors(
         modes, samples(state, ensemble, modes), Representation(modes, symmetry), False
@@ -108,7 +103,7 @@ def third_order_of(state: SschaState, ensemble: Ensemble, symmetry: Symmetry) ->
     return tensor.rows()
 
 
-def cubic_forces(state: SschaState, n_configs: int) -> Ensemble:
+def cubic_forces(state, n_configs):
     """The harmonic forces of the state and a quadratic term without net force: enough for formulas,
     whatever the chemistry."""
     rng = np.random.default_rng(1)
@@ -119,7 +114,7 @@ def cubic_forces(state: SschaState, n_configs: int) -> Ensemble:
     return Ensemble(u, np.zeros(n_configs), pulls + extra, np.zeros((n_configs, 3, 3)))
 
 
-def compare(state: SschaState, ensemble: Ensemble, log: Path) -> None:
+def compare(state, ensemble, log):
     """v3 and Hessian against python-sscha, to 1e-10 of the largest element of the tensor and of the
     correction."""
     theirs, their_tensor = python_sschas(state, ensemble, log)
@@ -132,18 +127,25 @@ def compare(state: SschaState, ensemble: Ensemble, log: Path) -> None:
     assert ours.force_constants == pytest.approx(theirs, abs=1e-10 * correction)
 
 
-@pytest.mark.parametrize("temperature", [0.0, 300.0])
-@pytest.mark.parametrize(
-    ("atoms", "supercell_matrix"),
-    [(no_symmetry(), (2, 1, 1)), (no_symmetry(), (3, 1, 1)), (hcp(), (3, 3, 1))],
-)
+def everywhere(*cases):
+    """Both temperatures; one of each case in the fast suite."""
+    return pytest.mark.parametrize(
+        ("atoms", "supercell_matrix", "temperature"),
+        [
+            pytest.param(*case, t, marks=() if i % 2 == k else pytest.mark.full)
+            for i, case in enumerate(cases)
+            for k, t in enumerate((0.0, 300.0))
+        ],
+    )
+
+
+@everywhere((no_symmetry(), (2, 1, 1)), (no_symmetry(), (3, 1, 1)), (hcp(), (3, 3, 1)))
 def test_third_order_and_hessian_equal_python_sscha(atoms, supercell_matrix, temperature, tmp_path):
     state = start(atoms, supercell_matrix, temperature)
     compare(state, evaluated(state, EV, 40), tmp_path / "log")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("temperature", [0.0, 300.0])
+@pytest.mark.parametrize("temperature", [pytest.param(0.0, marks=pytest.mark.full), 300.0])
 def test_third_order_and_hessian_equal_python_sscha_for_cubic_h3s(h3s, temperature, tmp_path):
     atoms, supercell_matrix = h3s(), (2, 2, 2)
     symmetry = Symmetry(atoms, supercell_matrix)
@@ -157,7 +159,7 @@ def test_third_order_and_hessian_equal_python_sscha_for_cubic_h3s(h3s, temperatu
     compare(state, cubic_forces(state, 20), tmp_path / "log")
 
 
-def at_its_minimum(state: SschaState, ensemble: Ensemble) -> Ensemble:
+def at_its_minimum(state, ensemble):
     """Forces changed by a harmonic term so that the gradient of the force constants vanishes on
     this ensemble.
 
@@ -173,11 +175,7 @@ def at_its_minimum(state: SschaState, ensemble: Ensemble) -> Ensemble:
     return replace(ensemble, forces=ensemble.forces - (u @ change).reshape(ensemble.forces.shape))
 
 
-@pytest.mark.parametrize("temperature", [0.0, 300.0])
-@pytest.mark.parametrize(
-    ("atoms", "supercell_matrix"),
-    [(no_symmetry(), (1, 1, 1)), (hcp(), (2, 1, 1)), (hcp(), (1, 1, 3))],
-)
+@everywhere((no_symmetry(), (1, 1, 1)), (hcp(), (2, 1, 1)), (hcp(), (1, 1, 3)))
 def test_fourth_order_equals_python_sscha_without_its_tensor(
     atoms, supercell_matrix, temperature, tmp_path
 ):
@@ -199,10 +197,10 @@ class SkewPair:
     """Two atoms, v(d) = sum_i 1/2 k d_i^2 + b d_i^3 + c d_i^4 in the deviation d from half the body
     diagonal."""
 
-    def __init__(self, a: float = 3.0, k: float = -1.0, b: float = 2.0, c: float = 8.0) -> None:
+    def __init__(self, a=3.0, k=-1.0, b=2.0, c=8.0):
         self.a, self.k, self.b, self.c = a, k, b, c
 
-    def ensemble(self, state: SschaState, n_configs: int, seed: int = 0) -> Ensemble:
+    def ensemble(self, state, n_configs, seed=0):
         """Drawn and evaluated, all configurations at once."""
         u = sample(state, n_configs, np.random.default_rng(seed))
         positions = state.supercell.positions + u
@@ -211,11 +209,11 @@ class SkewPair:
         energies = (0.5 * self.k * d**2 + self.b * d**3 + self.c * d**4).sum(axis=1)
         return Ensemble(u, energies, np.stack([pull, -pull], axis=1), np.zeros((n_configs, 3, 3)))
 
-    def free_energy(self, centroid: float, mass: float, temperature: float) -> tuple[float, float]:
+    def free_energy(self, centroid, mass, temperature):
         """SCHA free energy of one coordinate at a fixed centroid, minimised over the spring, and
         that spring."""
 
-        def value(log_spring: float) -> float:
+        def value(log_spring):
             hbar_omega = HBAR * np.sqrt(np.exp(log_spring) / mass)
             a = variance(np.array([hbar_omega]), temperature)[0] / mass
             mean = 0.5 * self.k * (centroid**2 + a) + self.b * (centroid**3 + 3 * centroid * a)
@@ -231,10 +229,10 @@ class SkewPair:
         )
         return float(found.fun), float(np.exp(found.x))
 
-    def minimum(self, mass: float, temperature: float) -> tuple[float, float]:
+    def minimum(self, mass, temperature):
         """Centroid and spring of the SCHA minimum."""
 
-        def gradients(x: np.ndarray) -> list[float]:
+        def gradients(x):
             d, spring = x
             a = variance(np.array([HBAR * np.sqrt(spring / mass)]), temperature)[0] / mass
             force = self.k * d + 3 * self.b * (d**2 + a) + 4 * self.c * (d**3 + 3 * d * a)
@@ -249,7 +247,7 @@ class SkewPair:
         return float(solved.x[0]), float(solved.x[1])
 
 
-def pair_state(model: SkewPair, temperature: float) -> tuple[SschaState, float]:
+def pair_state(model, temperature):
     """The SCHA minimum of the model as a state, and the reduced mass."""
     atoms = Atoms("HF", positions=[[0, 0, 0], [1.5] * 3], cell=[3.0] * 3, pbc=True)
     masses = atoms.get_masses()
@@ -297,7 +295,7 @@ def test_full_hessian_is_the_curvature_of_the_free_energy(temperature):
     )
 
 
-def optical(hessian: Hessian) -> tuple[float, float]:
+def optical(hessian):
     """Mean of the three squared frequencies that are no translations, and of their error bars."""
     moving = np.abs(hessian.squares[0]) > 1e-12
     assert moving.sum() == 3
@@ -411,7 +409,7 @@ def test_without_symmetry_a_mode_at_minus_q_is_the_one_at_q():
     assert found.errors[2] == pytest.approx(found.errors[1])
 
 
-def made(squares: list[float], errors: list[float] | None) -> Hessian:
+def made(squares, errors):
     """A Hessian of one atom and two q points with three given modes."""
     atoms = Atoms("H", cell=[2.0] * 3, pbc=True)
     state = SschaState(atoms, (2, 1, 1), np.zeros((2, 1, 1, 3, 3)), 0.0)

@@ -1,8 +1,6 @@
 """Isotopes: other masses on the configurations of the first run where they overlap, else two new
 populations from its state."""
 
-from __future__ import annotations
-
 import logging
 from dataclasses import replace
 
@@ -21,7 +19,7 @@ from magus_anharmonic.ranking.structures import rank_structures
 from magus_anharmonic.search.population import symmetrised
 from magus_anharmonic.search.relaxation import Relaxer
 from magus_anharmonic.settings import AseCalculatorSettings, parse_settings
-from magus_anharmonic.sscha import SschaResult, free_energy
+from magus_anharmonic.sscha import free_energy
 from magus_anharmonic.sscha.engines import Pool
 from magus_anharmonic.sscha.ensemble import average
 from magus_anharmonic.sscha.gibbs import overlap
@@ -45,13 +43,13 @@ FEW, MANY = (2, 2, 2), (3, 3, 3)
 """21 and 78 modes of hydrogen: ESS/N of H -> D is 0.39 and 0.03."""
 
 
-def heavier(state: SschaState, factor: float) -> SschaState:
+def heavier(state, factor):
     atoms = state.atoms.copy()
     atoms.set_masses(atoms.get_masses() * factor)
     return replace(state, atoms=atoms)
 
 
-def lattice(directory=None, supercell=FEW, **options) -> SschaResult:
+def lattice(directory=None, supercell=FEW, **options):
     given = dict(supercell=supercell, n_configs=100, reference_spacing=0.1, directory=directory)
     return free_energy(
         CRYSTAL.atoms, options.pop("evaluator", None) or Crystals([CRYSTAL]), **{**given, **options}
@@ -202,7 +200,7 @@ def test_the_ensemble_that_is_reweighted_is_the_last_one(tmp_path):
 # ---------------------------------------------------------------------- masses that the Atoms carry
 
 
-def with_hydrogen(mass: float, atoms: Atoms = PAIR) -> Atoms:
+def with_hydrogen(mass, atoms=PAIR):
     return with_isotopes(atoms, {"H": mass})
 
 
@@ -227,7 +225,7 @@ def test_a_start_of_other_masses_takes_those_of_the_structure(tmp_path):
         quartic(tmp_path / "D", atoms=with_hydrogen(3.016))
 
 
-def mixed_hydride() -> Atoms:
+def mixed_hydride():
     """Four hydrogen sites that are one by symmetry, one of them deuterium."""
     atoms = Atoms(
         "PdH", positions=[[0, 0, 0], [2.0, 2.0, 2.0]], cell=2.0 * (1 - np.eye(3)), pbc=True

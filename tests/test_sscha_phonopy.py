@@ -1,15 +1,13 @@
 """phonopy's own SSCHA as an oracle: another code, another fit of the force constants (symfc), no
 reweighting, no common line."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 from ase import Atoms
 from crystal_models import Crystals, crystal
 from sscha_models import harmonic_state
 
-from magus_anharmonic.sscha import SschaResult, free_energy
+from magus_anharmonic.sscha import free_energy
 from magus_anharmonic.sscha.state import fourier
 
 SUPERCELL_MATRIX = (2, 2, 2)
@@ -23,13 +21,13 @@ TEMPERATURE = 300.0
 class AsMlp:
     """The model where phonopy has its machine-learned potential."""
 
-    def evaluate(self, cells: list) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def evaluate(self, cells):
         structures = [Atoms(c.symbols, positions=c.positions, cell=c.cell, pbc=True) for c in cells]
         found = MODEL.evaluate(structures)
         return np.array(found.energy), np.array(found.forces), np.zeros((len(cells), 6))
 
 
-def phonopys(n_snapshots: int, n_iterations: int):
+def phonopys(n_snapshots, n_iterations):
     """Its SSCHA after all iterations, which are kept."""
     from phonopy import Phonopy
     from phonopy.sscha.core import MLPSSCHA
@@ -53,7 +51,7 @@ def phonopys(n_snapshots: int, n_iterations: int):
     ).run()
 
 
-def their_squares(sscha) -> np.ndarray:
+def their_squares(sscha):
     """(iterations, points, modes) squared frequencies in phonopy's unit of the force constants that
     each iteration sampled."""
     from phonopy.harmonic.force_constants import compact_fc_to_full_fc
@@ -67,7 +65,7 @@ def their_squares(sscha) -> np.ndarray:
     return np.array(found)
 
 
-def our_squares(force_constants: np.ndarray) -> np.ndarray:
+def our_squares(force_constants):
     """(points, modes) the same of compact force constants: eV/A^2/amu in both codes."""
     root = np.sqrt(np.repeat(CRYSTAL.atoms.get_masses(), 3))
     return np.array(
@@ -78,7 +76,7 @@ def our_squares(force_constants: np.ndarray) -> np.ndarray:
     )
 
 
-def ours(seed: int, n_configs: int = 400) -> SschaResult:
+def ours(seed, n_configs=400):
     return free_energy(
         CRYSTAL.atoms,
         MODEL,

@@ -1,8 +1,6 @@
 """Rotating molecules are told apart from stiff ones, because a Cartesian Gaussian overestimates
 their free energy."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 from ase import Atoms
@@ -17,9 +15,7 @@ from magus_anharmonic.sscha.state import (
 from magus_anharmonic.units import HBAR
 
 
-def hydrogen_molecule(
-    stretch: float, tilt: float, bond: float = 0.74, symbols: str = "H2"
-) -> SschaState:
+def hydrogen_molecule(stretch, tilt, bond=0.74, symbols="H2"):
     """One molecule along x per cubic cell; springs (eV/A^2) along and across the bond, and to fixed
     sites (weak, both atoms)."""
     atoms = Atoms(
@@ -30,7 +26,7 @@ def hydrogen_molecule(
     return SschaState(atoms, (1, 1, 1), block[None], 0.0)
 
 
-def test_the_angle_is_that_of_a_two_dimensional_oscillator() -> None:
+def test_the_angle_is_that_of_a_two_dimensional_oscillator():
     """<u_perp^2> per direction of the relative motion: hbar / (2 mu omega), mu = m / 2, omega^2 = k
     / mu."""
     state = hydrogen_molecule(stretch=30.0, tilt=1.0)
@@ -42,14 +38,14 @@ def test_the_angle_is_that_of_a_two_dimensional_oscillator() -> None:
     )
 
 
-def test_the_angle_is_that_of_the_sampled_molecules() -> None:
+def test_the_angle_is_that_of_the_sampled_molecules():
     state = hydrogen_molecule(stretch=30.0, tilt=2.0)
     u = sample(state, 20000, np.random.default_rng(1))
     across = (u[:, 1] - u[:, 0])[:, 1:]
     assert librations(state)[0][2] == pytest.approx(np.sqrt((across**2).mean()) / 0.74, rel=0.02)
 
 
-def test_soft_librations_are_flagged_and_stiff_or_long_bonds_are_not() -> None:
+def test_soft_librations_are_flagged_and_stiff_or_long_bonds_are_not():
     soft, stiff = hydrogen_molecule(30.0, 0.2), hydrogen_molecule(30.0, 20.0)
     assert librations(soft)[0][2] > LARGE_LIBRATION > librations(stiff)[0][2]
     assert rotation_warning(soft).startswith("rotating H2 units (1 bonds of 0.74 A, libration ")
@@ -59,7 +55,7 @@ def test_soft_librations_are_flagged_and_stiff_or_long_bonds_are_not() -> None:
     )
 
 
-def test_a_molecule_across_the_cell_boundary_is_one_molecule() -> None:
+def test_a_molecule_across_the_cell_boundary_is_one_molecule():
     state = hydrogen_molecule(30.0, 0.2)
     moved = state.atoms.copy()
     moved.positions[:, 0] -= 1.0 + 0.37
@@ -70,6 +66,6 @@ def test_a_molecule_across_the_cell_boundary_is_one_molecule() -> None:
     )
 
 
-def test_carbon_with_hydrogen_counts_too() -> None:
+def test_carbon_with_hydrogen_counts_too():
     state = hydrogen_molecule(30.0, 0.02, bond=1.09, symbols="CH")
     assert rotation_warning(state).startswith("rotating C-H units")

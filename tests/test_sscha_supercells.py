@@ -1,8 +1,6 @@
 """Supercells that are no repetitions: the same physics as the same atoms in a cell of their own,
 phonopy, and how they are chosen."""
 
-from __future__ import annotations
-
 from itertools import product
 
 import numpy as np
@@ -44,7 +42,7 @@ CONVENTIONAL = ((-1, 1, 1), (1, -1, 1), (1, 1, -1))
 """The cubic cell of four primitive fcc cells."""
 
 
-def pair(seed: int = 3) -> Atoms:
+def pair(seed=3):
     """Two different atoms in a cell without symmetry."""
     atoms = Atoms(
         "CuAu",
@@ -56,11 +54,11 @@ def pair(seed: int = 3) -> Atoms:
     return atoms
 
 
-def state_of(atoms: Atoms, supercell_matrix, temperature: float = 300.0) -> SschaState:
+def state_of(atoms, supercell_matrix, temperature=300.0):
     return harmonic_state(atoms, supercell_matrix, EV, temperature, raised=True)
 
 
-def as_one_cell(state: SschaState) -> SschaState:
+def as_one_cell(state):
     """The supercell as a primitive cell of its own, repeated once: all there is to compare with,
     without a lattice inside."""
     n = len(state.supercell)
@@ -225,7 +223,7 @@ def test_the_finite_size_term_brings_supercells_of_any_shape_together():
     assert abs(corrected[1] - corrected[0]) < 0.25 * abs(raw[1] - raw[0])
 
 
-def lattice_length(matrix: np.ndarray, cell: np.ndarray) -> float:
+def lattice_length(matrix, cell):
     """Shortest vector by brute force, A."""
     steps = np.array([v for v in product(range(-4, 5), repeat=3) if any(v)])
     return float(np.linalg.norm(steps @ matrix @ cell, axis=1).min())

@@ -5,21 +5,17 @@ tdscha is not among the dependencies: it is built from source with a Fortran com
 --no-deps tdscha`).
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 from crystal_models import Crystals, crystal
 
 from magus_anharmonic.sscha import free_energy, python_sscha
-from magus_anharmonic.sscha.ensemble import Ensemble
 from magus_anharmonic.sscha.hessian import free_energy_hessian
 from magus_anharmonic.sscha.qe_files import write_ensemble
 from magus_anharmonic.sscha.result import final_ensemble
-from magus_anharmonic.sscha.state import SschaState, expand
+from magus_anharmonic.sscha.state import expand
 from magus_anharmonic.sscha.symmetry import Symmetry
 from magus_anharmonic.units import HBAR, RYDBERG
 
@@ -31,7 +27,7 @@ POLAR = crystal((3.0, 3.1, 3.3), 1.0, 0.2, -0.6, 1.0, offset=(0.0, 0.0, 0.25))
 """H off the centre along z: third-order terms that symmetry does not forbid."""
 
 
-def loaded(run: Path, ensemble: Path, n_populations: int):
+def loaded(run, ensemble, n_populations):
     """python-sscha's ensemble of the run's last matrices and the folder that `write_ensemble`
     made."""
     import cellconstructor as CC
@@ -46,7 +42,7 @@ def loaded(run: Path, ensemble: Path, n_populations: int):
     return found
 
 
-def without_mean_force(state: SschaState, ensemble: Ensemble) -> Ensemble:
+def without_mean_force(state, ensemble):
     """What is left of the force on the centroids enters the two estimates of the third order in
     different ways."""
     count = len(ensemble.energies)
@@ -59,7 +55,7 @@ def without_mean_force(state: SschaState, ensemble: Ensemble) -> Ensemble:
 
 
 @pytest.mark.slow
-def test_a_native_run_loads_in_tdscha_whose_static_limit_is_our_hessian(tmp_path: Path) -> None:
+def test_a_native_run_loads_in_tdscha_whose_static_limit_is_our_hessian(tmp_path):
     """At zero frequency, without the fourth order, the response of the modes is the inverse of the
     Hessian between them."""
     import tdscha.DynamicalLanczos as lanczos

@@ -1,16 +1,12 @@
 """``status``: where a search is, told from its files, whoever runs it and whether it runs at
 all."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil
 import threading
 import time
 from dataclasses import asdict, replace
-from pathlib import Path
-from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -25,7 +21,7 @@ from magus_anharmonic.runs.status import status
 from magus_anharmonic.search import run
 from magus_anharmonic.settings import parse_settings
 
-SMALL: dict[str, Any] = {
+SMALL = {
     "symbols": ["Cu"],
     "formula": [1],
     "min_n_atoms": 1,
@@ -42,14 +38,14 @@ SMALL: dict[str, Any] = {
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("status") / "search"
     run(parse_settings(SMALL), folder)
     return folder
 
 
 @pytest.fixture
-def search(tmp_path: Path) -> Path:
+def search(tmp_path):
     """A search of 4 generations with learning and SSCHA, killed in the third; nothing of the third
     is there yet."""
     ours = tmp_path / "results" / "anharmonic"
@@ -70,7 +66,7 @@ def search(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def search_by_magus(tmp_path: Path) -> Path:
+def search_by_magus(tmp_path):
     """As MAGUS leaves it: 3 generations of 4, an hour apart, each 1000 s long; no search.json, no
     generations.jsonl."""
     ours = tmp_path / "results" / "anharmonic"
@@ -92,18 +88,18 @@ def search_by_magus(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def written(file: Path, when: float) -> None:
+def written(file, when):
     file.write_text("")
     os.utime(file, (1.7e9 + when,) * 2)
 
 
-def dead_lock(ours: Path) -> None:
+def dead_lock(ours):
     with locked(ours, "magus-anharmonic search") as owner:
         pass
     (ours / NAME).write_text(json.dumps(asdict(replace(owner, born=owner.born - 1))))
 
 
-def test_a_finished_search_says_so_and_nothing_is_written(finished: Path) -> None:
+def test_a_finished_search_says_so_and_nothing_is_written(finished):
     before = {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in finished.rglob("*")}
     for folder in (finished, finished / "results", finished / "results/anharmonic"):
         found = status(folder)
@@ -133,9 +129,7 @@ def test_a_finished_search_says_so_and_nothing_is_written(finished: Path) -> Non
         ),
     ],
 )  # fmt: skip
-def test_the_step_of_a_dead_search_is_told_from_its_files(
-    search: Path, files: tuple[str, ...], where: str, waits_for: str
-) -> None:
+def test_the_step_of_a_dead_search_is_told_from_its_files(search, files, where, waits_for):
     ours = search / "results/anharmonic"
     record_failure(ours, "label", "the density is negative", generation=3, id="g3-a")
     dead_lock(ours)
@@ -158,7 +152,7 @@ def test_the_step_of_a_dead_search_is_told_from_its_files(
     )
 
 
-def test_a_running_search_names_its_process_and_its_rate(search: Path) -> None:
+def test_a_running_search_names_its_process_and_its_rate(search):
     ours = search / "results/anharmonic"
     pending = ours / "labels/pending/gen003"
     pending.mkdir(parents=True)
@@ -173,7 +167,7 @@ def test_a_running_search_names_its_process_and_its_rate(search: Path) -> None:
     )
 
 
-def test_a_search_by_magus_is_told_from_the_files_that_magus_writes(search_by_magus: Path) -> None:
+def test_a_search_by_magus_is_told_from_the_files_that_magus_writes(search_by_magus):
     found = status(search_by_magus)
     assert found.where == "generation 4 of 4: making structures" and found.state == "stopped"
     assert (
@@ -196,16 +190,12 @@ def test_a_search_by_magus_is_told_from_the_files_that_magus_writes(search_by_ma
     assert not any("left" in line or "to go on" in line for line in found.lines())
 
 
-def test_the_generation_that_a_restart_of_magus_repeats_is_not_finished(
-    search_by_magus: Path,
-) -> None:
+def test_the_generation_that_a_restart_of_magus_repeats_is_not_finished(search_by_magus):
     written(search_by_magus / "results/init3.traj", 50000)
     assert status(search_by_magus).where.startswith("generation 3 of 4")
 
 
-def test_a_search_on_another_machine_runs_as_long_as_its_heart_beats(
-    search: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_search_on_another_machine_runs_as_long_as_its_heart_beats(search, monkeypatch):
     ours = search / "results/anharmonic"
     with locked(ours, "magus-anharmonic search") as mine:
         pass
@@ -226,7 +216,7 @@ def test_a_search_on_another_machine_runs_as_long_as_its_heart_beats(
     assert status(search).state == "finished"
 
 
-def test_a_lock_that_cannot_be_read_hides_nothing_else(search: Path) -> None:
+def test_a_lock_that_cannot_be_read_hides_nothing_else(search):
     (search / "results/anharmonic" / NAME).mkdir()
     found = status(search)
     assert (
@@ -237,7 +227,7 @@ def test_a_lock_that_cannot_be_read_hides_nothing_else(search: Path) -> None:
     assert not any("held by" in line for line in found.lines())
 
 
-def test_texts_of_any_length_and_kind_take_one_short_line_each(search: Path) -> None:
+def test_texts_of_any_length_and_kind_take_one_short_line_each(search):
     ours = search / "results/anharmonic"
     record_failure(ours, "ru\nn", "\x1b[31m" + "x" * 3_000_000 + "\nred", id="a\nb")
     dead_lock(ours)
@@ -252,7 +242,7 @@ def test_texts_of_any_length_and_kind_take_one_short_line_each(search: Path) -> 
     )
 
 
-def test_times_of_the_future_and_damaged_files_spoil_nothing(search: Path) -> None:
+def test_times_of_the_future_and_damaged_files_spoil_nothing(search):
     ours = search / "results/anharmonic"
     for name in ("search.json", "lock.json", "failures.jsonl"):
         (ours / name).write_text('{"fini')
@@ -262,9 +252,7 @@ def test_times_of_the_future_and_damaged_files_spoil_nothing(search: Path) -> No
     assert "last file written: 0 s ago" in found.lines()
 
 
-def test_a_campaign_is_told_step_by_step_with_the_search_that_it_is_in(
-    search: Path, tmp_path: Path
-) -> None:
+def test_a_campaign_is_told_step_by_step_with_the_search_that_it_is_in(search, tmp_path):
     folder = tmp_path / "project/campaign"
     shutil.copytree(search / "results", folder / "learn-075GPa/results")
     steps = {
@@ -286,7 +274,7 @@ def test_a_campaign_is_told_step_by_step_with_the_search_that_it_is_in(
 
 
 @pytest.mark.parametrize("what", ["", "empty", "steps"])
-def test_a_folder_that_is_nothing_is_one_clear_line(tmp_path: Path, what: str) -> None:
+def test_a_folder_that_is_nothing_is_one_clear_line(tmp_path, what):
     folder = tmp_path / "nothing"
     if what:
         folder.mkdir()
@@ -302,7 +290,7 @@ def test_a_folder_that_is_nothing_is_one_clear_line(tmp_path: Path, what: str) -
     )
 
 
-def test_the_command_prints_what_the_library_finds(finished: Path) -> None:
+def test_the_command_prints_what_the_library_finds(finished):
     result = CliRunner().invoke(app, ["status", str(finished)])
     assert (
         result.exit_code == 0

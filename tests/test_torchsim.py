@@ -1,13 +1,10 @@
 """The potential inside TorchSim gives the potential's own numbers."""
 
-from __future__ import annotations
-
 import sys
 
 import numpy as np
 import pytest
 import torch
-from ase import Atoms
 from ase.build import bulk, fcc111
 
 from magus_anharmonic.errors import InputError
@@ -29,7 +26,7 @@ def test_without_torchsim_the_error_says_how_to_install_it(potential, monkeypatc
         torchsim_model(potential)
 
 
-def state_of(atoms: list[Atoms], pbc: object = True) -> dict[str, object]:
+def state_of(atoms, pbc=True):
     """The fields of a TorchSim state: cell vectors are columns."""
     return {
         "positions": torch.as_tensor(np.concatenate([a.positions for a in atoms])),

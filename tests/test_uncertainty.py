@@ -1,12 +1,8 @@
 """Error estimates: calibrated, larger where the model was not trained, kept with the checkpoint,
 and used to choose labels."""
 
-from __future__ import annotations
-
 import csv
 import logging
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -30,7 +26,7 @@ from magus_anharmonic.settings import FinetuneSettings, LearningSettings, Settin
 SHAPE = Architecture(num_blocks=1, units=8, cutoff=4.0, threebody_cutoff=3.0)
 
 
-def crystal(rng: np.random.Generator, rattle: float, a: float = 3.0) -> Atoms:
+def crystal(rng, rattle, a=3.0):
     """Im-3m H3S, every atom moved by normal displacements of ``rattle`` Angstrom."""
     cell = a / 2 * np.array([[-1, 1, 1], [1, -1, 1], [1, 1, -1]])
     atoms = Atoms("SH3", positions=np.vstack([np.zeros(3), a / 2 * np.eye(3)]), cell=cell, pbc=True)
@@ -38,7 +34,7 @@ def crystal(rng: np.random.Generator, rattle: float, a: float = 3.0) -> Atoms:
     return atoms
 
 
-def lj_labels(structures: list[Atoms]) -> list[Atoms]:
+def lj_labels(structures):
     """Lennard-Jones energies, forces and stresses in the place of DFT's."""
     for number, atoms in enumerate(structures):
         atoms.calc = LennardJones(sigma=1.25, epsilon=0.3, rc=3.6, smooth=True)
@@ -53,7 +49,7 @@ def lj_labels(structures: list[Atoms]) -> list[Atoms]:
 
 
 @pytest.fixture(scope="module")
-def labels() -> dict[str, list[Atoms]]:
+def labels():
     """Training and validation sets of mostly small displacements, and held-out ones from small to
     large."""
     rng = np.random.default_rng(5)
@@ -66,7 +62,7 @@ def labels() -> dict[str, list[Atoms]]:
 
 
 @pytest.fixture(scope="module")
-def trained(labels: dict[str, list[Atoms]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(labels, tmp_path_factory):
     """A checkpoint of a small model trained on 16 labels."""
     out = tmp_path_factory.mktemp("trained") / "model.pth"
     settings = FinetuneSettings(epochs=25, learning_rate=1e-2, batch_size=4, ema_decay=0.9)
@@ -82,11 +78,11 @@ def trained(labels: dict[str, list[Atoms]], tmp_path_factory: pytest.TempPathFac
 
 
 @pytest.fixture(scope="module")
-def potential(trained: Path) -> Potential:
+def potential(trained):
     return load(trained, device="cpu")
 
 
-def true_errors(potential: Potential, labelled: list[Atoms]) -> tuple[np.ndarray, np.ndarray]:
+def true_errors(potential, labelled):
     found, known = potential.evaluate(labelled), [labels_of(atoms) for atoms in labelled]
     energy = [abs(e - k[0]) / len(a) for e, k, a in zip(found.energy, known, labelled, strict=True)]
     return np.array(energy), np.array(
@@ -97,18 +93,14 @@ def true_errors(potential: Potential, labelled: list[Atoms]) -> tuple[np.ndarray
 # ------------------------------------------------------------------ the numbers
 
 
-def test_errors_on_the_validation_labels_are_on_average_those_expected(
-    potential: Potential, labels: dict[str, list[Atoms]]
-) -> None:
+def test_errors_on_the_validation_labels_are_on_average_those_expected(potential, labels):
     expected = potential.uncertainty(labels["validation"])
     energy, forces = true_errors(potential, labels["validation"])
     assert np.mean((energy / expected.energy_error) ** 2) == pytest.approx(1.0, rel=1e-3)
     assert np.mean((forces / expected.force_error) ** 2) == pytest.approx(1.0, rel=1e-3)
 
 
-def test_larger_expected_errors_go_with_larger_true_ones(
-    potential: Potential, labels: dict[str, list[Atoms]]
-) -> None:
+def test_larger_expected_errors_go_with_larger_true_ones(potential, labels):
     """Rank correlation on labels that the model has not seen, tested against chance."""
     from scipy.stats import spearmanr
 
@@ -122,9 +114,7 @@ def test_larger_expected_errors_go_with_larger_true_ones(
         assert found.statistic > 0.4 and found.pvalue < 1e-3
 
 
-def test_far_from_the_training_data_the_expected_error_is_larger(
-    potential: Potential, labels: dict[str, list[Atoms]]
-) -> None:
+def test_far_from_the_training_data_the_expected_error_is_larger(potential, labels):
     known = potential.uncertainty(labels["train"])
     rng = np.random.default_rng(0)
     far = [crystal(rng, 0.05, a) for a in (2.4, 4.0)] + [crystal(rng, 0.5)]
@@ -133,7 +123,7 @@ def test_far_from_the_training_data_the_expected_error_is_larger(
     assert found.force_error.min() > 2 * np.median(known.force_error)
 
 
-def test_estimates_are_finite_and_not_negative_for_everything(potential: Potential) -> None:
+def test_estimates_are_finite_and_not_negative_for_everything(potential):
     strange = [
         Atoms("H", cell=[20, 20, 20], pbc=True),
         Atoms("H2", positions=[[0, 0, 0], [0, 0, 0.4]]),
@@ -149,9 +139,7 @@ def test_estimates_are_finite_and_not_negative_for_everything(potential: Potenti
         potential.uncertainty([strange[0], Atoms()])
 
 
-def test_an_energy_comes_with_the_same_estimate_alone_and_in_a_batch(
-    potential: Potential, labels: dict[str, list[Atoms]]
-) -> None:
+def test_an_energy_comes_with_the_same_estimate_alone_and_in_a_batch(potential, labels):
     mixed = [labels["train"][0], labels["held out"][0].repeat((2, 1, 1)), labels["held out"][1]]
     with_energies = potential.evaluate(mixed).energy_error
     np.testing.assert_allclose(with_energies, potential.uncertainty(mixed).energy_error, rtol=1e-4)
@@ -165,18 +153,14 @@ def test_an_energy_comes_with_the_same_estimate_alone_and_in_a_batch(
     )
 
 
-def test_a_supercell_is_as_uncertain_per_atom_as_its_cell(
-    potential: Potential, labels: dict[str, list[Atoms]]
-) -> None:
+def test_a_supercell_is_as_uncertain_per_atom_as_its_cell(potential, labels):
     cell = labels["held out"][0]
     found = potential.uncertainty([cell, cell.repeat((2, 2, 1))])
     assert found.energy_error[1] == pytest.approx(found.energy_error[0], rel=1e-3)
     assert found.force_error[1] == pytest.approx(found.force_error[0], rel=1e-3)
 
 
-def test_the_covariance_is_that_of_the_training_atoms(
-    potential: Potential, labels: dict[str, list[Atoms]]
-) -> None:
+def test_the_covariance_is_that_of_the_training_atoms(potential, labels):
     """Against the formula of the docstring in plain NumPy, atom by atom."""
     model = potential.error_model
     single = Atoms("S", cell=[2.2, 2.3, 2.4], pbc=True)
@@ -188,7 +172,7 @@ def test_the_covariance_is_that_of_the_training_atoms(
     assert potential.uncertainty([single]).energy_error[0] == pytest.approx(expected, rel=1e-2)
 
 
-def atom_features(potential: Potential, atoms: Atoms) -> np.ndarray:
+def atom_features(potential, atoms):
     (graph,) = [graph for graph in potential._graphs([atoms])]
     return potential.model.atom_features(graph).double().numpy()
 
@@ -196,9 +180,7 @@ def atom_features(potential: Potential, atoms: Atoms) -> np.ndarray:
 # ------------------------------------------------------------------ kept with the weights
 
 
-def test_the_estimate_survives_saving_and_loading(
-    trained: Path, potential: Potential, labels: dict[str, list[Atoms]]
-) -> None:
+def test_the_estimate_survives_saving_and_loading(trained, potential, labels):
     again = load(trained, device="cpu")
     a, b = (model.uncertainty(labels["held out"]) for model in (potential, again))
     assert (a.energy_error == b.energy_error).all() and (a.force_error == b.force_error).all()
@@ -210,7 +192,7 @@ def test_the_estimate_survives_saving_and_loading(
     )
 
 
-def test_stock_mattersim_loads_the_checkpoint(trained: Path, potential: Potential) -> None:
+def test_stock_mattersim_loads_the_checkpoint(trained, potential):
     from mattersim.forcefield.potential import Potential as Stock
 
     stock = Stock.from_checkpoint(str(trained), device="cpu", load_training_state=False)
@@ -218,12 +200,7 @@ def test_stock_mattersim_loads_the_checkpoint(trained: Path, potential: Potentia
         assert (value == potential.module.state_dict()[name]).all()
 
 
-def test_a_checkpoint_without_an_estimate_says_so_once(
-    tmp_path: Path,
-    potential: Potential,
-    labels: dict[str, list[Atoms]],
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+def test_a_checkpoint_without_an_estimate_says_so_once(tmp_path, potential, labels, caplog):
     checkpoint.save(potential.module, tmp_path / "plain.pth")
     plain = load(tmp_path / "plain.pth", device="cpu")
     caplog.set_level(logging.INFO)
@@ -233,9 +210,7 @@ def test_a_checkpoint_without_an_estimate_says_so_once(
 
 
 @pytest.mark.parametrize("stored", [{"whitening": torch.zeros(3, 3)}, "nonsense"])
-def test_an_estimate_that_does_not_fit_is_left_out_with_a_warning(
-    stored: object, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_an_estimate_that_does_not_fit_is_left_out_with_a_warning(stored, caplog):
     assert uncertainty.error_model_of({"error_model": stored}, 8) is None
     assert "not readable" in caplog.text
 
@@ -244,9 +219,7 @@ def test_an_estimate_that_does_not_fit_is_left_out_with_a_warning(
 @pytest.mark.parametrize(
     "key", ["energy_scale", "force_scale", "usual_energy_error", "usual_force_error", "n_training"]
 )
-def test_an_estimate_with_a_wrong_number_is_left_out_with_a_warning(
-    key: str, value: object, potential: Potential, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_an_estimate_with_a_wrong_number_is_left_out_with_a_warning(key, value, potential, caplog):
     stored = potential.error_model.as_dict()
     units = len(stored["whitening"])
     assert uncertainty.error_model_of({"error_model": stored}, units) is not None
@@ -255,8 +228,8 @@ def test_an_estimate_with_a_wrong_number_is_left_out_with_a_warning(
 
 
 def test_without_validation_labels_the_training_set_calibrates_and_a_warning_says_so(
-    potential: Potential, labels: dict[str, list[Atoms]], caplog: pytest.LogCaptureFixture
-) -> None:
+    potential, labels, caplog
+):
     found = uncertainty.fit(potential.module, labels["train"])
     assert found is not None and found.calibrated_on == "training"
     assert "calibrated on the training set, and too small" in caplog.text
@@ -266,17 +239,13 @@ def test_without_validation_labels_the_training_set_calibrates_and_a_warning_say
     )
 
 
-def test_one_label_is_enough_for_finite_estimates(
-    potential: Potential, labels: dict[str, list[Atoms]]
-) -> None:
+def test_one_label_is_enough_for_finite_estimates(potential, labels):
     found = uncertainty.fit(potential.module, labels["train"][:1], labels["validation"][:1])
     alone = Potential(potential.module, error_model=found).uncertainty(labels["held out"])
     assert np.isfinite(alone.energy_error).all() and (alone.energy_error >= 0).all()
 
 
-def test_a_model_that_is_not_finite_gets_no_estimate(
-    potential: Potential, labels: dict[str, list[Atoms]], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_model_that_is_not_finite_gets_no_estimate(potential, labels, caplog):
     broken = from_scratch(labels["train"], SHAPE, seed=1)
     broken.normalizer.shift.fill_(float("nan"))
     assert uncertainty.fit(broken, labels["train"], labels["validation"]) is None
@@ -286,9 +255,7 @@ def test_a_model_that_is_not_finite_gets_no_estimate(
 # ------------------------------------------------------------------ where users see it
 
 
-def test_enthalpies_carry_the_error_and_lose_it_with_a_model_that_has_none(
-    potential: Potential, labels: dict[str, list[Atoms]]
-) -> None:
+def test_enthalpies_carry_the_error_and_lose_it_with_a_model_that_has_none(potential, labels):
     atoms = labels["train"][0].copy()
     settings = parse(Settings, {"pressure": 150.0})
     reevaluate([atoms], potential, settings)
@@ -307,7 +274,7 @@ class Walked:
     """What the ranking reads of an SSCHA result whose centroids are Im-3m H3S and whose ensemble is
     this wide."""
 
-    def __init__(self, force_constant: float) -> None:
+    def __init__(self, force_constant):
         from magus_anharmonic.sscha.state import SschaState
 
         every_pair = force_constant * (4 * np.eye(4) - np.ones((4, 4)))
@@ -317,7 +284,7 @@ class Walked:
         )
 
 
-def test_an_ensemble_wider_than_the_training_set_is_not_trusted(potential: Potential) -> None:
+def test_an_ensemble_wider_than_the_training_set_is_not_trusted(potential):
     near, far = (
         ensemble_trust(Walked(spring), potential, np.random.default_rng(0))
         for spring in (60.0, 0.02)
@@ -327,9 +294,7 @@ def test_an_ensemble_wider_than_the_training_set_is_not_trusted(potential: Poten
     assert far == ensemble_trust(Walked(0.02), potential, np.random.default_rng(0))
 
 
-def test_without_an_estimate_or_a_state_nothing_is_said_about_the_ensemble(
-    potential: Potential,
-) -> None:
+def test_without_an_estimate_or_a_state_nothing_is_said_about_the_ensemble(potential):
     rng = np.random.default_rng(0)
     assert ensemble_trust(Walked(1.0), CalculatorEvaluator(LennardJones()), rng) is None
     failed = Walked(1.0)
@@ -338,11 +303,11 @@ def test_without_an_estimate_or_a_state_nothing_is_said_about_the_ensemble(
 
 
 def test_the_ranking_shows_both_errors_and_warns_of_an_ensemble_that_walked_away(
-    potential: Potential, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+    potential, tmp_path, caplog
+):
     import ranking_fakes as fakes
 
-    def walks(atoms: Atoms, evaluator: Any, *, temperature: float, **options: Any) -> Any:
+    def walks(atoms, evaluator, *, temperature, **options):
         result = fakes.sscha_result(atoms, atoms, -1.0, temperature)
         walked = Walked(0.02)
         result.state, result.force_constants = walked.state, walked.force_constants
@@ -376,7 +341,7 @@ def test_the_ranking_shows_both_errors_and_warns_of_an_ensemble_that_walked_away
 
 
 @pytest.fixture(scope="module")
-def population() -> list[Atoms]:
+def population():
     """Ten different structures, each twice; the enthalpy grows with the number, the displacements
     fall."""
     rng = np.random.default_rng(11)
@@ -389,7 +354,7 @@ def population() -> list[Atoms]:
 
 
 @pytest.mark.parametrize("rule", ["random", "uncertain", "diverse"])
-def test_same_seed_same_choice(rule: str, potential: Potential, population: list[Atoms]) -> None:
+def test_same_seed_same_choice(rule, potential, population):
     first, second = (
         select(population, 4, np.random.default_rng(3), rule, potential) for _ in range(2)
     )
@@ -397,9 +362,7 @@ def test_same_seed_same_choice(rule: str, potential: Potential, population: list
     assert sorted(select(population[:3], 4, np.random.default_rng(3), rule, potential)) == [0, 1, 2]
 
 
-def test_the_most_uncertain_distinct_structures_are_chosen(
-    potential: Potential, population: list[Atoms]
-) -> None:
+def test_the_most_uncertain_distinct_structures_are_chosen(potential, population):
     chosen = select(population, 3, np.random.default_rng(0), "uncertain", potential)
     pool = lowest_distinct(population, 30)
     errors = potential.uncertainty([population[i] for i in pool]).force_error
@@ -409,7 +372,7 @@ def test_the_most_uncertain_distinct_structures_are_chosen(
     )
 
 
-def test_only_low_enthalpies_are_worth_a_label(population: list[Atoms]) -> None:
+def test_only_low_enthalpies_are_worth_a_label(population):
     assert lowest_distinct(population, 5) == [0, 2, 4, 6, 8]
     upside_down = [atoms.copy() for atoms in population]
     for number, atoms in enumerate(upside_down):
@@ -417,9 +380,7 @@ def test_only_low_enthalpies_are_worth_a_label(population: list[Atoms]) -> None:
     assert lowest_distinct(upside_down, 1) == [19]
 
 
-def test_a_model_without_an_estimate_chooses_at_random_and_says_so(
-    potential: Potential, population: list[Atoms], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_model_without_an_estimate_chooses_at_random_and_says_so(potential, population, caplog):
     caplog.set_level(logging.INFO)
     plain = Potential(potential.module)
     chosen, at_random = (
@@ -429,7 +390,7 @@ def test_a_model_without_an_estimate_chooses_at_random_and_says_so(
     assert chosen == at_random and "has no error estimate yet; this choice is random" in caplog.text
 
 
-def test_farthest_points_cover_the_corners() -> None:
+def test_farthest_points_cover_the_corners():
     corners = np.array([[0.0, 0], [0, 9], [9, 0], [9, 9]])
     points = np.vstack([corners + 0.1 * k for k in range(5)])
     chosen = farthest_points(points, 4, np.random.default_rng(0), np.empty((0, 2)))
@@ -444,7 +405,7 @@ def test_farthest_points_cover_the_corners() -> None:
     assert sorted(farthest_points(points[:3], 9, np.random.default_rng(0), corners)) == [0, 1, 2]
 
 
-def test_the_key_is_checked() -> None:
+def test_the_key_is_checked():
     labeler = {"labeler": {"calculator": "gpaw"}}
     assert parse(LearningSettings, labeler).select == "random"
     assert parse(LearningSettings, {**labeler, "select": "diverse"}).select == "diverse"
@@ -452,7 +413,7 @@ def test_the_key_is_checked() -> None:
         parse(LearningSettings, {**labeler, "select": "clever"})
 
 
-def test_the_shipped_checkpoint_knows_its_errors() -> None:
+def test_the_shipped_checkpoint_knows_its_errors():
     """H3S at 150 GPa is among its labels; molecular hydrogen is not."""
     shipped = load("h3s-gpaw-small", device="cpu")
     inside = shipped.uncertainty([crystal(np.random.default_rng(0), 0.05)])

@@ -1,12 +1,9 @@
 """Validation of a campaign: every kind of value found in tables made by hand, verdicts, reasons
 from the run, and wrong input."""
 
-from __future__ import annotations
-
 import csv
 import json
 import re
-from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -20,7 +17,6 @@ from magus_anharmonic.cli import app
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.io.tables import TableFolder
 from magus_anharmonic.paper import enthalpies, findings, quantities, script, tables
-from magus_anharmonic.ranking.candidate import Candidate
 from magus_anharmonic.ranking.table import read_ranking
 from magus_anharmonic.report.text import sentences
 
@@ -109,7 +105,7 @@ RUN = {
 
 
 @pytest.fixture
-def campaign(tmp_path: Path) -> Path:
+def campaign(tmp_path):
     folder = tmp_path / "campaign" / "tables"
     folder.mkdir(parents=True)
     for name, text in TABLES.items():
@@ -120,7 +116,7 @@ def campaign(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def one(campaign: Path, **entry):
+def one(campaign, **entry):
     path = campaign / "e.yaml"
     path.write_text(yaml.safe_dump({"values": [{"source": "a paper", **entry}]}))
     return validate(campaign, path)[0]
@@ -298,9 +294,7 @@ def test_a_transition_knows_its_error():
     assert (above.how, above.pressure_GPa) == ("above", 3.0)
 
 
-def tables_of(
-    folder: Path, rows: Sequence[tables.Mode] | Sequence[Candidate], file: str
-) -> TableFolder:
+def tables_of(folder, rows, file):
     tables.write(type(rows[0]), folder / file, rows)
     return TableFolder(folder)
 
@@ -314,9 +308,7 @@ def tables_of(
         ((-1e5, 0.2e5, -0.3e5, 3e5, 4e5), 1e3),
     ],
 )
-def test_figure_validation_and_report_give_one_critical_pressure(
-    tmp_path: Path, squares, error
-) -> None:
+def test_figure_validation_and_report_give_one_critical_pressure(tmp_path, squares, error):
     pressures = [60.0, 100.0, 140.0, 180.0, 220.0]
     rows = [
         tables.Mode("Im-3m", "Im-3m (229)", "T1u", p, "sscha-hessian", "model", y, error, "0" * 12)
@@ -338,8 +330,8 @@ def test_figure_validation_and_report_give_one_critical_pressure(
     )
 
 
-@pytest.mark.parametrize("n_inside", [0, 2, 4])
-def test_figure_and_validation_give_one_reordering_window(tmp_path: Path, n_inside: int) -> None:
+@pytest.mark.parametrize("n_inside", [0, 4])
+def test_figure_and_validation_give_one_reordering_window(tmp_path, n_inside):
     rng = np.random.default_rng(n_inside)
     h = np.concatenate([[0, 5, 12, 20, 31, 44], np.linspace(60, 300, 30)])
     g = 200 + 0.97 * h + rng.normal(0, 0.4, len(h))
@@ -361,7 +353,7 @@ def test_figure_and_validation_give_one_reordering_window(tmp_path: Path, n_insi
     )
 
 
-def test_figure_validation_and_report_count_the_same_changes_of_space_group(tmp_path: Path) -> None:
+def test_figure_validation_and_report_count_the_same_changes_of_space_group(tmp_path):
     """The fault: an undecided group counted as the lower of the two in figure 6 and `validate`, and
     as no change in the report."""
     groups = (
@@ -390,8 +382,8 @@ def test_figure_validation_and_report_count_the_same_changes_of_space_group(tmp_
 
 
 def test_figure_and_validation_give_one_transition_pressure_where_the_lines_cross_three_times(
-    tmp_path: Path,
-) -> None:
+    tmp_path,
+):
     """The fault: `validate` took the first of several crossings; above the last one the second
     phase is the lower one."""
     rows = [
@@ -414,7 +406,7 @@ def test_figure_and_validation_give_one_transition_pressure_where_the_lines_cros
     assert len(figure) == 2 and found is not None and found.value == pytest.approx(figure[-1])
 
 
-def run(*arguments: str) -> tuple[int, str]:
+def run(*arguments):
     result = CliRunner().invoke(app, ["validate", *arguments])
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
     return result.exit_code, result.output
@@ -462,10 +454,6 @@ def test_exit_codes_and_files(campaign):
             ["energy_rms", "did you mean energy_rmse"],
         ),
         (
-            {"name": "energy_rmse", "unit": "GPa", "value": 1, "model": "finetuned", "set": "test"},
-            ["GPa", "unit of pressure", "meV/atom"],
-        ),
-        (
             {
                 "name": "energy_rmse",
                 "unit": "meV/atm",
@@ -480,10 +468,6 @@ def test_exit_codes_and_files(campaign):
             ["needs set"],
         ),
         (
-            {"name": "energy_rmse", "unit": "eV/atom", "value": 1, "model": "fine", "set": "test"},
-            ["model", "fine"],
-        ),
-        (
             {"name": "transition_pressure", "unit": "GPa", "value": 1, "phases": ["a"]},
             ["phases", "two"],
         ),
@@ -494,10 +478,6 @@ def test_exit_codes_and_files(campaign):
         (
             {"name": "n_with_free_energy", "unit": "1", "pressure_GPa": 100},
             ["one of value, at_least, at_most"],
-        ),
-        (
-            {"name": "n_with_free_energy", "unit": "1", "pressure_GPa": 100, "value": [5, 1]},
-            ["[low, high]"],
         ),
         (
             {"name": "n_with_free_energy", "unit": "1", "pressure_GPa": 100, "valu": 5},
@@ -532,11 +512,6 @@ def test_wrong_folders_and_tables_end_with_code_2(campaign, tmp_path):
     code, text = run(str(campaign), str(PAPER))
     assert code == 2 and "enthalpies.csv: line 5" in text
     assert run()[0] == 2
-
-
-def test_names_lists_what_can_be_validated():
-    code, text = run("--names")
-    assert code == 0 and all(name in text for name in NAMES)
 
 
 def test_a_table_with_another_unit_is_refused(campaign):

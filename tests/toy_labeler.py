@@ -1,12 +1,7 @@
 """A labeler that costs nothing: soft spheres, smooth and periodic, which refuses one structure of
 each family."""
 
-from __future__ import annotations
-
-from typing import Any
-
 import numpy as np
-from ase import Atoms
 from ase.calculators.calculator import Calculator, all_changes
 from ase.neighborlist import neighbor_list
 from ase.stress import full_3x3_to_voigt_6_stress
@@ -24,16 +19,11 @@ class SoftSpheres(Calculator):
 
     implemented_properties = ["energy", "forces", "stress"]
 
-    def __init__(self, refuse: int = 3) -> None:
+    def __init__(self, refuse=3):
         super().__init__()
         self.refuse = refuse
 
-    def calculate(
-        self,
-        atoms: Atoms | None = None,
-        properties: Any = ("energy",),
-        system_changes: Any = all_changes,
-    ) -> None:
+    def calculate(self, atoms=None, properties=("energy",), system_changes=all_changes):
         super().calculate(atoms, properties, system_changes)
         assert self.atoms is not None
         if int(1000 * self.atoms.get_volume()) % 10 < self.refuse:

@@ -56,7 +56,7 @@ LOW = Phase(0.0, 5.00, 900.0)
 HIGH = Phase(0.0725, 4.90, 1000.0)
 
 
-def boundary(temperature: float, low: Phase = LOW, high: Phase = HIGH) -> float:
+def boundary(temperature, low=LOW, high=HIGH):
     """Pressure (GPa) at which both have the same G."""
     return float(
         (high.gibbs(0.0, temperature) - low.gibbs(0.0, temperature))
@@ -65,7 +65,7 @@ def boundary(temperature: float, low: Phase = LOW, high: Phase = HIGH) -> float:
     )
 
 
-def slope(temperature: float, low: Phase = LOW, high: Phase = HIGH) -> float:
+def slope(temperature, low=LOW, high=HIGH):
     """dP/dT by Clausius and Clapeyron, GPa/K."""
     return float(
         (high.s(temperature) - low.s(temperature)) / (high.volume - low.volume) * EV_PER_A3_IN_GPA
@@ -80,8 +80,8 @@ def changed(point: GibbsPoint, **values: Any) -> GibbsPoint:
 
 
 def data(
-    phases: dict[str, Phase],
-    seed: int | None,
+    phases,
+    seed,
     pressures=(60.0, 110.0, 160.0),
     temperatures=(0.0, 300.0, 600.0),
     *,
@@ -92,7 +92,7 @@ def data(
     formula="H3S",
     kinds="GVS",
     true_noise=1.0,
-) -> list[GibbsPoint]:
+):
     """Points with Gaussian noise (None: none) of ``true_noise`` times the errors that they claim;
     ``kinds`` leaves V or S out."""
     rng = np.random.default_rng(seed)

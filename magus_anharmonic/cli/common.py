@@ -28,6 +28,7 @@ from magus_anharmonic.errors import (
     reason_of,
 )
 from magus_anharmonic.report.screen import console as console
+from magus_anharmonic.units import quantity
 
 app = typer.Typer(
     name="magus-anharmonic",
@@ -200,6 +201,18 @@ def configure_logging(level: int) -> None:
         root.removeHandler(earlier)
     root.addHandler(handler)
     logging.getLogger("magus_anharmonic").setLevel(level)
+
+
+def measured(unit: str, help: str = "", **more: Any) -> Any:
+    """An option that is a number in ``unit``, or one with a unit: ``--pressure 150GPa``."""
+
+    def parse(text: Any) -> float:
+        try:
+            return quantity(text, unit)
+        except ValueError as error:
+            raise typer.BadParameter(f"{text!r}: {error}") from None
+
+    return typer.Option(parser=parse, metavar=unit, help=help, **more)
 
 
 InputFile = Annotated[

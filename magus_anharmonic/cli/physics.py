@@ -24,6 +24,7 @@ from magus_anharmonic.cli.common import (
     SettingsFile,
     command,
     console,
+    measured,
     say,
 )
 from magus_anharmonic.errors import InputError
@@ -33,12 +34,8 @@ Supercell = Annotated[
     tuple[int, int, int] | None,
     typer.Option(help="Repetitions of the primitive cell; for a structure.", show_default=SETTINGS),
 ]
-Pressure = Annotated[
-    float | None, typer.Option(help="GPa; for a structure.", show_default=SETTINGS)
-]
-Temperature = Annotated[
-    float | None, typer.Option(help="K; for a structure.", show_default=SETTINGS)
-]
+Pressure = Annotated[float | None, measured("GPa", "For a structure.", show_default=SETTINGS)]
+Temperature = Annotated[float | None, measured("K", "For a structure.", show_default=SETTINGS)]
 
 
 @command()
@@ -178,11 +175,11 @@ def phase_diagram(
         ),
     ],
     pressure: Annotated[
-        list[float] | None, typer.Option(help="GPa, rising; more than once. With structure files.")
+        list[float] | None, measured("GPa", "Rising; more than once. With structure files.")
     ] = None,
     temperature: Annotated[
         list[float] | None,
-        typer.Option(help="K, rising; more than once. With structure files; left out: 0."),
+        measured("K", "Rising; more than once. With structure files; left out: 0."),
     ] = None,
     checkpoint: Annotated[
         str | None,
@@ -222,9 +219,7 @@ def phase_diagram(
     ] = None,
     model_error: Annotated[
         float | None,
-        typer.Option(
-            min=0.0, help="eV/atom, error of the potential in G of each phase; widens the bands."
-        ),
+        measured("eV/atom", "Error of the potential in G of each phase; widens the bands."),
     ] = None,
     seed: Annotated[
         int | None,
@@ -323,7 +318,7 @@ def errors(
         str, typer.Option(help="Name of the phase in the tables; left out: its space group.")
     ] = "",
     pressure: Annotated[
-        float | None, typer.Option(help="GPa; for a structure or dynamical matrices.")
+        float | None, measured("GPa", "For a structure or dynamical matrices.")
     ] = None,
     temperature: Temperature = None,
     supercell: Supercell = None,

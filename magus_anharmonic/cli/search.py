@@ -22,6 +22,7 @@ from magus_anharmonic.cli.common import (
     Seed,
     SettingsFile,
     command,
+    measured,
     say,
 )
 from magus_anharmonic.errors import InputError
@@ -102,10 +103,9 @@ def rank(
             help="Files that ASE reads (also all.extxyz@0:3, found.db@energy<0), or folders."
         ),
     ] = None,
-    pressure: Annotated[float | None, typer.Option(help="GPa.", show_default=SETTINGS)] = None,
+    pressure: Annotated[float | None, measured("GPa", show_default=SETTINGS)] = None,
     temperature: Annotated[
-        list[float] | None,
-        typer.Option(help="K; may be given more than once.", show_default=SETTINGS),
+        list[float] | None, measured("K", "May be given more than once.", show_default=SETTINGS)
     ] = None,
     checkpoint: Checkpoint = None,
     calculator: Calculator = None,
@@ -133,7 +133,7 @@ def rank(
         typer.Option(help="Repetitions of the primitive cell.", show_default=SETTINGS),
     ] = None,
     min_length: Annotated[
-        float | None, typer.Option(help="Angstrom between images, instead of --supercell.")
+        float | None, measured("A", "Between images, instead of --supercell.")
     ] = None,
     n_configs: Annotated[
         int | None, typer.Option(help="Configurations per population, even.", show_default=SETTINGS)
@@ -145,7 +145,7 @@ def rank(
         int | None,
         typer.Option(help="Only so many of the lowest distinct structures.", show_default=SETTINGS),
     ] = None,
-    window: Annotated[float | None, typer.Option(help="eV/atom above the lowest enthalpy.")] = None,
+    window: Annotated[float | None, measured("eV/atom", "Above the lowest enthalpy.")] = None,
     confidence: Annotated[
         float | None,
         typer.Option(

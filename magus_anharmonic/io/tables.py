@@ -153,6 +153,15 @@ def line(record: Any) -> dict[str, str]:
     return {one.name: one.text(record) for one in columns_of(type(record))}
 
 
+def values(record: Any) -> dict[str, Any]:
+    """The values of a record by their columns; ``None`` for what is no finite number."""
+    found = {one.name: reduce(getattr, one.path, record) for one in columns_of(type(record))}
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in found.items()
+    }
+
+
 def read(table: type[Row], path: str | Path) -> list[Row]:
     """All rows of ``path``, in the order of the file; see `rows_of`."""
     return list(rows_of(table, path))

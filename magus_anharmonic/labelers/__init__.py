@@ -5,10 +5,12 @@ A code is one `Code` in `codes`, and one line in its `REGISTRY`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from magus_anharmonic.errors import InputError, LabelerError, LabelerNotInstalled
-from magus_anharmonic.labelers.base import Failure, Label, Labeler, settings_hash
+from magus_anharmonic.labelers.base import Code, Failure, Label, Labeler, Recipe, settings_hash
 from magus_anharmonic.labelers.codes import REGISTRY, code_of
 from magus_anharmonic.scheduler import Scheduling, available_cores, is_remote
 from magus_anharmonic.settings import LabelerSettings
@@ -16,9 +18,11 @@ from magus_anharmonic.settings import LabelerSettings
 __all__ = [
     "REGISTRY",
     "CallableLabeler",
+    "Code",
     "Failure",
     "Label",
     "Labeler",
+    "Recipe",
     "available",
     "code_of",
     "get_labeler",
@@ -26,12 +30,15 @@ __all__ = [
 ]
 
 
-def available(name: str) -> tuple[bool, str]:
+def available(name: str, execution: Mapping[str, Any] | None = None) -> tuple[bool, str]:
     """Whether labels of ``name`` can be made here, and one sentence that says why or what to
     install."""
     if name == "main":
         return True, "MAGUS's MainCalculator makes the labels (magus search -m)"
-    return code_of(name).available()
+    try:
+        return code_of(name).available(execution)
+    except InputError as error:
+        return False, str(error)
 
 
 def get_labeler(

@@ -11,14 +11,15 @@ import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
 from ase import Atoms
 from ase.calculators.calculator import BaseCalculator
 
+from magus_anharmonic import third_party
 from magus_anharmonic.errors import InputError, LabelerError, is_machine_error, typed_line
+from magus_anharmonic.evaluator import Evaluator
 from magus_anharmonic.labelers.base import (
     Code,
     Recipe,
@@ -211,8 +212,6 @@ def _configured(name: str) -> str | None:
 ALLOW = "MAGUS_ANHARMONIC_ALLOW"
 """Environment variable: modules, separated by commas, of which an input may call functions that
 make calculators."""
-ENTRY_POINTS = "magus_anharmonic.calculators"
-"""Group in which an installed package names such functions (module:function)."""
 METHODS = ("get_potential_energy", "get_forces", "get_stress")
 NO_CALCULATOR = (
     f"is no ASE calculator; needed is a class with {', '.join(METHODS)}, e.g."
@@ -268,10 +267,9 @@ def allowed_modules() -> list[str]:
 
     An input file comes from anywhere, and must not name them itself.
     """
-    installed = [point.value.partition(":")[0] for point in entry_points(group=ENTRY_POINTS)]
     return [
         *(name.strip() for name in os.environ.get(ALLOW, "").split(",") if name.strip()),
-        *installed,
+        *(p.module for points in third_party.declared("evaluators").values() for p in points),
     ]
 
 
@@ -306,8 +304,9 @@ def load_class(path: str) -> Callable[..., Any]:
     module_name, _, name = path.rpartition(".")
     if not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)+", path):
         raise LabelerError(
-            f"{path!r} is no labeler; allowed: gpaw, vasp, espresso, main, or the import path of an"
-            " ASE calculator, e.g. ase.calculators.emt.EMT"
+            f"{path!r} is no labeler; allowed: gpaw, vasp, espresso, main, a name that an installed"
+            " package declares (`magus-anharmonic doctor`), or the import path of an ASE"
+            " calculator, e.g. ase.calculators.emt.EMT"
         )
     try:
         module = importlib.import_module(module_name)
@@ -340,15 +339,24 @@ def import_path(name: str) -> str | None:
     return path if path.rpartition(".")[0] else None
 
 
-def make_calculator(block: AseCalculatorSettings) -> BaseCalculator:
-    """The calculator of ``MainCalculator``; raises ``InputError`` that names its key where an input
-    may not make it or cannot."""
+def make_calculator(block: AseCalculatorSettings) -> Any:
+    """The calculator of ``MainCalculator``, or another package's evaluator; raises ``InputError``
+    that names its key where an input may not make it or cannot."""
     where = f"MainCalculator.calculator: {block.calculator!r}"
+    if block.calculator in third_party.declared("evaluators"):
+        made = _made(third_party.load("evaluators", block.calculator), block, where)
+        if not isinstance(made, Evaluator) and not callable(getattr(made, METHODS[0], None)):
+            raise InputError(
+                f"{where}: makes {made!r}, which is no evaluator (model_id, evaluate) and no ASE"
+                " calculator"
+            )
+        return made
     path = import_path(block.calculator)
     if path is None:
         raise InputError(
-            f"{where}: without MAGUS, calculator is mattersim, emt, lj or the"
-            " import path of an ASE calculator; vasp and others need MAGUS"
+            f"{where}: without MAGUS, calculator is mattersim, emt, lj, what an installed package"
+            " declares (`magus-anharmonic doctor`) or the import path of an ASE calculator; vasp"
+            " and others need MAGUS"
         )
     try:
         calculator = load_class(path)
@@ -364,6 +372,10 @@ def make_calculator(block: AseCalculatorSettings) -> BaseCalculator:
             f"MainCalculator.{commands[0]}: an input cannot start programs here; if you trust it,"
             f" allow the calculator's module outside of the input: export {ALLOW}={module}"
         )
+    return _made(calculator, block, where)
+
+
+def _made(calculator: Callable[..., Any], block: AseCalculatorSettings, where: str) -> Any:
     try:
         return calculator(**block.arguments)
     except (TypeError, ValueError, OSError, RuntimeError) as error:
@@ -383,10 +395,19 @@ def _calculates(found: Any) -> bool:
 
 
 REGISTRY: dict[str, type[Code]] = {"gpaw": Gpaw, "vasp": Vasp, "espresso": Espresso}
-"""Name in ``learning.labeler.calculator`` -> code; every other name is the import path of an ASE
-calculator."""
+"""Name in ``learning.labeler.calculator`` -> code; others are of other packages, or import paths of
+ASE calculators."""
 
 
 def code_of(name: str) -> Code:
-    """The code called ``name`` in ``learning.labeler.calculator``."""
-    return REGISTRY.get(name, AseCalculator)(name)
+    """The code called ``name`` in ``learning.labeler.calculator``: ours, that of another package,
+    or an import path. Raises ``InputError``."""
+    kind: Any = REGISTRY.get(name)
+    if kind is None and "." not in name and name in third_party.declared("labelers"):
+        kind = third_party.load("labelers", name)
+        if not (isinstance(kind, type) and issubclass(kind, Code)):
+            raise InputError(
+                f"learning.labeler.calculator: {name}: {kind!r} is no subclass of"
+                " magus_anharmonic.labelers.Code"
+            )
+    return (kind or AseCalculator)(name)

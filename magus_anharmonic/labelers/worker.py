@@ -115,6 +115,9 @@ def _results(atoms: Atoms, code: Code) -> dict[str, Any]:
     from ase.calculators.calculator import PropertyNotImplementedError
 
     given = atoms.copy()
+    if not (np.isfinite(atoms.positions).all() and np.isfinite(atoms.cell.array).all()):
+        # some codes find no neighbours of such an atom, and go on without it
+        raise LabelerError("the structure has positions or a cell that are no numbers")
     energy = float(atoms.get_potential_energy())
     forces = np.asarray(atoms.get_forces(apply_constraint=False))
     try:

@@ -141,7 +141,7 @@ def source_of_result(result: SschaResult, phase: str = "") -> Source:
         name,
         result.target_pressure,
         result.model_id,
-        result.gibbs,
+        result.numbers.gibbs,
         result.gibbs_error,
     )
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.hull import HullEntry, choose_end_members, hull_entries
+from magus_anharmonic.notebook import Described
 from magus_anharmonic.phase_diagram.boundaries import (
     BoundaryPoint,
     IsotopeShift,
@@ -70,8 +71,8 @@ class HullRow:
     entry: HullEntry
 
 
-@dataclass(frozen=True)
-class PhaseDiagram:
+@dataclass(frozen=True, repr=False)
+class PhaseDiagram(Described):
     """Everything that follows from the points. ``sets``: by (isotopes, formula)."""
 
     points: tuple[GibbsPoint, ...]
@@ -86,6 +87,18 @@ class PhaseDiagram:
     notes: tuple[str, ...] = ()
     end_members: tuple[str, ...] = ()
     """Formulas against which the formation free energies of ``hull`` count."""
+
+    def described(self) -> dict[str, str]:
+        """Its points, and each boundary from its lowest to its highest temperature."""
+        ends = {
+            f"{line[0].below} | {line[0].above} ({line[0].isotopes})": "; ".join(
+                f"{end.pressure_GPa:.1f} +- {end.error_GPa:.1f} GPa at {end.temperature_K:g} K"
+                for end in dict.fromkeys((line[0], line[-1]))
+            )
+            for line in lines(self.boundaries)
+        }
+        usable = sum(point.usable for point in self.points)
+        return {"points": f"{usable} of {len(self.points)} usable", **ends}
 
     @property
     def isotopes(self) -> list[str]:

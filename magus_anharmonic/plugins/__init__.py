@@ -3,8 +3,11 @@ registration."""
 
 from __future__ import annotations
 
+import functools
 import logging
 from typing import Any
+
+from magus_anharmonic import third_party
 
 logger = logging.getLogger(__name__)
 
@@ -19,10 +22,12 @@ def register() -> None:
     from magus.fitness import fit_dict
 
     from magus_anharmonic.plugins import hook
-    from magus_anharmonic.plugins.calculator import SschaFitness
+    from magus_anharmonic.plugins.calculator import NamedFitness
 
     _register_calculator()
-    fit_dict[FITNESS] = SschaFitness
+    fit_dict[FITNESS] = NamedFitness
+    for name in third_party.declared("fitness"):
+        fit_dict.setdefault(name, functools.partial(NamedFitness, name=name))
     _register_again_after_magus(magus.calculators)
     hook.attach()
 

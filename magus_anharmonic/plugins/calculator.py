@@ -259,9 +259,9 @@ def _refuse_forked_cuda(device: str | None) -> None:
         )
 
 
-class SschaFitness(FitnessCalculator):
+class NamedFitness(FitnessCalculator):
     """``Fitness: [SSCHA]``: minus the free energy in eV/atom, an estimate where SSCHA has not run;
-    always finite.
+    always finite. Or the fitness that another package declares under ``name``.
 
     With ``formulaType: var`` minus its distance above the hull of the population, as MAGUS's
     ``Ehull`` for enthalpies.
@@ -270,13 +270,21 @@ class SschaFitness(FitnessCalculator):
     stay cheap.
     """
 
-    def __init__(self, parameters: Any) -> None:
+    def __init__(self, parameters: Any, name: str = "SSCHA") -> None:
         super().__init__(parameters)
+        self.name = name
+        try:
+            self._function()
+        except InputError as error:
+            stop(error)
+
+    def _function(self) -> Any:
+        from magus_anharmonic.ranking.fitness import population_fitness, third_party_fitness
+
+        return population_fitness if self.name == "SSCHA" else third_party_fitness(self.name)
 
     def calc(self, pop: Any) -> None:
-        """Set ``info['fitness']['sscha']`` of every individual."""
-        from magus_anharmonic.ranking.fitness import population_fitness
-
+        """Set ``info['fitness'][name]`` of every individual, the name in small letters."""
         individuals = list(pop)
-        for individual, value in zip(individuals, population_fitness(individuals), strict=True):
-            individual.info["fitness"]["sscha"] = value
+        for individual, value in zip(individuals, self._function()(individuals), strict=True):
+            individual.info["fitness"][self.name.lower()] = value

@@ -14,8 +14,10 @@ from ase import Atoms
 
 from magus_anharmonic import autoload
 from magus_anharmonic.errors import InputError, printable
+from magus_anharmonic.search.keys import HostKeys, fold
 from magus_anharmonic.settings import (
     CalculatorSettings,
+    In,
     Settings,
     as_magus_reads,
     load_yaml,
@@ -76,6 +78,22 @@ def misspelt_blocks(parameters: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+def _texts_with_units(data: Mapping[str, Any]) -> list[str]:
+    """One line for each of MAGUS's own keys whose value is a text with a unit: MAGUS itself reads
+    numbers."""
+    fields = {"pressure": Settings.model_fields["pressure"], **HostKeys.model_fields}
+    found = []
+    for key, value in data.items():
+        field = fields.get(fold(str(key)))
+        units = [item.unit for item in field.metadata if isinstance(item, In)] if field else []
+        if units and isinstance(value, str):
+            found.append(
+                f"{key}: {value!r}: MAGUS itself reads this key, as a number in {units[0]} (with"
+                " --host embedded it may have a unit)"
+            )
+    return found
+
+
 def settings_of(parameters: Mapping[str, Any]) -> Settings:
     """Settings from the whole parameter dictionary of MAGUS, with the defaults that MAGUS adds;
     raises InputError.
@@ -87,7 +105,7 @@ def settings_of(parameters: Mapping[str, Any]) -> Settings:
     if "formula_type" in data:
         # MAGUS adds formulaType: fix even when the user wrote formula_type.
         data.pop("formulaType", None)
-    problems = []
+    problems = _texts_with_units(data)
     for name in CALCULATOR_BLOCKS:
         block = as_magus_reads(data.get(name))
         if stages(block) != OURS:
@@ -224,6 +242,8 @@ def run_stock_magus(input_file: str | Path, *, restart: bool = False, use_ml: bo
     """
     data = load_yaml(input_file)
     parse_settings(data)
+    if problems := _texts_with_units(data):
+        raise InputError(*problems)
     if not autoload.is_magus():
         raise InputError(
             "MAGUS is not installed; use --host embedded, or pip install"

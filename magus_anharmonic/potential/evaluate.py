@@ -9,7 +9,6 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +16,7 @@ from ase import Atoms
 from ase.data import chemical_symbols
 
 from magus_anharmonic.errors import InputError, MachineError, NotFinite, is_out_of_memory
-from magus_anharmonic.evaluator import Evaluation, Relaxation
+from magus_anharmonic.evaluator import Evaluation
 from magus_anharmonic.potential import checkpoint, uncertainty
 from magus_anharmonic.potential.graph import (
     Graph,
@@ -30,6 +29,7 @@ from magus_anharmonic.potential.graph import (
     find_topology,
 )
 from magus_anharmonic.potential.m3gnet import FactorisedM3GNet
+from magus_anharmonic.potential.relax import relax
 from magus_anharmonic.potential.resources import (
     SHARE,
     MemoryModel,
@@ -38,7 +38,6 @@ from magus_anharmonic.potential.resources import (
     run_side_by_side,
 )
 from magus_anharmonic.potential.uncertainty import ErrorModel, Uncertainty
-from magus_anharmonic.units import GPa
 
 logger = logging.getLogger(__name__)
 
@@ -422,14 +421,7 @@ class Potential:
                 seen,
             )
 
-    def relax(
-        self, structures: Sequence[Atoms], pressure: GPa = 0.0, **options: Any
-    ) -> list[Relaxation]:
-        """Relax structures at ``pressure`` (GPa), all at once; see
-        `magus_anharmonic.potential.relax.relax`."""
-        from magus_anharmonic.potential.relax import relax
-
-        return relax(self, structures, pressure, **options)
+    relax = relax
 
 
 class _Results:

@@ -37,7 +37,7 @@ from magus_anharmonic.potential.labelled import (
     torch_loss,
 )
 from magus_anharmonic.potential.m3gnet import FactorisedM3GNet
-from magus_anharmonic.settings import Count, FinetuneSettings, Positive, Section
+from magus_anharmonic.settings import Count, FinetuneSettings, Length, Section
 from magus_anharmonic.units import ev_per_a3_to_gpa, ev_to_mev
 
 logger = logging.getLogger(__name__)
@@ -225,8 +225,8 @@ class Architecture(Section):
 
     num_blocks: Count = Field(2, description="message-passing blocks")
     units: Count = Field(64, description="width of atom and edge features")
-    cutoff: Positive = Field(5.0, description="Angstrom, of the edges")
-    threebody_cutoff: Positive = Field(
+    cutoff: Length = Field(5.0, description="Angstrom, of the edges")
+    threebody_cutoff: Length = Field(
         4.0, description="Angstrom, of the bonds that make angles; at most the cutoff"
     )
 

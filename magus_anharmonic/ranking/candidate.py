@@ -13,9 +13,11 @@ from ase import Atoms
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.hull import reduced_formula
 from magus_anharmonic.io.tables import column
+from magus_anharmonic.notebook import html_table
 from magus_anharmonic.ranking.run import Run
 from magus_anharmonic.sscha.record import FreeEnergy, WithFreeEnergy
 from magus_anharmonic.structures import formula
+from magus_anharmonic.units import ev_to_mev
 
 _TABLE = "ranking.candidate.numbered"
 _RANK = "ranking.rank.Ranking"
@@ -166,9 +168,11 @@ class Candidate(WithFreeEnergy):
 
     @property
     def label(self) -> str:
-        """What it is called in a sentence: its file where it came from one, else the beginning of
-        its id."""
-        return Path(self.name).name or self.id[:8]
+        """What it is called in a sentence: its file where it came from one (with the folder where
+        files are called alike, as CONTCAR), else the beginning of its id."""
+        path = Path(self.name)
+        alike = not path.suffix or path.stem.lower() in ("vasprun", "structure", "relaxed")
+        return "/".join(path.parts[-2:]) if alike and self.name else path.name or self.id[:8]
 
     @property
     def composition(self) -> str:
@@ -178,6 +182,38 @@ class Candidate(WithFreeEnergy):
             return reduced_formula(self.formula)
         except InputError:
             return self.formula
+
+
+class RankingTable(list[Candidate]):
+    """Candidates in the order of a table: a list that shows itself as one, also in a notebook."""
+
+    _HEAD = ("rank", "structure", "space group", "G (eV/atom)", "above (meV/atom)", "+-", "status")
+
+    def _rows(self) -> list[tuple[str, ...]]:
+        def shown(value: float | None, digits: int) -> str:
+            return "" if value is None else f"{value:.{digits}f}"
+
+        return [
+            (
+                str(one.rank_quantum or "-"),
+                f"{one.formula} {one.label}",
+                " -> ".join(dict.fromkeys(filter(None, (one.spg_static, one.spg_quantum)))),
+                shown(one.gibbs, 5),
+                shown(None if one.difference is None else ev_to_mev(one.difference), 1),
+                shown(None if one.gibbs_error is None else ev_to_mev(one.gibbs_error), 1),
+                f"same as {one.same_as[:8]}" if one.same_as else one.status,
+            )
+            for one in self
+        ]
+
+    def __repr__(self) -> str:
+        rows = [self._HEAD, *self._rows()]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = (map(str.ljust, row, widths) for row in rows)
+        return "\n".join("  ".join(line).rstrip() for line in lines)
+
+    def _repr_html_(self) -> str:
+        return html_table(self._HEAD, self._rows())
 
 
 def by_composition(candidates: Sequence[Candidate]) -> list[list[Candidate]]:
@@ -194,7 +230,7 @@ def _lowest(block: Sequence[Candidate]) -> tuple[float, float]:
     return min(gibbs, default=math.inf), min(static, default=math.inf)
 
 
-def numbered(candidates: Sequence[Candidate]) -> list[Candidate]:
+def numbered(candidates: Sequence[Candidate]) -> RankingTable:
     """Order for the table, composition by composition, ranks filled in.
 
     Of a composition first the ranked phases, by G; then those that are the same phase as one of
@@ -203,9 +239,9 @@ def numbered(candidates: Sequence[Candidate]) -> list[Candidate]:
     composition by enthalpy, ``rank_quantum`` the phases of the first kind alone: an estimate is
     never the best.
     """
-    return [
+    return RankingTable(
         candidate for block in by_composition(candidates) for candidate in _numbered_block(block)
-    ]
+    )
 
 
 def _numbered_block(candidates: Sequence[Candidate]) -> list[Candidate]:

@@ -19,14 +19,17 @@ Pure, because MAGUS calls fitnesses 5-10 times per generation, on duplicates and
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from ase import Atoms
 
+from magus_anharmonic import third_party
+from magus_anharmonic.errors import InputError
 from magus_anharmonic.hull import (
     above_hull,
     hull_probabilities,
@@ -244,6 +247,36 @@ def copy_order(info: Mapping[str, Any]) -> tuple[bool, float, float]:
     lower G, then the lower enthalpy."""
     gibbs, enthalpy = computed_gibbs(info), number(info.get("enthalpy"))
     return gibbs is None, gibbs or 0.0, math.inf if enthalpy is None else enthalpy
+
+
+EMBEDDED_FITNESSES = ("Enthalpy", "Ehull", "SSCHA")
+
+
+@functools.cache
+def third_party_fitness(name: str) -> Callable[[Sequence[Atoms]], list[float]]:
+    """The fitness that another package declares under ``name``; raises ``InputError`` where it
+    cannot be used.
+
+    What it returns raises ``InputError`` too, unless it is one finite number per structure.
+    """
+    if name not in (others := third_party.declared("fitness")):
+        only = "only MAGUS knows this fitness" if name in ("Gap", "XRD") else "unknown fitness"
+        known = ", ".join((*EMBEDDED_FITNESSES, *others))
+        raise InputError(f"Fitness: {name}: {only}; the embedded host has {known}")
+    function = third_party.load("fitness", name)
+    if not callable(function):
+        raise InputError(f"Fitness: {name}: {function!r} is no function of a list of structures")
+
+    def checked(structures: Sequence[Atoms]) -> list[float]:
+        values = [float(value) for value in function(structures)]
+        if len(values) != len(structures) or not np.isfinite(values).all():
+            raise InputError(
+                f"Fitness: {name}: must return one finite number for each of the"
+                f" {len(structures)} structures, returned {values}"
+            )
+        return values
+
+    return checked
 
 
 def population_fitness(structures: Sequence[Atoms]) -> list[float]:

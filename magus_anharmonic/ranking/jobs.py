@@ -243,7 +243,7 @@ def run_job(job: Job, evaluator: Evaluator, free_energy: Callable[..., Any]) -> 
             log.warning("SSCHA of %s at %g K stopped", job.structure, temperature, exc_info=True)
             outcomes.append(Outcome(temperature, None, typed_line(error), lasting=False))
         else:
-            failed = result.status == "failed" or result.gibbs is None
+            failed = result.status == "failed" or result.numbers.gibbs is None
             reason = (result.reason or "it has no free energy") if failed else ""
             outcomes.append(
                 Outcome(
@@ -423,6 +423,6 @@ def _words(outcome: Outcome) -> str:
         return f"{where} failed: {outcome.reason}"
     r = outcome.result
     return (
-        f"{where}: {r.space_group_start} -> {r.space_group}, G = {r.gibbs:.5f} +-"
+        f"{where}: {r.space_group_start} -> {r.space_group}, G = {r.numbers.gibbs:.5f} +-"
         f" {r.gibbs_error:.5f} eV/atom, {r.n_evaluations} evaluations, {r.status}"
     )

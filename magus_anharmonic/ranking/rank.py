@@ -8,7 +8,6 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from ase import Atoms
@@ -16,7 +15,7 @@ from ase import Atoms
 from magus_anharmonic.errors import InputError, one_line
 from magus_anharmonic.evaluator import ENERGY_ERROR, Evaluator
 from magus_anharmonic.hull import comparable
-from magus_anharmonic.ranking.candidate import Candidate, numbered
+from magus_anharmonic.ranking.candidate import Candidate, RankingTable, numbered
 from magus_anharmonic.ranking.fitness import (
     GibbsEstimate,
     composition,
@@ -39,11 +38,12 @@ from magus_anharmonic.ranking.run import Key
 from magus_anharmonic.ranking.runs import Runs
 from magus_anharmonic.ranking.stability import check_stability, with_followers
 from magus_anharmonic.ranking.store import FreeEnergyStore
-from magus_anharmonic.ranking.table import draw_best, write_quantum, write_ranking
+from magus_anharmonic.ranking.table import draw_best, write_quantum, write_ranking, write_results
 from magus_anharmonic.ranking.uncertainty import ModelTerm
 from magus_anharmonic.scheduler import Scheduler, open_scheduler
 from magus_anharmonic.settings import Settings
 from magus_anharmonic.sscha.record import FreeEnergy
+from magus_anharmonic.sscha.result import SschaResult
 from magus_anharmonic.sscha.state import SschaState
 from magus_anharmonic.structures import isotopes, space_group, stripped, structure_id
 
@@ -63,16 +63,16 @@ def rank(
     generation: int | None = None,
     n_generations: int | None = None,
     energy_rmse: float | None = None,
-    free_energy: Callable[..., Any] | None = None,
+    free_energy: Callable[..., SschaResult] | None = None,
     workers: Workers = None,
     starts: Mapping[str, SschaState] | None = None,
     measured: Mapping[str, ModelTerm] | None = None,
-) -> list[Candidate]:
+) -> RankingTable:
     """Rank structures that all carry ``info['enthalpy']`` (eV/atom) of ``evaluator``'s model.
 
-    Writes ``ranking.csv`` (and ``ranking_<T>K.csv`` for the further temperatures), ``quantum.traj``
-    and ``free_energies.db`` in ``run_dir``, one folder per SSCHA run in ``run_dir/sscha``, and the
-    flat ``info`` keys.
+    Writes ``ranking.csv`` (and ``ranking_<T>K.csv`` for the further temperatures),
+    ``results.json``, ``quantum.traj`` and ``free_energies.db`` in ``run_dir``, one folder
+    per SSCHA run in ``run_dir/sscha``, and the flat ``info`` keys.
 
     Parameters
     ----------
@@ -242,6 +242,8 @@ class Ranking:
             for c in chosen
             if c.id not in out and any(runs.of(c, key) is None for key in runs.keys)
         ]
+        for candidate in (c for c in todo if c.name):
+            log.info("%s is %s", candidate.id, candidate.name)
         log.info(
             "SSCHA: %d distinct structures of %d, %d within reach, %d of them already known",
             len(self.candidates), len(self.population), len(chosen), len(chosen) - len(todo),
@@ -275,12 +277,12 @@ class Ranking:
                 jobs.append(self.runs.job(candidate.structure, later, start=start))
         return jobs
 
-    def tables(self) -> list[list[Candidate]]:
+    def tables(self) -> list[RankingTable]:
         """The candidates in the order of the table, one list per temperature (one list without
         ``sscha``)."""
         return [self.table(key) for key in self.runs.keys] or [self.table(None)]
 
-    def table(self, key: Key | None) -> list[Candidate]:
+    def table(self, key: Key | None) -> RankingTable:
         """The candidates as they are known now, in the order of the table; ``key`` None: without
         free energies."""
         candidates, runs, energy_rmse = list(self.candidates), self.runs, self.runs.energy_rmse
@@ -339,7 +341,7 @@ def write_tables(
     run_dir: Path, tables: Sequence[Sequence[Candidate]], store: FreeEnergyStore
 ) -> None:
     """``ranking.csv`` for the first temperature, ``ranking_<T>K.csv`` for the others,
-    ``quantum.traj`` for all results."""
+    ``results.json`` of all together, ``quantum.traj`` for all results."""
     for index, candidates in enumerate(tables):
         name = (
             "ranking.csv"
@@ -347,6 +349,7 @@ def write_tables(
             else f"ranking_{candidates[0].temperature:g}K.csv"
         )
         write_ranking(run_dir / name, candidates)
+    write_results(run_dir / "results.json", tables)
     write_quantum(run_dir / "quantum.traj", store.runs())
 
 

@@ -23,6 +23,7 @@ from ase import Atoms
 from magus_anharmonic.errors import InputError, SschaError, one_line
 from magus_anharmonic.evaluator import (
     CalculatorEvaluator,
+    EnergySource,
     Evaluation,
     Evaluator,
     as_evaluator,
@@ -32,9 +33,11 @@ from magus_anharmonic.evaluator import (
 )
 from magus_anharmonic.gate import check_structures, read_sources
 from magus_anharmonic.labelers.codes import import_path, make_calculator
-from magus_anharmonic.ranking.candidate import Candidate
+from magus_anharmonic.notebook import says_in_notebooks
+from magus_anharmonic.ranking.candidate import RankingTable
 from magus_anharmonic.ranking.jobs import Workers
 from magus_anharmonic.ranking.rank import rank
+from magus_anharmonic.ranking.table import write_relaxed
 from magus_anharmonic.ranking.uncertainty import ModelTerm
 from magus_anharmonic.runs.lock import locked
 from magus_anharmonic.runs.record import check_results_version, read_run_record, write_run_record
@@ -49,6 +52,7 @@ from magus_anharmonic.settings import (
 from magus_anharmonic.sscha.engines import effective_number, minimise, reweighted
 from magus_anharmonic.sscha.ensemble import Ensemble, average
 from magus_anharmonic.sscha.qe_files import generating_matrices, read_ensemble, state_from_dyn
+from magus_anharmonic.sscha.result import SschaResult
 from magus_anharmonic.sscha.start import LARGEST_AMPLITUDE_LATER, floor_modes
 from magus_anharmonic.sscha.state import SschaState, state_digest
 from magus_anharmonic.sscha.symmetry import Symmetry
@@ -133,7 +137,10 @@ def evaluator_of(
             " it is mattersim"
         )
     block = parse(AseCalculatorSettings, settings.main_calculator, "MainCalculator")
-    return CalculatorEvaluator(make_calculator(block), elements=settings.symbols), block
+    made = make_calculator(block)
+    if not isinstance(made, Evaluator):
+        made = CalculatorEvaluator(made, elements=settings.symbols)
+    return made, block
 
 
 def _relaxation_block(settings: Settings) -> RelaxationSettings:
@@ -201,7 +208,7 @@ def check_sources(structures: Sequence[str], dyn: str | None, ensemble: Path | N
 
 def rank_start(
     dyn: str | None, ensemble: Path | None, settings: Settings, output: str | Path
-) -> list[Candidate]:
+) -> RankingTable:
     """SSCHA of one candidate from the state of ``dyn`` (prefix of dynamical matrices), or of
     ``ensemble`` after minimising on it.
 
@@ -320,7 +327,7 @@ def what_it_says(
 
 def rank_file(
     sources: str | Path | Sequence[str | Path], settings: Settings, output: str | Path
-) -> list[Candidate]:
+) -> RankingTable:
     """Rank the structures of files and folders (`gate.read_sources`) with the calculator that
     ``settings`` name; everything goes to ``output``.
 
@@ -339,7 +346,7 @@ def rank_alone(
     output: str | Path,
     sources: dict[str, Any],
     **options: Any,
-) -> list[Candidate]:
+) -> RankingTable:
     """Rank with the calculator of ``settings`` while no other process works in ``output``;
     ``sources`` go into its run record.
 
@@ -361,26 +368,47 @@ def rank_alone(
         return rank_structures(structures, evaluator, settings, output, seed=seed, **options)
 
 
+@says_in_notebooks
 def rank_structures(
     structures: Sequence[Atoms],
-    evaluator: Any,
+    evaluator: EnergySource,
     settings: Settings,
     run_dir: str | Path,
     *,
     seed: int = 0,
     relax: bool = True,
-    free_energy: Callable[..., Any] | None = None,
+    free_energy: Callable[..., SschaResult] | None = None,
     workers: Workers = None,
     starts: Mapping[str, SschaState] | None = None,
     measured: Mapping[str, ModelTerm] | None = None,
-) -> list[Candidate]:
-    """Relax at ``settings.pressure``, find the distinct ones, and rank them by free energy; see
-    `rank` for the files.
+) -> RankingTable:
+    """Relax at ``settings.pressure``, find the distinct ones, and rank them by free energy.
 
-    ``evaluator``: our Potential, an ASE calculator or a labeler. ``relax=False`` takes the
-        structures as they are.
-    ``starts``, ``measured``: see `rank`. The structures are not changed; one that cannot be relaxed
-    is in the table as failed, with the reason.
+    Everything goes to ``run_dir``: ``ranking.csv`` (and ``ranking_<T>K.csv`` for further
+    temperatures), ``results.json``, ``relaxed.extxyz`` (`write_relaxed`), ``quantum.traj``,
+    ``free_energies.db``, and a folder per SSCHA run in ``sscha/``.
+    The same call again takes up what is finished. The structures are not changed; one that cannot
+    be relaxed is in the table as failed, with the reason.
+
+    Parameters
+    ----------
+    evaluator
+        Our ``Potential``, any ASE calculator, or a labeler.
+    settings
+        Of `parse_settings`, with the block ``sscha``: ``parse_settings({"pressure": 150, "Fitness":
+        ["SSCHA"], "sscha": {"temperature": 300}})``.
+    relax
+        False takes the structures as they are.
+    free_energy
+        A stand-in for `free_energy`, with its arguments.
+    workers
+        Who runs SSCHA: a scheduler, or a number of local processes; None takes
+        ``settings.scheduler``.
+    starts
+        By structure id: the SSCHA state from which that structure's run starts, instead of a
+        harmonic one.
+    measured
+        By candidate id or space-group symbol: what DFT labels say about the model's G.
     """
     check_structures(structures)
     source = as_evaluator(evaluator, structures)
@@ -401,7 +429,7 @@ def rank_structures(
         if reason:
             atoms.info["reason"] = f"relaxation: {reason}"
             log.warning("structure %d is out of the ranking: %s", index, atoms.info["reason"])
-    return rank(
+    found = rank(
         copies,
         evaluator=source,
         settings=settings,
@@ -412,3 +440,5 @@ def rank_structures(
         starts=starts,
         measured=measured,
     )
+    write_relaxed(Path(run_dir) / "relaxed.extxyz", copies, structures, found)
+    return found

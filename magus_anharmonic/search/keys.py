@@ -15,8 +15,13 @@ import numpy as np
 from pydantic import Field, field_validator, model_validator
 
 from magus_anharmonic.errors import InputError
+from magus_anharmonic.ranking.fitness import EMBEDDED_FITNESSES, third_party_fitness
 from magus_anharmonic.settings import (
     Count,
+    Energy,
+    Force,
+    In,
+    Length,
     NonNegative,
     Positive,
     Section,
@@ -102,7 +107,7 @@ class Rattle(CutAndSplice):
     """``OffspringCreator.rattle``."""
 
     p: Probability = Field(0.25, description="probability that an atom moves")
-    rattle_range: Positive = Field(1.0, description="longest displacement, Angstrom")
+    rattle_range: Length = Field(1.0, description="longest displacement, Angstrom")
 
 
 class Perm(CutAndSplice):
@@ -180,10 +185,7 @@ class HostKeys(Section):
         None, description="radii in Angstrom; left out: covalent radii"
     )
     volume_ratio: Positive = Field(
-        1.5,
-        description=(
-            "cell volume / volume of the atoms' balls, adapted from the second generation on"
-        ),
+        1.5, description="cell volume / volume of the atoms' balls, adapted from generation 2 on"
     )
     min_volume_ratio: Positive = Field(0.5, description="smallest random volume / mean")
     max_volume_ratio: Positive = Field(1.5, description="largest random volume / mean")
@@ -209,17 +211,15 @@ class HostKeys(Section):
     )
     max_n_try: Count = Field(100, description="attempts for one random structure")
     max_length_ratio: Positive = Field(8.0, description="longest / shortest cell vector")
-    max_forces: Positive = Field(50.0, description="eV/A; structures above it are dropped")
-    max_enthalpy: float = Field(100.0, description="eV/atom; structures above it are dropped")
-    symprec: Positive = Field(0.1, description="Angstrom, for finding space groups")
-    dE: Positive = Field(
-        0.01,
-        description=(
-            "eV/atom: duplicates have the same space group and differ less (in enthalpy; MAGUS:"
-            " energy)"
-        ),
-    )  # noqa: N815
-    dV: Positive = Field(0.05, description="relative: duplicates differ less in volume")  # noqa: N815
+    max_forces: Force = Field(50.0, description="eV/A; structures above it are dropped")
+    max_enthalpy: Annotated[float, In("eV/atom")] = Field(
+        100.0, description="eV/atom; structures above it are dropped"
+    )
+    symprec: Length = Field(0.1, description="Angstrom, for finding space groups")
+    dE: Energy = Field(
+        0.01, description="eV/atom: duplicates (of one space group) differ less in enthalpy"
+    )
+    dV: Positive = Field(0.05, description="relative: duplicates differ less in volume")
     check_seed: bool = Field(False, description="check seeds like other structures")
     rand_ratio: Probability = Field(
         0.2, description="share of random structures from the second generation on"
@@ -445,11 +445,11 @@ def _top_level_problems(settings: Settings) -> list[str]:
             "MainCalculator: is missing (e.g. {calculator: mattersim, jobPrefix: MatterSim})"
         )
     for name in settings.fitness:
-        if name not in ("Enthalpy", "Ehull", "SSCHA"):
-            only = "only MAGUS knows this fitness" if name in ("Gap", "XRD") else "unknown fitness"
-            problems.append(
-                f"Fitness: {name}: {only}; the embedded host has Enthalpy, Ehull and SSCHA"
-            )
+        if name not in EMBEDDED_FITNESSES:
+            try:
+                third_party_fitness(name)
+            except InputError as error:
+                problems += error.problems
     if settings.learning is not None and settings.learning.labeler.calculator == "main":
         problems.append(
             "learning.labeler.calculator: main needs `magus search -m`; the embedded host takes"

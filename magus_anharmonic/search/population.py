@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,7 @@ from ase.neighborlist import neighbor_list
 from scipy.cluster.hierarchy import fcluster, linkage
 
 from magus_anharmonic.hull import above_hull
-from magus_anharmonic.ranking.fitness import copy_order, population_fitness
+from magus_anharmonic.ranking.fitness import copy_order, population_fitness, third_party_fitness
 from magus_anharmonic.search.generate import Geometry
 from magus_anharmonic.search.keys import HostKeys
 from magus_anharmonic.structures import (
@@ -128,7 +128,7 @@ def same(a: Atoms, b: Atoms, keys: HostKeys) -> bool:
 def set_dominators(population: Sequence[Atoms], fitness: Sequence[str]) -> None:
     """Set ``fitness`` (larger is better) and ``dominators``: how many others are at least as good
     in every fitness."""
-    values = np.array([_FITNESS[name](population) for name in fitness]).reshape(
+    values = np.array([fitness_function(name)(population) for name in fitness]).reshape(
         len(fitness), len(population)
     )
     for index, atoms in enumerate(population):
@@ -242,11 +242,16 @@ def _ehull(population: Sequence[Atoms]) -> list[float]:
     return [-float(distance) for distance in distances]
 
 
-_FITNESS = {
+_FITNESS: dict[str, Callable[[Sequence[Atoms]], list[float]]] = {
     "Enthalpy": lambda population: [-float(atoms.info["enthalpy"]) for atoms in population],
     "Ehull": _ehull,
     "SSCHA": population_fitness,
 }
+
+
+def fitness_function(name: str) -> Callable[[Sequence[Atoms]], list[float]]:
+    """The fitness of this name, ours or another package's; raises ``InputError``."""
+    return _FITNESS.get(name) or third_party_fitness(name)
 
 
 def _composition(atoms: Atoms) -> tuple[tuple[int, int], ...]:

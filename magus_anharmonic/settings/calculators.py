@@ -7,7 +7,17 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from magus_anharmonic.settings.section import Count, InsidePath, Positive, Section, snake_case
+from magus_anharmonic.settings.section import (
+    Count,
+    Force,
+    In,
+    InsidePath,
+    Length,
+    Seconds,
+    Section,
+    Spacing,
+    snake_case,
+)
 
 Optimizer = Literal["bfgs", "ase", "fire"]
 Optimizers = Optimizer | Annotated[list[Optimizer], Field(min_length=1)]
@@ -29,9 +39,9 @@ class RelaxationSettings(Section):
     job_prefix: str | list[str] = Field(
         "ASE", description="MAGUS's folder name; the embedded host makes no such folder"
     )
-    eps: Positive = Field(0.05, description="relaxation ends below this force, eV/A (MAGUS's name)")
+    eps: Force = Field(0.05, description="relaxation ends below this force, eV/A (MAGUS's name)")
     max_step: Count = Field(300, description="most relaxation steps")
-    max_move: Positive = Field(0.1, description="longest step of one atom, Angstrom")
+    max_move: Length = Field(0.1, description="longest step of one atom, Angstrom")
     optimizer: Optimizers = Field("ase", description=OPTIMIZER_DESCRIPTION)
     relax_lattice: bool = Field(True, description="relax the cell too")
     fix_symmetry: bool = Field(False, description="keep the space group while relaxing")
@@ -132,7 +142,7 @@ class LabelerSettings(Section):
     arguments: dict[str, Any] = Field(
         default_factory=dict, description="keyword arguments of the calculator"
     )
-    k_spacing: Positive | None = Field(
+    k_spacing: Spacing | None = Field(
         None, description="k-point spacing in 2 pi / A, Gamma-centred; default by labeler"
     )
     n_workers: Count | None = Field(
@@ -142,7 +152,7 @@ class LabelerSettings(Section):
             " core"
         ),
     )
-    timeout: Positive = Field(3600.0, description="seconds after which one label is given up")
+    timeout: Seconds = Field(3600.0, description="seconds after which one label is given up")
 
 
 QUEUES = ("slurm", "lsf", "pbs")
@@ -163,8 +173,10 @@ class WorkerSettings(Section):
     )
     gpus: int = Field(0, ge=0, description="GPUs of each job; more than one needs dask-cuda")
     memory: str = Field("8 GB", description="of each job")
-    walltime: int = Field(
-        86400, ge=600, description="of each job: hh:mm:ss, or seconds; jobs that end are sent again"
+    walltime: Annotated[int, In("s")] = Field(
+        86400,
+        ge=600,
+        description="of each job: hh:mm:ss, 24 h, or seconds; jobs that end are sent again",
     )
     queue: str | None = Field(None, description="queue or partition")
     account: str | None = Field(None, description="account or project")
@@ -189,7 +201,7 @@ class WorkerSettings(Section):
         ),
     )
     logs: InsidePath = Field("worker-logs", description="folder for the output of the jobs")
-    timeout: Positive = Field(
+    timeout: Seconds = Field(
         30.0, description="seconds in which a Dask scheduler at an address must answer"
     )
 
@@ -204,12 +216,8 @@ class WorkerSettings(Section):
     @classmethod
     def _seconds(cls, value: Any) -> Any:
         # YAML 1.1 reads 24:00:00 without quotes as the whole number 86400.
-        if isinstance(value, bool) or not isinstance(value, int | str):
-            raise ValueError("must be hh:mm:ss or seconds")
-        if isinstance(value, int):
+        clock = isinstance(value, str) and re.fullmatch(r"(\d+):(\d+)(?::(\d+))?", value)
+        if not clock:
             return value
-        parts = value.split(":")
-        if len(parts) not in (2, 3) or not all(part.isdigit() for part in parts):
-            raise ValueError("must be hh:mm:ss or seconds")
-        hours, minutes, seconds = (int(part) for part in [*parts, "0"][:3])
+        hours, minutes, seconds = (int(part or 0) for part in clock.groups())
         return 3600 * hours + 60 * minutes + seconds

@@ -8,7 +8,17 @@ from typing import Annotated, Any
 from pydantic import Field, field_validator, model_validator
 
 from magus_anharmonic.settings import section
-from magus_anharmonic.settings.section import Count, NonNegative, Positive, PressureGPa, Section
+from magus_anharmonic.settings.section import (
+    Count,
+    Energy,
+    Force,
+    Kelvin,
+    Length,
+    NonNegative,
+    Positive,
+    PressureGPa,
+    Section,
+)
 from magus_anharmonic.settings.training import FinetuneSettings
 
 PressuresGPa = Annotated[list[PressureGPa], Field(min_length=1)]
@@ -76,7 +86,7 @@ class CampaignLearning(Pressures):
         default_factory=dict,
         description="MAGUS's keys for these searches alone, laid over `search`",
     )
-    target_rmse: Positive | None = Field(
+    target_rmse: Energy | None = Field(
         None,
         description=(
             "eV/atom, of the final model on the validation set; further cycles of learning while it"
@@ -169,7 +179,7 @@ class RelaxSettings(Pressures):
     max_structures: Count = Field(
         100, description="lowest distinct structures of each production search"
     )
-    window: Positive | None = Field(
+    window: Energy | None = Field(
         None, description="eV/atom above the lowest enthalpy of its search; left out: no limit"
     )
 
@@ -190,9 +200,9 @@ class DftSettings(Section):
     max_structures: Count | None = Field(
         None, description="per pressure, the lowest free energies first; left out: every one"
     )
-    force_tolerance: Positive = Field(0.05, description="eV/A")
+    force_tolerance: Force = Field(0.05, description="eV/A")
     max_steps: Count = Field(100, description="most steps of one relaxation")
-    symprec: Positive = Field(
+    symprec: Length = Field(
         0.05, description="Angstrom, of the three space groups that are compared"
     )
 
@@ -214,7 +224,7 @@ class HessianSettings(Pressures):
     phases: list[HessianPhase] = Field(
         min_length=1, description="which phases, and which of their modes"
     )
-    temperature: NonNegative = Field(0.0, description="K")
+    temperature: Kelvin = Field(0.0, description="K")
     supercell: tuple[Count, Count, Count] = Field(
         (3, 3, 3), description="repetitions of the primitive cell"
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -13,7 +13,9 @@ from magus_anharmonic.errors import InputError
 from magus_anharmonic.settings.search import OF_A_RANKING, SschaSettings
 from magus_anharmonic.settings.section import (
     Count,
+    In,
     InsidePath,
+    Kelvin,
     NonNegative,
     Positive,
     PressureGPa,
@@ -47,10 +49,10 @@ class PhaseDiagramSettings(Section):
     pressures: list[PressureGPa] = Field(
         min_length=1, description="GPa, rising; the diagram ends at the first and the last"
     )
-    temperatures: list[NonNegative] = Field(
+    temperatures: list[Kelvin] = Field(
         [0.0], min_length=1, description="K, rising; each point starts from its neighbour"
     )
-    isotopes: dict[str, dict[str, Positive]] = Field(
+    isotopes: dict[str, dict[str, Annotated[Positive, In("amu")]]] = Field(
         {"natural": {}},
         description=(
             "name: masses in amu by symbol, e.g. {H3S: {}, D3S: {H: 2.014}}; the first is the"
@@ -68,7 +70,7 @@ class PhaseDiagramSettings(Section):
             " the elements"
         ),
     )
-    model_error: NonNegative = Field(
+    model_error: Annotated[NonNegative, In("eV/atom")] = Field(
         0.0,
         description=(
             "eV/atom, error of the potential in G of a phase, independent between phases; widens"

@@ -25,17 +25,23 @@ from magus_anharmonic.settings.calculators import (
 )
 from magus_anharmonic.settings.section import (
     Count,
+    Energy,
+    In,
     InsidePath,
+    Kelvin,
+    Length,
     NonNegative,
     Positive,
     PressureGPa,
     Section,
+    Spacing,
     absolute_file,
     load_yaml,
     parse,
     snake_case,
 )
 from magus_anharmonic.settings.training import TrainingKeys
+from magus_anharmonic.units import quantity
 
 Row = tuple[int, int, int]
 
@@ -63,7 +69,7 @@ class LearningSettings(TrainingKeys):
     )
     n_sample: Count = Field(10, description="structures chosen per generation")
     n_perturb: Count = Field(10, description="distortions of each")
-    atom_displacement: NonNegative = Field(
+    atom_displacement: Annotated[NonNegative, In("A")] = Field(
         0.05, le=1.0, description="Angstrom, random direction, fixed length"
     )
     strain: NonNegative = Field(
@@ -79,7 +85,7 @@ class LearningSettings(TrainingKeys):
             " each"
         ),
     )
-    target_rmse: Positive | None = Field(
+    target_rmse: Energy | None = Field(
         None,
         description=(
             "eV/atom on the search's own validation labels: the model counts as converged below it"
@@ -120,7 +126,7 @@ those of a run (`SschaSettings.of_a_run`)."""
 class SschaSettings(Section):
     """``sscha``: free energies of the low-enthalpy structures (Secs. II and IV B of the paper)."""
 
-    temperature: NonNegative | list[NonNegative] = Field(
+    temperature: Kelvin | list[Kelvin] = Field(
         0.0, description="K; a list runs one after the other"
     )
     when: Literal["converged_model", "every_generation"] = Field(
@@ -133,7 +139,7 @@ class SschaSettings(Section):
     max_candidates: Count = Field(
         100, description="the lowest distinct structures, counted per model"
     )
-    window: Positive | None = Field(
+    window: Energy | None = Field(
         None,
         description=(
             "only structures this far (eV/atom) above the best enthalpy, or above the hull of"
@@ -141,7 +147,7 @@ class SschaSettings(Section):
         ),
     )
     supercell: (
-        tuple[Count, Count, Count] | tuple[Row, Row, Row] | dict[Literal["min_length"], Positive]
+        tuple[Count, Count, Count] | tuple[Row, Row, Row] | dict[Literal["min_length"], Length]
     ) = Field(
         (2, 2, 2),
         description=(
@@ -166,27 +172,27 @@ class SschaSettings(Section):
     strain_tolerance: Positive = Field(
         0.005, description="what the cell may still be strained by, or twice its error"
     )
-    centroid_tolerance: Positive = Field(
+    centroid_tolerance: Length = Field(
         0.005, description="Angstrom, what centroids may still have to move, or twice their error"
     )
-    pressure_tolerance: Positive | None = Field(
+    pressure_tolerance: Annotated[Positive, In("GPa")] | None = Field(
         None,
         description=(
             "GPa, largest component of stress minus target; left out: energy and strain decide"
             " alone"
         ),
     )
-    free_energy_tolerance: Positive = Field(
+    free_energy_tolerance: Energy = Field(
         0.2e-3, description="eV/atom, predicted remaining decrease of G"
     )
     min_effective_sample: Positive = Field(
         0.5, lt=1.0, description="effective sample size / n_configs that ends a minimisation"
     )
-    symprec: Positive = Field(0.05, description="Angstrom, symmetry of the start")
-    reference_spacing: Positive = Field(
+    symprec: Length = Field(0.05, description="Angstrom, symmetry of the start")
+    reference_spacing: Spacing = Field(
         0.02, description="2 pi / A: q spacing to which the free energy is interpolated"
     )
-    error_tolerance: Positive | None = Field(
+    error_tolerance: Energy | None = Field(
         None,
         description=(
             "eV/atom, sampling error of G that ends a run; left out: none, or 0.3 of the model's"
@@ -233,15 +239,12 @@ class SschaSettings(Section):
     @field_validator("temperature", mode="before")
     @classmethod
     def _kelvin(cls, value: Any) -> Any:
-        values = value if isinstance(value, list) else [value]
+        values = [quantity(item, "K") for item in (value if isinstance(value, list) else [value])]
         if not values:
             raise ValueError("must be a number or a list of numbers in K")
-        for item in values:
-            if isinstance(item, bool) or not isinstance(item, int | float):
-                raise ValueError("must be a number or a list of numbers in K")
-            if item < 0:
-                raise ValueError("must not be below 0 K")
-        return value
+        if min(values) < 0:
+            raise ValueError("must not be below 0 K")
+        return values if isinstance(value, list) else values[0]
 
     @field_validator("supercell", mode="before")
     @classmethod
@@ -429,7 +432,7 @@ def load_settings(path: str | Path) -> Settings:
     return parse_settings(load_yaml(path))
 
 
-def parse_settings(data: dict[str, Any]) -> Settings:
+def parse_settings(data: Mapping[str, object]) -> Settings:
     """Validate the mapping of an ``input.yaml``; MAGUS's remaining keys end up in
     ``Settings.host``."""
     ours: dict[str, Any] = {}

@@ -8,6 +8,7 @@ import math
 import os
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar
@@ -16,10 +17,35 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from magus_anharmonic.errors import InputError, one_line
+from magus_anharmonic.units import NUMBER, UNITS, dimension_of, quantity
+
+
+@dataclass(frozen=True)
+class In:
+    """The unit of a key's bare numbers; a text with another unit (``150 GPa``) is converted."""
+
+    unit: str
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
+        reader = BeforeValidator(lambda value: quantity(value, self.unit))
+        return reader.__get_pydantic_core_schema__(source, handler)
+
+    def __get_pydantic_json_schema__(self, schema: Any, handler: Any) -> dict[str, Any]:
+        units = "|".join(re.escape(name) for name in UNITS[dimension_of(self.unit)])
+        text = {"type": "string", "pattern": rf"^\s*{NUMBER}\s*({units})?\s*$"}
+        return {"anyOf": [handler(schema["schema"]), text]}
+
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, strict=True)]
+
+Energy = Annotated[Positive, In("eV/atom")]
+Force = Annotated[Positive, In("eV/A")]
+Length = Annotated[Positive, In("A")]
+Spacing = Annotated[Positive, In("2 pi/A")]
+Seconds = Annotated[Positive, In("s")]
+Kelvin = Annotated[NonNegative, In("K")]
 
 MAX_PRESSURE_GPA = 2000.0
 
@@ -30,22 +56,26 @@ def snake_case(key: str) -> str:
 
 
 def check_pressure(value: Any) -> float:
-    """A pressure in GPa; recognises values that were meant in Pa or kbar. Raises ValueError."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    """A pressure in GPa, or a text with its unit; refuses numbers that were meant in Pa or kbar.
+    Raises ValueError."""
+    pressure = quantity(value, "GPa")
+    if not math.isfinite(pressure):
         raise ValueError("must be one number in GPa")
-    if value < 0:
+    if pressure < 0:
         raise ValueError("must not be negative (GPa, positive = compressed)")
-    if value >= 1e6:
-        raise ValueError(f"looks like Pa: {value:g} Pa = {value / 1e9:g} GPa; give GPa")
-    if value > MAX_PRESSURE_GPA:
+    if pressure >= 1e6:
         raise ValueError(
-            f"looks like kbar or MPa; give GPa, at most {MAX_PRESSURE_GPA:g} ({value:g} kbar ="
-            f" {value / 10:g} GPa)"
+            f"looks like Pa: {pressure:g} Pa = {pressure / 1e9:g} GPa; give {pressure / 1e9:g} GPa"
         )
-    return float(value)
+    if pressure > MAX_PRESSURE_GPA:
+        raise ValueError(
+            f"looks like kbar or MPa; give GPa, at most {MAX_PRESSURE_GPA:g} ({pressure:g} kbar ="
+            f" {pressure / 10:g} GPa)"
+        )
+    return float(pressure)
 
 
-PressureGPa = Annotated[float, BeforeValidator(check_pressure)]
+PressureGPa = Annotated[float, BeforeValidator(check_pressure), In("GPa")]
 
 
 def check_path(value: Any) -> Any:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import numpy as np
 from ase import Atoms
@@ -22,7 +22,8 @@ from magus_anharmonic.errors import (
     is_machine_error,
     typed_line,
 )
-from magus_anharmonic.evaluator import Evaluator, as_evaluator
+from magus_anharmonic.evaluator import EnergySource, Evaluator, as_evaluator
+from magus_anharmonic.notebook import says_in_notebooks
 from magus_anharmonic.settings import SschaSettings, check_pressure, parse
 from magus_anharmonic.sscha.cell import CellStiffness
 from magus_anharmonic.sscha.engines import effective_number, minimise, reweighted
@@ -45,7 +46,7 @@ from magus_anharmonic.sscha.result import (
 from magus_anharmonic.sscha.run import SschaRun
 from magus_anharmonic.sscha.start import Start
 from magus_anharmonic.sscha.state import SschaState, agree
-from magus_anharmonic.sscha.supercells import image_warning
+from magus_anharmonic.sscha.supercells import SupercellMatrix, image_warning
 from magus_anharmonic.sscha.symmetry import Symmetry
 from magus_anharmonic.sscha.task import (
     Task,
@@ -62,31 +63,50 @@ DEFAULTS = SschaSettings()
 """What `free_energy` takes where nothing is said: the defaults of the block ``sscha``."""
 
 
+SupercellChoice = SupercellMatrix | dict[Literal["min_length"], float]
+"""Repetitions of the primitive cell, or the distance of images, A."""
+StartOfRun = SschaResult | SschaState | str | Path
+"""What a run may start from."""
+
+
+@says_in_notebooks
 def free_energy(
     atoms: Atoms,
-    evaluator: Any,
+    evaluator: EnergySource,
     pressure: GPa = 0.0,
     temperature: float = 0.0,
-    supercell: Any = DEFAULTS.supercell,
-    cell: str = DEFAULTS.cell,
+    supercell: SupercellChoice = DEFAULTS.supercell,
+    cell: Literal["variable", "fixed"] = DEFAULTS.cell,
     n_configs: int = DEFAULTS.n_configs,
     max_populations: int = DEFAULTS.max_populations,
-    engine: str = DEFAULTS.engine,
+    engine: Literal["native", "python-sscha"] = DEFAULTS.engine,
     seed: int = 0,
     masses: Mapping[str, float] | None = None,
-    start: Any = None,
+    start: StartOfRun | None = None,
     directory: str | Path | None = None,
     any_start: bool = False,
-    **tolerances: float,
+    *,
+    error_tolerance: float | None = DEFAULTS.error_tolerance,
+    free_energy_tolerance: float = DEFAULTS.free_energy_tolerance,
+    pressure_tolerance: GPa | None = DEFAULTS.pressure_tolerance,
+    strain_tolerance: float = DEFAULTS.strain_tolerance,
+    centroid_tolerance: float = DEFAULTS.centroid_tolerance,
+    min_effective_sample: float = DEFAULTS.min_effective_sample,
+    n_configs_start: int | None = DEFAULTS.n_configs_start,
+    symprec: float = DEFAULTS.symprec,
+    reference_spacing: float = DEFAULTS.reference_spacing,
 ) -> SschaResult:
     """SSCHA free energy of ``atoms`` at ``pressure`` (GPa) and ``temperature`` (K).
+
+    In a notebook every population is a line below the cell while the run goes on.
 
     Parameters
     ----------
     evaluator
         Our ``Potential``, any ASE calculator, or a labeler.
     supercell
-        Three repetitions of the primitive cell, or ``{"min_length": Angstrom}``.
+        Three repetitions of the primitive cell, three rows of whole numbers, or ``{"min_length":
+        Angstrom}``.
     cell
         ``"variable"`` relaxes the cell at the pressure, ``"fixed"`` keeps it.
     n_configs, max_populations
@@ -110,33 +130,32 @@ def free_energy(
     any_start
         A run in ``directory`` that differs in its start alone is the same run (its minimum does not
         depend on where it began): it is taken as it is, or goes on. Else it is refused.
-    tolerances
-        ``pressure_tolerance`` (GPa), ``free_energy_tolerance`` and ``error_tolerance`` (eV/atom),
-        ``n_configs_start``, ``min_effective_sample``, ``symprec`` (A), ``reference_spacing`` (2 pi
-        / A); defaults and meaning as in the block ``sscha`` of the input.
+    error_tolerance, free_energy_tolerance
+        eV/atom: the sampling error of G that ends the run (None: none), and the decrease of G that
+        may still be predicted at its end.
+    pressure_tolerance, strain_tolerance, centroid_tolerance
+        GPa, none and Angstrom: how far stress (None: not asked), cell and centroids may still be
+        from their end, or twice their errors.
+    min_effective_sample
+        Effective sample size over ``n_configs`` that ends a minimisation.
+    n_configs_start
+        Configurations of the first population, doubled up to ``n_configs`` (None: ``n_configs``).
+    symprec, reference_spacing
+        Angstrom and 2 pi / Angstrom: symmetry of the start, and spacing of the q points of the
+        finite-size term.
 
     Returns
     -------
     SschaResult
-        Also for runs that fail or do not converge: see its ``status`` and ``reason``.
+        Also for runs that fail or do not converge: see its ``converged``, ``status``, ``reason``.
 
     Raises
     ------
     InputError
         A wrong argument, or a folder that holds another run.
     """
-    settings = parse(
-        SschaSettings,
-        dict(
-            supercell=supercell,
-            cell=cell,
-            n_configs=n_configs,
-            max_populations=max_populations,
-            engine=engine,
-            **tolerances,
-        ),
-        "sscha",
-    )
+    given = dict(locals())
+    settings = parse(SschaSettings, {key: given[key] for key in DEFAULTS.of_a_run()}, "sscha")
     check_crystal(atoms, masses)
     try:
         pressure = check_pressure(pressure)
@@ -167,16 +186,20 @@ def free_energy(
             source.model_id,
             configurations,
         )
-        kept = directory is not None
         folder = RunFolder(
-            directory if kept else scratch, task.identity(), any_start=any_start, kept=kept
+            scratch if directory is None else directory,
+            task.identity(),
+            any_start=any_start,
+            kept=directory is not None,
         )
         return folder.finished(settings.max_populations, settings.error_tolerance) or _guarded(
             task, source, folder, start
         )
 
 
-def _guarded(task: Task, evaluator: Evaluator, folder: RunFolder, start: Any) -> SschaResult:
+def _guarded(
+    task: Task, evaluator: Evaluator, folder: RunFolder, start: StartOfRun | None
+) -> SschaResult:
     """Run; a failure becomes a result with its reason. Only physics is final: a broken evaluator
     may be repaired.
 
@@ -226,7 +249,9 @@ EFFECTIVE_SAMPLE = 0.2
 makes the error bar doubtful."""
 
 
-def reweighted_result(task: Task, source: Any, folder: RunFolder) -> SschaResult | None:
+def reweighted_result(
+    task: Task, source: StartOfRun | None, folder: RunFolder
+) -> SschaResult | None:
     """The result of ``task`` from the ensemble of the run in ``source`` alone, without any
     evaluation; None where that does not do.
 
@@ -285,7 +310,7 @@ def reweighted_result(task: Task, source: Any, folder: RunFolder) -> SschaResult
     return result
 
 
-def _source(task: Task, source: Any) -> tuple[Start, Ensemble, SschaState] | None:
+def _source(task: Task, source: StartOfRun | None) -> tuple[Start, Ensemble, SschaState] | None:
     """Start with the new masses, and ensemble and state of the run in ``source``; None where more
     than the masses is another."""
     if task.start is None or not isinstance(source, str | Path) or not Path(source).is_dir():

@@ -17,6 +17,7 @@ import numpy as np
 from scipy.special import ndtr
 
 from magus_anharmonic.evaluator import Evaluator
+from magus_anharmonic.notebook import Described
 from magus_anharmonic.sscha.anharmonic import (
     CHUNK,
     FourthOrder,
@@ -36,7 +37,7 @@ from magus_anharmonic.sscha.reciprocal import (
 from magus_anharmonic.sscha.start import harmonic_force_constants
 from magus_anharmonic.sscha.state import SschaState, fourier, inverse_fourier
 from magus_anharmonic.sscha.symmetry import Symmetry
-from magus_anharmonic.units import HBAR
+from magus_anharmonic.units import HBAR, ev_to_mev
 
 SIGMAS = 2.0
 """Standard errors that a squared frequency must lie below or above zero to count."""
@@ -45,8 +46,8 @@ DEGENERATE = 1e-6
 """Relative difference of squared frequencies that symmetry makes equal."""
 
 
-@dataclass(frozen=True)
-class Hessian:
+@dataclass(frozen=True, repr=False)
+class Hessian(Described):
     """Free-energy Hessian on the q points of the supercell.
 
     force_constants : compact, eV/A^2. points : (n_q, 3) fractional q. squares, errors : (n_q, 3n)
@@ -97,6 +98,19 @@ class Hessian:
         if np.any(self._moving(self.squares + SIGMAS * errors) < 0):
             return "saddle"
         return "stable" if np.all(self._moving(self.squares - SIGMAS * errors) > 0) else "undecided"
+
+    def described(self) -> dict[str, str]:
+        """Structure, verdict and the mode that decides it."""
+        q, mode = self.lowest
+        errors = self.hbar_omega_error
+        error = 0.0 if errors is None else errors[q, mode]
+        return {
+            "structure": self.state.atoms.get_chemical_formula(),
+            "status": self.status,
+            "probability stable": f"{self.probability_stable:.3f}",
+            "deciding mode": f"{ev_to_mev(self.hbar_omega[q, mode]):.2f} +- {ev_to_mev(error):.2f}"
+            f" meV at q = {self.points[q].round(4).tolist()}",
+        }
 
     @property
     def probability_stable(self) -> float:

@@ -168,7 +168,7 @@ class FreeEnergy:
     def numbers(self) -> FreeEnergy:
         """The record alone, without what a class below this one has besides."""
         names = (one.name for one in fields(FreeEnergy))
-        return FreeEnergy(**{name: getattr(self, name) for name in names})
+        return FreeEnergy(**{name: vars(self)[name] for name in names})
 
 
 INFO_KEYS = {

@@ -19,6 +19,7 @@ from magus_anharmonic.io import pictures
 from magus_anharmonic.io.digests import versions
 from magus_anharmonic.io.files import write_json
 from magus_anharmonic.io.tables import table_rows, write_table
+from magus_anharmonic.notebook import Described
 from magus_anharmonic.runs.lock import locked
 from magus_anharmonic.sscha.ensemble import Ensemble, joined
 from magus_anharmonic.sscha.gibbs import DEFAULTS
@@ -46,13 +47,17 @@ WHAT = "magus-anharmonic hessian"
 """Names this work in the lock of its folder."""
 
 
-@dataclass(frozen=True)
-class HessianReport:
+@dataclass(frozen=True, repr=False)
+class HessianReport(Described):
     """What was found, and where the files are."""
 
     result: SschaResult
     hessian: Hessian
     folder: Path
+
+    def described(self) -> dict[str, str]:
+        """What the Hessian says, and where its files are."""
+        return {**self.hessian.described(), "files": str(self.folder)}
 
     def sentences(self) -> list[str]:
         """The verdict in words."""

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from ase import Atoms
 
-from magus_anharmonic.errors import DamagedFile, InputError
+from magus_anharmonic.errors import DamagedFile, InputError, NotConverged
 from magus_anharmonic.io.digests import as_stored, renamed, safe_name, versions
 from magus_anharmonic.io.files import (
     load_arrays,
@@ -26,6 +26,7 @@ from magus_anharmonic.io.files import (
     write_json,
 )
 from magus_anharmonic.io.tables import write_table
+from magus_anharmonic.notebook import Described
 from magus_anharmonic.runs.lock import NAME as LOCK
 from magus_anharmonic.sscha.cell import StaticResponse
 from magus_anharmonic.sscha.ensemble import Ensemble, joined
@@ -36,16 +37,18 @@ from magus_anharmonic.sscha.supercells import SupercellMatrix, as_supercell_matr
 from magus_anharmonic.units import GPa
 
 
-@dataclass(frozen=True, kw_only=True)
-class SschaResult(FreeEnergy):
+@dataclass(frozen=True, kw_only=True, repr=False)
+class SschaResult(Described, FreeEnergy):
     """Free energy of one structure at one pressure and temperature, and the state that it is of.
 
     All numbers describe one state, and come from one ensemble that no minimisation has seen. A
     number that does not exist (of a run that failed) is ``None``, an array NaN.
 
     status : "converged", "unconverged" (max_populations reached; the numbers are an upper bound),
-    or "failed". reason : why not converged; of a converged run what its populations did not suffice
-    to say about its phase, else empty. The other numbers of the free energy: `FreeEnergy`.
+    or "failed"; ``converged`` : whether it is the first. reason : why not converged; of a converged
+    run what its populations did not suffice to say about its phase, else empty. gibbs : eV/atom;
+    raises ``NotConverged`` unless ``converged`` (``numbers.gibbs`` is there all the same), with
+    gibbs_error, its standard error by sampling. The other numbers of the free energy: `FreeEnergy`.
     helmholtz : with the finite-size term, eV/atom; stress, stress_error : (3, 3) eV/A^3, ASE's
     sign; pressure : GPa, positive = compressed; target_pressure : GPa; temperature : K. centroids :
     average positions, one primitive cell; position_error : A, of the least certain centroid.
@@ -70,6 +73,36 @@ class SschaResult(FreeEnergy):
     force_constants: np.ndarray | None = None
 
     @property
+    def gibbs(self) -> float:
+        """Gibbs free energy with the finite-size term, eV/atom; raises ``NotConverged`` where the
+        run did not converge. ``numbers.gibbs`` is the number all the same."""
+        found = self.numbers.gibbs
+        if found is None or not self.converged:
+            bound = "" if found is None else " result.numbers.gibbs is its upper bound so far."
+            raise NotConverged(
+                f"G of {self.centroids.get_chemical_formula()} is not known: the SSCHA run is"
+                f" {self.status} ({self.reason}).{bound} Ask result.converged first; the same call"
+                " with the same directory and more max_populations goes on."
+            )
+        return found
+
+    @gibbs.setter
+    def gibbs(self, value: float | None) -> None:
+        vars(self)["gibbs"] = value
+
+    def described(self) -> dict[str, str]:
+        """Structure, conditions and G."""
+        found, error = self.numbers.gibbs, self.gibbs_error
+        energy = "none" if found is None else f"{found:.5f} +- {error or math.nan:.5f} eV/atom"
+        groups = dict.fromkeys(filter(None, (self.space_group_start, self.space_group)))
+        return {
+            "structure": f"{self.centroids.get_chemical_formula()} {' -> '.join(groups)}",
+            "at": f"{self.target_pressure:g} GPa, {self.temperature:g} K",
+            "G": energy if self.converged or found is None else f"below {energy}",
+            "status": self.status + (f" ({self.reason})" if self.reason else ""),
+        }
+
+    @property
     def state(self) -> SschaState:
         """The state, to start another run from; raises ``InputError`` when the run has none."""
         if self.force_constants is None:
@@ -90,7 +123,7 @@ class SschaResult(FreeEnergy):
         data: dict[str, Any] = {**versions()}
         for one in fields(self):
             if one.name not in ("centroids", "force_constants"):
-                value = getattr(self, one.name)
+                value = vars(self)[one.name]
                 value = value.tolist() if isinstance(value, np.ndarray) else value
                 data[one.name] = (
                     None if isinstance(value, float) and not math.isfinite(value) else value
@@ -121,9 +154,8 @@ class SschaResult(FreeEnergy):
             )
         arrays = path.with_name("result.npz")
         with readable(path, "the result of an SSCHA run"):
-            result = cls._from_json(data)
             found = load_arrays(arrays)["force_constants"] if arrays.is_file() else None
-        return replace(result, force_constants=found)
+            return cls._from_json({**data, "force_constants": found})
 
     @classmethod
     def _from_json(cls, data: dict[str, Any]) -> SschaResult:

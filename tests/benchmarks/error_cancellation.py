@@ -118,7 +118,7 @@ def sscha(options: argparse.Namespace) -> SschaResult:
 def label(options: argparse.Namespace) -> None:
     result = sscha(options)
     print(
-        f"model {result.model_id}: {result.space_group}, G = {result.gibbs:.5f} +-"
+        f"model {result.model_id}: {result.space_group}, G = {result.numbers.gibbs:.5f} +-"
         f" {result.gibbs_error:.5f} eV/atom, {result.status}"
     )
     state = state_of(result, options)

@@ -7,8 +7,6 @@ the time is that of the process, so that other work on the machine does not coun
 the wall clock after synchronising.
 """
 
-from __future__ import annotations
-
 import functools
 import json
 import subprocess
@@ -37,7 +35,7 @@ Measured = tuple[float | None, str]
 """Ratio of stock to ours (None: not measured), and the numbers behind it."""
 
 
-def supercells(count: int, seed: int = 7, repeat: int = 2) -> list[Atoms]:
+def supercells(count, seed=7, repeat=2):
     """Displaced supercells of Im-3m H3S at about 150 GPa; 4 repeat^3 atoms each."""
     rng = np.random.default_rng(seed)
     half = 1.5
@@ -52,7 +50,7 @@ def supercells(count: int, seed: int = 7, repeat: int = 2) -> list[Atoms]:
 
 
 @functools.cache
-def model(size: str, device: str = "cpu") -> tuple[Potential, StockPotential]:
+def model(size, device="cpu"):
     """Ours and stock's potential with the same random weights."""
     logger.remove()
     blocks, units = SIZES[size]
@@ -66,11 +64,11 @@ def model(size: str, device: str = "cpu") -> tuple[Potential, StockPotential]:
         )
 
 
-def stock_call(stock: StockPotential, batch: int | None = None) -> Evaluate:
+def stock_call(stock, batch=None):
     """Stock's batched evaluation, its graphs included; all structures in one batch unless ``batch``
     is given."""
 
-    def call(structures: Sequence[Atoms]) -> object:
+    def call(structures):
         loader = build_dataloader(
             [atoms.copy() for atoms in structures],
             batch_size=batch or len(structures),
@@ -81,7 +79,7 @@ def stock_call(stock: StockPotential, batch: int | None = None) -> Evaluate:
     return call
 
 
-def seconds(function: Evaluate, structures: Sequence[Atoms]) -> float:
+def seconds(function, structures):
     """Per structure."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
@@ -97,24 +95,22 @@ def seconds(function: Evaluate, structures: Sequence[Atoms]) -> float:
     return (clock() - begun) / len(structures)
 
 
-def interleaved(
-    calls: dict[str, tuple[Evaluate, Sequence[Atoms]]], rounds: int
-) -> dict[str, float]:
+def interleaved(calls, rounds):
     """Medians of seconds per structure; the calls take turns."""
     for function, structures in calls.values():
         function(structures[:1])
-    times: dict[str, list[float]] = {name: [] for name in calls}
+    times = {name: [] for name in calls}
     for _ in range(rounds):
         for name, (function, structures) in calls.items():
             times[name].append(seconds(function, structures))
     return {name: float(np.median(values)) for name, values in times.items()}
 
 
-def best_against_best(size: str, rounds: int) -> Measured:
+def best_against_best(size, rounds):
     """Each at its best batch size."""
     ours, stock = model(size)
     structures = supercells(16)
-    calls: dict[str, tuple[Evaluate, Sequence[Atoms]]] = {}
+    calls = {}
     for batch in (1, 4):
         calls[f"stock {batch}"] = (stock_call(stock), structures[:batch])
     for batch in (1, 4, 16):
@@ -127,7 +123,7 @@ def best_against_best(size: str, rounds: int) -> Measured:
     return best["stock"] / best["ours"], "ms per structure at batch: " + _milliseconds(found)
 
 
-def batch_sixteen(rounds: int) -> Measured:
+def batch_sixteen(rounds):
     """Both with 16 structures in one batch."""
     ours, stock = model("890k")
     structures = supercells(16)
@@ -137,7 +133,7 @@ def batch_sixteen(rounds: int) -> Measured:
     return found["stock"] / found["ours"], "ms per structure: " + _milliseconds(found)
 
 
-def many_supercells(rounds: int) -> Measured:
+def many_supercells(rounds):
     """64 configurations in one call of ours; stock at its best batch size, on every fourth of
     them."""
     ours, stock = model("44k")
@@ -147,11 +143,11 @@ def many_supercells(rounds: int) -> Measured:
     return found["stock"] / found["ours"], "ms per structure: " + _milliseconds(found)
 
 
-def _milliseconds(found: dict[str, float]) -> str:
+def _milliseconds(found):
     return ", ".join(f"{name} {1e3 * value:.1f}" for name, value in found.items())
 
 
-def memory(rounds: int) -> Measured:
+def memory(rounds):
     """Growth of the peak memory of a process of its own from a loaded model to 16 structures of 32
     atoms in one batch."""
     grown = {}
@@ -166,11 +162,11 @@ def memory(rounds: int) -> Measured:
     )
 
 
-def _grow(side: str) -> None:
+def _grow(side):
     """Print the growth of the peak resident memory in MB; in a process of its own."""
     torch.set_num_threads(1)
     ours, stock = model("890k")
-    call: Evaluate = ours.evaluate if side == "ours" else stock_call(stock)
+    call = ours.evaluate if side == "ours" else stock_call(stock)
     tiny = supercells(1, repeat=1)
     call(tiny)
     before = _resident("VmRSS")
@@ -181,7 +177,7 @@ def _grow(side: str) -> None:
     print(json.dumps(_resident("VmHWM") - before))
 
 
-def _resident(key: str) -> float:
+def _resident(key):
     """MB, from Linux."""
     line = next(
         line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key)
@@ -189,9 +185,7 @@ def _resident(key: str) -> float:
     return float(line.split()[1]) / 1024
 
 
-def gemm_rate(
-    rows: int, columns: int, inner: int, device: str = "cpu", duration: float = 0.3
-) -> float:
+def gemm_rate(rows, columns, inner, device="cpu", duration=0.3):
     """flop/s of single-precision products of these sizes."""
     a, b = torch.randn(rows, inner, device=device), torch.randn(inner, columns, device=device)
     out = torch.empty(rows, columns, device=device)
@@ -208,14 +202,14 @@ def gemm_rate(
     return 2 * rows * columns * inner * count / (clock() - begun)
 
 
-def edge_flops(size: str) -> float:
+def edge_flops(size):
     """Of the edge networks for one edge, forward and gradient: per block two networks of (u -> 2 u)
     and twice (u -> u)."""
     blocks, units = SIZES[size]
     return 2 * blocks * 2 * (2 * units * 2 * units + 2 * 2 * units * units)
 
 
-def gpu(rounds: int) -> Measured:
+def gpu(rounds):
     """256 structures of 32 atoms, 890k."""
     if not torch.cuda.is_available():
         return None, "not measured: no CUDA device"
@@ -248,14 +242,14 @@ def gpu(rounds: int) -> Measured:
     )
 
 
-def neighbours(atoms: Atoms, cutoff: float) -> object:
+def neighbours(atoms, cutoff):
     """Of one structure."""
     from magus_anharmonic.potential.graph import find_neighbours
 
     return find_neighbours(atoms, cutoff)
 
 
-def limit(rounds: int) -> Measured:
+def limit(rounds):
     """How far the evaluation is from its matrix products alone, in the same run: 1 would be the
     limit, 2 is the aim."""
     parts, worst = [], 0.0
@@ -283,7 +277,7 @@ def limit(rounds: int) -> Measured:
     return 2.0 / worst, "time by that of the products: " + ", ".join(parts)
 
 
-ROWS: dict[str, tuple[float, Callable[[int], Measured]]] = {
+ROWS = {
     "890k": (3.5, functools.partial(best_against_best, "890k")),
     "232k": (6.0, functools.partial(best_against_best, "232k")),
     "44k": (10.0, functools.partial(best_against_best, "44k")),

@@ -7,8 +7,6 @@ or None, text)). The last line says how many bars hold; the exit code is 1 when 
 ``--rows`` picks some, ``--list`` names them, ``--limit`` adds the distance to the matrix products.
 """
 
-from __future__ import annotations
-
 import argparse
 import importlib
 import sys
@@ -24,16 +22,16 @@ MODULES = ("evaluation", "relaxation", "training")
 Measure = Callable[[int], tuple[float | None, str]]
 
 
-def rows() -> dict[str, tuple[float, Measure]]:
+def rows():
     """Of all modules that are there and have a table."""
-    found: dict[str, tuple[float, Measure]] = {}
+    found = {}
     for name in MODULES:
         if (Path(__file__).parent / f"{name}.py").is_file():
             found |= getattr(importlib.import_module(name), "ROWS", {})
     return found
 
 
-def main() -> int:
+def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

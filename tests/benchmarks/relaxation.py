@@ -21,15 +21,12 @@ import argparse
 import functools
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from ase import Atoms
 from ase.filters import FrechetCellFilter
 from ase.optimize import BFGS
 from ase.units import GPa
@@ -39,7 +36,6 @@ from mattersim.forcefield.potential import Potential as StockPotential
 
 import magus_anharmonic
 from magus_anharmonic.potential import load
-from magus_anharmonic.potential.evaluate import Potential
 from magus_anharmonic.search.generate import Geometry, RandomGenerator
 from magus_anharmonic.search.keys import parse_host_keys
 from magus_anharmonic.settings import parse_settings
@@ -79,22 +75,22 @@ class Spent:
     wall: float = 0.0
     cpu: float = 0.0
 
-    def __add__(self, other: Spent) -> Spent:
+    def __add__(self, other):
         return Spent(self.wall + other.wall, self.cpu + other.cpu)
 
-    def __str__(self) -> str:
+    def __str__(self):
         return f"{self.wall:.1f} s, {self.cpu:.1f} s of the processor"
 
-    def over(self, other: Spent) -> float:
+    def over(self, other):
         """By how much ``other`` is faster; the smaller one of the two ratios, so that waiting for
         the machine favours nobody."""
         return min(self.wall / other.wall, self.cpu / other.cpu)
 
 
 @contextmanager
-def stopwatch() -> Iterator[list[Spent]]:
+def stopwatch():
     """A list that holds the time spent once the block has ended."""
-    spent: list[Spent] = []
+    spent = []
     wall, cpu = time.perf_counter(), time.process_time()
     yield spent
     spent.append(Spent(time.perf_counter() - wall, time.process_time() - cpu))
@@ -111,13 +107,7 @@ class Side:
     enthalpy: float = 0.0
     n_converged: int = 0
 
-    def add(
-        self,
-        spent: Spent,
-        steps: Sequence[int],
-        enthalpies: Sequence[float],
-        converged: Sequence[bool],
-    ) -> None:
+    def add(self, spent, steps, enthalpies, converged):
         """The results of one piece."""
         self.spent += spent
         self.n_structures += len(steps)
@@ -125,7 +115,7 @@ class Side:
         self.enthalpy += sum(enthalpies)
         self.n_converged += sum(converged)
 
-    def __str__(self) -> str:
+    def __str__(self):
         count = self.n_structures
         return (
             f"{self.name}: {self.spent}, {self.n_steps / count:.0f} evaluations each,"
@@ -134,7 +124,7 @@ class Side:
         )
 
 
-def starts(count: int, seed: int) -> list[Atoms]:
+def starts(count, seed):
     """Random H3S cells of 4 to 16 atoms, as a search at 100 GPa draws them."""
     keys = {
         "formulaType": "fix",
@@ -156,9 +146,7 @@ def starts(count: int, seed: int) -> list[Atoms]:
     return generator.generate(count, 3.0, np.random.default_rng(seed))
 
 
-def relax_with_ase(
-    atoms: Atoms, calculator: MatterSimCalculator, force_tolerance: float, max_steps: int
-) -> Stock:
+def relax_with_ase(atoms, calculator, force_tolerance, max_steps):
     """MAGUS's way."""
     atoms = atoms.copy()
     atoms.calc = calculator
@@ -170,14 +158,14 @@ def relax_with_ase(
     return Stock(enthalpy, optimizer.nsteps + 1, bool(converged))
 
 
-def relax_with_torchsim(structures: Sequence[Atoms], model: Any, side: Side) -> None:
+def relax_with_torchsim(structures, model, side):
     """TorchSim's batched FIRE, all structures in one batch, which they leave as they converge;
     evaluations are an average."""
     import torch_sim as ts
 
     evaluations = 0
 
-    def counted(state: Any) -> Any:
+    def counted(state):
         nonlocal evaluations
         evaluations += state.n_systems
         return forward(state)
@@ -207,7 +195,7 @@ def relax_with_torchsim(structures: Sequence[Atoms], model: Any, side: Side) -> 
     side.add(clock[0], len(structures) * [each], enthalpies, [force < FORCE for force in largest])
 
 
-def torchsim_model() -> Any:
+def torchsim_model():
     """TorchSim's own wrapper of stock MatterSim; in 0.3 it puts the batch on a GPU, also where
     there is none."""
     from torch_sim.models import mattersim
@@ -217,7 +205,7 @@ def torchsim_model() -> Any:
     return mattersim.MatterSimModel(stock, device="cpu")
 
 
-def _ase(structures: Sequence[Atoms], calculator: MatterSimCalculator, side: Side) -> None:
+def _ase(structures, calculator, side):
     with stopwatch() as clock:
         found = [relax_with_ase(atoms, calculator, FORCE, MAX_STEPS) for atoms in structures]
     side.add(
@@ -228,7 +216,7 @@ def _ase(structures: Sequence[Atoms], calculator: MatterSimCalculator, side: Sid
     )
 
 
-def _ours(structures: Sequence[Atoms], potential: Potential, side: Side, **options: Any) -> None:
+def _ours(structures, potential, side, **options):
     with stopwatch() as clock:
         found = potential.relax(structures, PRESSURE, **_options(FORCE, MAX_STEPS), **options)
     side.add(
@@ -239,16 +227,14 @@ def _ours(structures: Sequence[Atoms], potential: Potential, side: Side, **optio
     )
 
 
-def against(
-    stock: str, structures: Sequence[Atoms], threads: int, **options: Any
-) -> tuple[Side, Side]:
+def against(stock, structures, threads, **options):
     """``stock`` ("ase" or "torchsim") and ours with ``options``, in the order of the docstring.
     Raises ImportError without TorchSim."""
     potential = load(CHECKPOINT, device="cpu")
     potential.evaluate(structures[:1])
     if stock == "ase":
         theirs = Side("ASE BFGS one by one")
-        model: Any = MatterSimCalculator(load_path=str(CHECKPOINT), device="cpu")
+        model = MatterSimCalculator(load_path=str(CHECKPOINT), device="cpu")
     else:
         theirs = Side("TorchSim FIRE")
         model = torchsim_model()
@@ -266,7 +252,7 @@ def against(
     return theirs, ours
 
 
-def row(stock: str, rounds: int) -> tuple[float | None, str]:
+def row(stock, rounds):
     """Ratio of the times on 16 structures per round of the 64, so that four rounds take all of
     them; two threads."""
     structures = starts(COUNT, seed=7)
@@ -284,14 +270,14 @@ def row(stock: str, rounds: int) -> tuple[float | None, str]:
     return theirs.spent.over(ours.spent), f"{theirs}; {ours}"
 
 
-ROWS: dict[str, tuple[float, Callable[[int], tuple[float | None, str]]]] = {
+ROWS = {
     "relax-ase": (10.0, functools.partial(row, "ase")),
     "relax-torchsim": (4.0, functools.partial(row, "torchsim")),
 }
 """Name -> (least ratio, measurement), for potential.py."""
 
 
-def _options(force_tolerance: float, max_steps: int) -> dict[str, float]:
+def _options(force_tolerance, max_steps):
     return {
         "force_tolerance": force_tolerance,
         "stress_tolerance": STRESS,
@@ -300,7 +286,7 @@ def _options(force_tolerance: float, max_steps: int) -> dict[str, float]:
     }
 
 
-def reference(atoms: Atoms, calculator: MatterSimCalculator, known: Path | None) -> float:
+def reference(atoms, calculator, known):
     """Enthalpy (eV/atom) of ASE's minimum; read from the file ``known``, or added to it."""
     key = structure_id(atoms)
     if known is not None and known.is_file():
@@ -316,13 +302,8 @@ def reference(atoms: Atoms, calculator: MatterSimCalculator, known: Path | None)
 
 
 def minima(
-    count: int,
-    seed: int,
-    optimizers: Sequence[str] = OPTIMIZERS,
-    perturbations: int = PERTURBATION_SIZES,
-    known: Path | None = None,
-    tolerance: float = OURS,
-) -> tuple[int, list[str]]:
+    count, seed, optimizers=OPTIMIZERS, perturbations=PERTURBATION_SIZES, known=None, tolerance=OURS
+):
     """In how many of ``count`` starts ours is as low as ASE's BFGS on the stock calculator, and a
     line for each other one.
 
@@ -370,7 +351,7 @@ def minima(
     return count - len(left), list(left.values())
 
 
-def main() -> None:
+def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

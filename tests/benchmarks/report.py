@@ -5,8 +5,6 @@ Twice, with n and 4 n structures, to show what grows with their number. The issu
 structures in 60 s and 2 GiB.
 """
 
-from __future__ import annotations
-
 import resource
 import subprocess
 import sys
@@ -19,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 SECONDS, BYTES = 60.0, 2 * 1024**3
 
 
-def measure(folder: str) -> None:
+def measure(folder):
     """In the child: figures where the analysis is there, then the page."""
     begun = time.perf_counter()
     from magus_anharmonic.report.page import write_report
@@ -39,7 +37,7 @@ def measure(folder: str) -> None:
     )
 
 
-def main(n: int) -> None:
+def main(n):
     from synthetic_campaign import synthetic_campaign
 
     for size in (n, 4 * n):

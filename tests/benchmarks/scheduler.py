@@ -220,7 +220,7 @@ def memory(total: int) -> None:
 
 
 MEAN_ATOMS = 18  # of 4 to 32
-STEPS = 30  # evaluations of a relaxation: docs/performance.md, "Which path, and which minimum"
+STEPS = 30  # evaluations of a relaxation: docs/performance.md, "Relaxation"
 # times fewer evaluations than 30 populations of 1,000 for everybody: docs/performance.md, "Ranking"
 ELIMINATION = 35
 

@@ -6,8 +6,6 @@ python tests/benchmarks/soak.py --minutes 120
 Every search is restarted until it ends, and must then be, bit by bit, the one that met no fault.
 """
 
-from __future__ import annotations
-
 import argparse
 import random
 import shutil
@@ -27,12 +25,12 @@ from magus_anharmonic.runs.lock import locked  # noqa: E402
 FAULTS = ("SIGKILL", "SIGTERM", "SIGINT", "full disk", "other process")
 
 
-def main() -> None:
+def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=120.0)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
-    counts: Counter[str] = Counter()
+    counts = Counter()
     with tempfile.TemporaryDirectory() as temporary, Server() as server:
         reference = prepare(Path(temporary) / "reference")
         ended = server.search(reference)
@@ -96,14 +94,7 @@ def main() -> None:
     )
 
 
-def one_search(
-    server: Server,
-    folder: Path,
-    seconds: float,
-    draw: random.Random,
-    counts: Counter[str],
-    end: float,
-) -> list[str]:
+def one_search(server, folder, seconds, draw, counts, end):
     """Start, disturb and restart one search until it ends; the faults it met and their exit
     codes."""
     ours, known, met = folder / "results" / "anharmonic", set[str](), list[str]()

@@ -19,7 +19,6 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from ase import Atoms
@@ -31,7 +30,7 @@ from magus_anharmonic.sscha.symmetry import Symmetry
 N_CONFIGS = 1000
 
 
-def im3m() -> Atoms:
+def im3m():
     """Im-3m H3S, 4 atoms."""
     cell = 1.5 * np.array([[-1, 1, 1], [1, -1, 1], [1, 1, -1]])
     return Atoms(
@@ -42,7 +41,7 @@ def im3m() -> Atoms:
     )
 
 
-def p1(n_atoms: int) -> Atoms:
+def p1(n_atoms):
     """A cell of ``n_atoms`` without symmetry, about 6 A^3 per atom."""
     rng = np.random.default_rng(n_atoms)
     sites = (np.array(list(np.ndindex(4, 2, 2)))[:: 16 // n_atoms] + 0.5) / [4, 2, 2]
@@ -57,7 +56,7 @@ def p1(n_atoms: int) -> Atoms:
     return atoms
 
 
-CASES: dict[str, tuple[Atoms, tuple[int, int, int], tuple[int, int]]] = {
+CASES = {
     "64 atoms, P1 (8 x 2x2x2)": (p1(8), (2, 2, 2), (N_CONFIGS, N_CONFIGS)),
     "128 atoms, P1 (16 x 2x2x2)": (p1(16), (2, 2, 2), (20, 60)),
     "108 atoms, Im-3m H3S (4 x 3x3x3)": (im3m(), (3, 3, 3), (20, 60)),
@@ -65,9 +64,7 @@ CASES: dict[str, tuple[Atoms, tuple[int, int, int], tuple[int, int]]] = {
 """Cell, supercell, and the numbers of configurations at which python-sscha is timed by default."""
 
 
-def problem(
-    name: str, n_configs: int, temperature: float = 300.0
-) -> tuple[SschaState, Ensemble, Symmetry]:
+def problem(name, n_configs, temperature=300.0):
     """A state with random force constants of its symmetry, and an ensemble with a random cubic
     force."""
     atoms, supercell_matrix, _ = CASES[name]
@@ -92,7 +89,7 @@ def problem(
     )
 
 
-def peak_memory() -> float:
+def peak_memory():
     """Peak resident memory of this process since `reset_peak`, MB."""
     line = next(
         line
@@ -102,15 +99,13 @@ def peak_memory() -> float:
     return int(line.split()[1]) / 1024
 
 
-def reset_peak() -> float:
+def reset_peak():
     """Forget the peak so far; resident memory now, MB."""
     Path("/proc/self/clear_refs").write_text("5")
     return peak_memory()
 
 
-def run_ours(
-    name: str, n_configs: int, *, errors: bool, include_v4: bool = False
-) -> dict[str, float]:
+def run_ours(name, n_configs, *, errors, include_v4=False):
     """CPU seconds and memory of our Hessian; ``errors`` adds error bars and the removal of the
     noise of the square."""
     from magus_anharmonic.sscha.hessian import free_energy_hessian
@@ -129,7 +124,7 @@ def run_ours(
     }
 
 
-def run_stock(name: str, n_configs: int, *, symmetries: bool) -> dict[str, float]:
+def run_stock(name, n_configs, *, symmetries):
     """CPU seconds and memory of ``get_free_energy_hessian``; without its symmetrisation it is a
     lower bound."""
     from magus_anharmonic.sscha import python_sscha
@@ -144,7 +139,7 @@ def run_stock(name: str, n_configs: int, *, symmetries: bool) -> dict[str, float
     return {"seconds": seconds, "memory": peak_memory() - before, "process": peak_memory()}
 
 
-def apart(function: str, name: str, n_configs: int, **options: Any) -> dict[str, float]:
+def apart(function, name, n_configs, **options):
     """Call one of the two functions above in a process of its own."""
     # the folder must not stay on the path: its sscha.py has the name of python-sscha's package
     code = (
@@ -176,7 +171,7 @@ class Comparison:
     how: str
 
     @property
-    def remark(self) -> str:
+    def remark(self):
         """Memory, error bars and where the stock time comes from."""
         return (
             f"memory {self.their_memory:.0f} / {self.memory:.0f} MB ="
@@ -185,7 +180,7 @@ class Comparison:
         )
 
 
-def compare(name: str, *, full: bool = False) -> Comparison:
+def compare(name, *, full=False):
     """Time and memory of both sides for one of `CASES`."""
     ours = [apart("run_ours", name, N_CONFIGS, errors=False) for _ in range(3)]
     seconds = float(np.median([found["seconds"] for found in ours]))
@@ -216,7 +211,7 @@ def compare(name: str, *, full: bool = False) -> Comparison:
     )
 
 
-def fourth_order(name: str = "64 atoms, P1 (8 x 2x2x2)") -> str:
+def fourth_order(name="64 atoms, P1 (8 x 2x2x2)"):
     """One line: the full Hessian where the fourth-order tensor alone would not fit into memory."""
     found = apart("run_ours", name, N_CONFIGS, errors=False, include_v4=True)
     n = 3 * len(CASES[name][0]) * int(np.prod(CASES[name][1]))
@@ -224,7 +219,7 @@ def fourth_order(name: str = "64 atoms, P1 (8 x 2x2x2)") -> str:
     return f"{name} with <d4V>: CPU {found['seconds']:.0f} s, {found['memory']:.0f} MB ({stock})"
 
 
-def main() -> None:
+def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
         "--full", action="store_true", help="run python-sscha at the full number of configurations"

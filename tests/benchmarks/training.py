@@ -6,13 +6,10 @@ the epoch are timed alternately on either side, each at its best batch size, in 
 because other programs may run; ``--structures`` says how many are used.
 """
 
-from __future__ import annotations
-
 import argparse
 import copy
 import functools
 import time
-from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -35,7 +32,7 @@ BATCH_SIZES = (4, 8, 16)
 SUPERCELL_MATRIX = ((1, 1, 1), (2, 1, 1), (2, 2, 1), (2, 2, 2))
 
 
-def labelled_supercells(count: int, rng: np.random.Generator) -> list[Atoms]:
+def labelled_supercells(count, rng):
     """``count`` displaced Im-3m H3S supercells of 4, 8, 16 and 32 atoms in turn, with random
     labels."""
     half = 1.5
@@ -53,9 +50,7 @@ def labelled_supercells(count: int, rng: np.random.Generator) -> list[Atoms]:
     return result
 
 
-def stock_epoch(
-    module: torch.nn.Module, structures: list[Atoms], batch_size: int
-) -> Callable[[], object]:
+def stock_epoch(module, structures, batch_size):
     """A call that does the steps of one stock epoch; graphs are made beforehand, as ``train_model``
     does."""
     stock = StockPotential(copy.deepcopy(module), device="cpu", lr=2e-4)
@@ -78,9 +73,7 @@ def stock_epoch(
     )
 
 
-def our_epoch(
-    module: torch.nn.Module, structures: list[Atoms], batch_size: int
-) -> Callable[[], object]:
+def our_epoch(module, structures, batch_size):
     """The same by this package."""
     own = copy.deepcopy(module)
     data, trainer = (
@@ -90,13 +83,13 @@ def our_epoch(
     return lambda: [trainer.step(*batch) for batch in data.batches(batch_size)]
 
 
-def measure(blocks: int, units: int, n_structures: int, piece: int, seed: int) -> tuple[float, str]:
+def measure(blocks, units, n_structures, piece, seed):
     """Ratio of the two epochs at their best batch sizes, and a line about it."""
     torch.manual_seed(seed)
     module = M3Gnet(num_blocks=blocks, units=units, device="cpu")
     structures = labelled_supercells(n_structures, np.random.default_rng(seed))
     pieces = [structures[start : start + piece] for start in range(0, n_structures, piece)]
-    seconds: dict[str, dict[int, float]] = {"stock": {}, "ours": {}}
+    seconds = {"stock": {}, "ours": {}}
     for batch_size in BATCH_SIZES:
         for name in seconds:
             seconds[name][batch_size] = 0.0
@@ -120,20 +113,20 @@ def measure(blocks: int, units: int, n_structures: int, piece: int, seed: int) -
     return ratio, line
 
 
-def row(size: tuple[int, int], rounds: int) -> tuple[float, str]:
+def row(size, rounds):
     """Ratio for `potential.py`: 16 structures per round, at most 48, on one thread."""
     torch.set_num_threads(1)
     return measure(*size, n_structures=16 * min(rounds, 3), piece=16, seed=7)
 
 
-ROWS: dict[str, tuple[float, Callable[[int], tuple[float | None, str]]]] = {
+ROWS = {
     "epoch-890k": (BARS[3, 128], functools.partial(row, (3, 128))),
     "epoch-44k": (BARS[2, 32], functools.partial(row, (2, 32))),
 }
 """Name -> (least ratio, measurement), for potential.py."""
 
 
-def main() -> int:
+def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
         "--structures",

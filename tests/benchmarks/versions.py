@@ -8,8 +8,6 @@ seconds and not gigabytes. torch and mattersim are therefore not part of the mat
 packages that need a compiler (cellconstructor, python-sscha, gpaw: .ci/setup builds those).
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import re
@@ -50,7 +48,7 @@ TESTS = (
 )
 
 
-def requirements(which: str) -> list[str]:
+def requirements(which):
     """``name==lowest`` or ``name`` (the newest that pip finds) for each direct dependency of the
     matrix."""
     found = []
@@ -69,7 +67,7 @@ def requirements(which: str) -> list[str]:
     return found
 
 
-def make(which: str, folder: Path) -> Path:
+def make(which, folder):
     """A virtual environment in ``folder`` and its Python."""
     python = folder / "bin" / "python"
     if not python.exists():
@@ -93,7 +91,7 @@ def make(which: str, folder: Path) -> Path:
     return python
 
 
-def main() -> None:
+def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

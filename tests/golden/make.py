@@ -4,14 +4,11 @@ Numbers are read from the files that a user reads, or from what the public funct
 host, paths and versions, and prose.
 """
 
-from __future__ import annotations
-
 import csv
 import json
 import platform
 import sys
 import tempfile
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -34,7 +31,6 @@ from typer.testing import CliRunner
 
 from magus_anharmonic import free_energy, load
 from magus_anharmonic.cli import app
-from magus_anharmonic.evaluator import Relaxation
 from magus_anharmonic.paper import script
 from magus_anharmonic.phase_diagram.points import write_points
 from magus_anharmonic.potential.finetune import finetune
@@ -57,7 +53,7 @@ Numbers = dict[str, Any]
 # --- reading files --------------------------------------------------------------------------------
 
 
-def read(path: Path) -> Any:
+def read(path):
     """Columns of a CSV file, keys of a JSON file, records of a JSONL file, and of arrays the
     shape, norm and a weighed sum.
     """
@@ -81,7 +77,7 @@ def read(path: Path) -> Any:
     return plain(json.loads(path.read_text(encoding="utf-8")))
 
 
-def word(text: str) -> float | str:
+def word(text):
     """A number where it is one."""
     try:
         return float(text)
@@ -89,14 +85,14 @@ def word(text: str) -> float | str:
         return text
 
 
-def plain(value: Any) -> Any:
+def plain(value):
     """JSON without what is left out."""
     if isinstance(value, dict):
         return {name: plain(one) for name, one in value.items() if name not in LEFT_OUT}
     return [plain(one) for one in value] if isinstance(value, list | tuple) else value
 
 
-def moments(array: np.ndarray) -> dict[str, Any]:
+def moments(array):
     """An array in few numbers; the last one weighs each element by its place, so that none may
     change places.
     """
@@ -109,7 +105,7 @@ def moments(array: np.ndarray) -> dict[str, Any]:
     }
 
 
-def tables(folder: Path, *patterns: str) -> Numbers:
+def tables(folder, *patterns):
     """Every file of the patterns by its path in the folder."""
     found = {
         str(path.relative_to(folder)): read(path)
@@ -120,7 +116,7 @@ def tables(folder: Path, *patterns: str) -> Numbers:
     return found
 
 
-def command(*words: object, codes: tuple[int, ...] = (0,)) -> None:
+def command(*words, codes=(0,)):
     """``magus-anharmonic WORDS``."""
     result = CliRunner().invoke(app, [str(one) for one in words])
     assert result.exit_code in codes, result.output
@@ -129,7 +125,7 @@ def command(*words: object, codes: tuple[int, ...] = (0,)) -> None:
 # --- the cases ------------------------------------------------------------------------------------
 
 
-def rankings(folder: Path) -> Numbers:
+def rankings(folder):
     """EMT; a race in which four of five are eliminated; a saddle that is followed; two starts
     that end in one phase and are pooled.
     """
@@ -151,7 +147,7 @@ def rankings(folder: Path) -> Numbers:
     centred = crystal((3.0, 3.0, 3.3), 1.0, 0.2, -0.3, 1.0, well=5.5, wall=3.0)
     small = {"reference_spacing": 0.1, "hessian": 0}
     fixed = {"allocation": "fixed", "cell": "fixed"}
-    cases: dict[str, tuple[Any, list[Atoms], dict[str, Any], dict[str, Any]]] = {
+    cases = {
         "emt": (Emt(), metals, {"pressure": 5.0}, {"temperature": 300, "supercell": [2, 2, 2], "n_configs": 30, "max_populations": 3,
                                                    "keep_best": 1}),
         "race": (Crystals(rivals), [one.atoms for one in rivals], {}, {"n_configs": 100, "keep_best": 1, **small}),
@@ -159,7 +155,7 @@ def rankings(folder: Path) -> Numbers:
                                                                                  "max_populations": 12, **fixed}),
         "pooled": (Crystals([well]), [centred.atoms, well.atoms], {}, {"n_configs": 200, **small, **fixed}),
     }  # fmt: skip
-    found: Numbers = {}
+    found = {}
     for name, (evaluator, structures, keys, block) in cases.items():
         settings = parse_settings({"pressure": 0.0, "Fitness": ["SSCHA"], "sscha": block, **keys})
         rank_structures(
@@ -169,7 +165,7 @@ def rankings(folder: Path) -> Numbers:
     return found
 
 
-def sscha(folder: Path) -> Numbers:
+def sscha(folder):
     """One run at fixed volume, one at fixed pressure."""
     pair = Atoms("HF", positions=[[0, 0, 0], [1.5] * 3], cell=[3.0] * 3, pbc=True)
     free_energy(
@@ -196,7 +192,7 @@ def sscha(folder: Path) -> Numbers:
     return tables(folder, "*/result.json", "*/convergence.csv", "*/*.npz")
 
 
-def end_of(one: Relaxation) -> dict[str, Any]:
+def end_of(one):
     """The atoms by their volume."""
     names = ("energy", "enthalpy", "converged", "failed", "n_steps")
     return {name: getattr(one, name) for name in names} | {
@@ -205,13 +201,13 @@ def end_of(one: Relaxation) -> dict[str, Any]:
     }
 
 
-def relaxations(folder: Path) -> Numbers:
+def relaxations(folder):
     """Thirteen on EMT: by each optimiser, with the symmetry kept, with a short budget, and one
     that fails.
     """
     rng = np.random.default_rng(5)
 
-    def strained(symbol: str, repeat: tuple[int, int, int]) -> Atoms:
+    def strained(symbol, repeat):
         atoms = bulk(symbol).repeat(repeat)
         atoms.set_cell(
             atoms.cell.array @ (np.eye(3) + rng.normal(0, 0.05, (3, 3))), scale_atoms=True
@@ -231,7 +227,7 @@ def relaxations(folder: Path) -> Numbers:
     return {"ends": [end_of(one) for one in ends]}
 
 
-def model_relaxations(folder: Path) -> Numbers:
+def model_relaxations(folder):
     """Three on the shipped model, in single precision."""
     structures = [h3s(3.1), h3s(3.0, 0.05), h3s(2.9, 0.1)]
     return {
@@ -242,7 +238,7 @@ def model_relaxations(folder: Path) -> Numbers:
     }
 
 
-def finetuning(folder: Path) -> Numbers:
+def finetuning(folder):
     """Three epochs of the shipped model on labels that are nearly its own."""
     rng = np.random.default_rng(3)
     model = load("h3s-gpaw-small", "cpu")
@@ -273,7 +269,7 @@ def finetuning(folder: Path) -> Numbers:
     }
 
 
-def phase_diagram(folder: Path) -> Numbers:
+def phase_diagram(folder):
     """Two phases of H3S with noise, and three compositions."""
     sulphur, hydrogen, compound = (
         Phase(0.0, 5.0, 400.0),
@@ -289,7 +285,7 @@ def phase_diagram(folder: Path) -> Numbers:
             for point in data({name: phase}, i, formula=formula)
         ],
     }
-    found: Numbers = {}
+    found = {}
     for name, values in points.items():
         (folder / name).mkdir()
         write_points(folder / f"{name}.csv", values)
@@ -299,7 +295,7 @@ def phase_diagram(folder: Path) -> Numbers:
     return found
 
 
-def campaign(folder: Path) -> Numbers:
+def campaign(folder):
     """Two made-up campaigns, which have every figure between them: the figures' numbers, and
     validation against the paper's values.
     """
@@ -313,7 +309,7 @@ def campaign(folder: Path) -> Numbers:
     return tables(folder, "*/campaign/figures/*.csv", "*/campaign/validation.csv")
 
 
-CASES: dict[str, Callable[[Path], Numbers]] = {
+CASES = {
     "rankings": rankings,
     "sscha": sscha,
     "relaxations": relaxations,
@@ -324,7 +320,7 @@ CASES: dict[str, Callable[[Path], Numbers]] = {
 }
 
 
-def demonstration() -> dict[str, Any]:
+def demonstration():
     """The quick start with fewer structures and configurations, and without DFT."""
     keys = yaml.safe_load(
         (ROOT / "inputs" / "h3s-quickstart" / "input.yaml").read_text(encoding="utf-8")
@@ -340,21 +336,18 @@ def demonstration() -> dict[str, Any]:
     return keys
 
 
-SEARCHES: dict[str, Callable[[], dict[str, Any]]] = {
-    "demonstration": demonstration,
-    "learning": lambda: INPUT,
-}
+SEARCHES = {"demonstration": demonstration, "learning": lambda: INPUT}
 """By the command line, in processes of their own; ``learning`` is the search that test_kill.py
 kills.
 """
 
 
-def searched(folder: Path) -> Numbers:
+def searched(folder):
     """The tables of a search."""
     return tables(folder / "results" / "anharmonic", "*.csv", "metrics.jsonl")
 
 
-def search(name: str, folder: Path, server: Server) -> Numbers:
+def search(name, folder, server):
     folder.mkdir()
     (folder / "input.yaml").write_text(yaml.safe_dump(SEARCHES[name]()), encoding="utf-8")
     ended = server.search(folder)
@@ -365,7 +358,7 @@ def search(name: str, folder: Path, server: Server) -> Numbers:
 # --- the stored numbers ---------------------------------------------------------------------------
 
 
-def machine() -> str:
+def machine():
     """What the last bits depend on: the processor and the libraries of linear algebra."""
     import torch
 
@@ -388,18 +381,18 @@ def machine() -> str:
     return f"{model}, {torch.backends.cpu.get_cpu_capability()}, numpy {np.__version__}, torch {torch.__version__}"
 
 
-def stored(name: str) -> dict[str, Any]:
+def stored(name):
     return json.loads((HERE / f"{name}.json").read_text(encoding="utf-8"))
 
 
-def write(name: str, numbers: Numbers) -> None:
+def write(name, numbers):
     text = json.dumps(
         {"machine": machine(), "numbers": numbers}, indent=0, sort_keys=True, ensure_ascii=False
     )
     (HERE / f"{name}.json").write_text(text + "\n", encoding="utf-8")
 
 
-def main(wanted: list[str]) -> None:
+def main(wanted):
     with tempfile.TemporaryDirectory() as scratch:
         for name, case in CASES.items():
             if not wanted or name in wanted:

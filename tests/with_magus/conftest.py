@@ -1,12 +1,9 @@
 """The folder in which MAGUS runs, programs that play queue systems, and the list of what was
 run."""
 
-from __future__ import annotations
-
 import os
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import magus_run
 import pytest
@@ -15,7 +12,7 @@ from magus_anharmonic.doctor import find_magus
 
 
 @pytest.fixture
-def work(tmp_path: Path, tiny_checkpoint: Path) -> Path:
+def work(tmp_path, tiny_checkpoint):
     """A folder with the inputs that every search here needs."""
     info = tmp_path / "site" / "magus_anharmonic-0.dist-info"
     info.mkdir(parents=True)
@@ -41,7 +38,7 @@ esac
 
 
 @pytest.fixture
-def queue(work: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def queue(work, monkeypatch):
     """The commands of LSF, SLURM and PBS first in PATH; returns the file in which each leaves a
     line per call."""
     folder = work.parent / "queue"
@@ -55,7 +52,7 @@ def queue(work: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return log
 
 
-def pytest_terminal_summary(terminalreporter: Any) -> None:
+def pytest_terminal_summary(terminalreporter):
     """Say which MAGUS ran what, with which versions."""
     terminalreporter.section("with MAGUS")
     terminalreporter.line(find_magus()[1])
@@ -80,7 +77,7 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         terminalreporter.line(line)
 
 
-def _installed(name: str) -> bool:
+def _installed(name):
     try:
         metadata.version(name)
     except metadata.PackageNotFoundError:

@@ -1,13 +1,10 @@
 """How the tests run MAGUS: as its users do, in a process and a folder of its own. What was run is
 listed at the end of the tests."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -28,7 +25,7 @@ needs_magus = [
 TIMEOUT = 900.0
 """Seconds for one command of MAGUS; on a free core it takes a few."""
 
-RAN: list[str] = []
+RAN = []
 """Command lines of this session, with their exit codes."""
 
 ENTRY_POINTS = """\
@@ -39,7 +36,7 @@ magus-anharmonic = magus_anharmonic.autoload:ase_format
 magus-anharmonic = magus_anharmonic.plugins:register
 """
 
-SEARCH: dict[str, Any] = {
+SEARCH = {
     "formulaType": "fix",
     "structureType": "bulk",
     "symbols": ["Al"],
@@ -62,7 +59,7 @@ SEARCH: dict[str, Any] = {
 LEARNING = {"n_sample": 2, "n_perturb": 2, "epochs": 1}
 
 
-def ours(prefix: str | list[str] = "MatterSim", **more: Any) -> dict[str, Any]:
+def ours(prefix="MatterSim", **more):
     return {
         "calculator": "mattersim",
         "jobPrefix": prefix,
@@ -72,7 +69,7 @@ def ours(prefix: str | list[str] = "MatterSim", **more: Any) -> dict[str, Any]:
     }
 
 
-def command(folder: Path, *arguments: str) -> tuple[list[str], dict[str, Any]]:
+def command(folder, *arguments):
     paths = [
         str(folder.parent / "site"),
         str(Path(__file__).parent),
@@ -90,7 +87,7 @@ def command(folder: Path, *arguments: str) -> tuple[list[str], dict[str, Any]]:
     }
 
 
-def magus(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def magus(folder, *arguments, **environment):
     """``magus ARGUMENTS`` in ``folder``, with further variables of the environment."""
     call, options = command(folder, *arguments)
     options["env"] = {**options["env"], **environment}
@@ -99,7 +96,7 @@ def magus(folder: Path, *arguments: str, **environment: str) -> subprocess.Compl
     return result
 
 
-def campaign(file: Path) -> subprocess.CompletedProcess[str]:
+def campaign(file):
     """``magus-anharmonic campaign FILE`` in a process that finds MAGUS and the plug-ins as those of
     `magus` do."""
     _, options = command(file.parent.parent, "search")
@@ -109,5 +106,5 @@ def campaign(file: Path) -> subprocess.CompletedProcess[str]:
     return result
 
 
-def write_input(folder: Path, **changes: Any) -> None:
+def write_input(folder, **changes):
     (folder / "input.yaml").write_text(yaml.safe_dump({**SEARCH, **changes}))

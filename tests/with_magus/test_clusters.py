@@ -26,7 +26,7 @@ CLUSTER = {
 
 
 @pytest.fixture
-def cluster_search(work: Path, queue: Path) -> Path:
+def cluster_search(work, queue):
     """An input whose labels go through a queue system."""
     with (work.parent / "site/magus_anharmonic-0.dist-info/entry_points.txt").open("a") as file:
         file.write("toy-cluster = toy_cluster:register\n")
@@ -68,9 +68,7 @@ def test_labels_come_back_through_the_queue_system(
         )
 
 
-def test_a_repeated_round_sends_no_job_for_labels_that_it_has(
-    cluster_search: Path, queue: Path
-) -> None:
+def test_a_repeated_round_sends_no_job_for_labels_that_it_has(cluster_search, queue):
     """MAGUS's restart repeats its last round; each label is hours of a cluster."""
     file = cluster_search / "input.yaml"
     file.write_text(file.read_text().replace("numGen: 1", "numGen: 2"))
@@ -84,7 +82,7 @@ def test_a_repeated_round_sends_no_job_for_labels_that_it_has(
     assert len(read_jsonl(cluster_search / "results/anharmonic/metrics.jsonl")) == 2
 
 
-def test_a_failed_job_hands_back_stale_labels_and_they_are_not_taken(cluster_search: Path) -> None:
+def test_a_failed_job_hands_back_stale_labels_and_they_are_not_taken(cluster_search):
     """The fault: `read_parallel_results` reads the optPop.traj of the batch before when a job ends
     without output."""
     assert magus(cluster_search, "search", "-m", JOB_SYSTEM="LSF").returncode == 0

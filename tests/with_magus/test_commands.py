@@ -1,10 +1,7 @@
 """The other commands of MAGUS with our calculator: generate, calculate, -p, -m -r, and their
 refusals."""
 
-from __future__ import annotations
-
 import subprocess
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,7 +16,7 @@ pytestmark = needs_magus
 STATIC = {"Fitness": ["Enthalpy"], "numGen": 1}
 
 
-def static_input(folder: Path, **changes) -> None:
+def static_input(folder, **changes):
     write_input(folder, **{**STATIC, **changes})
     text = (folder / "input.yaml").read_text()
     lines, skipping = [], False
@@ -30,9 +27,7 @@ def static_input(folder: Path, **changes) -> None:
     (folder / "input.yaml").write_text("\n".join(lines) + "\n")
 
 
-def test_generated_structures_are_relaxed_and_evaluated_at_the_pressure(
-    work: Path, tiny_checkpoint: Path
-) -> None:
+def test_generated_structures_are_relaxed_and_evaluated_at_the_pressure(work, tiny_checkpoint):
     static_input(work, MainCalculator=ours(max_step=3))
     result = magus(work, "generate", "-n", "3", "-o", "gen.traj")
     assert result.returncode == 0, result.stdout[-2000:]
@@ -51,7 +46,7 @@ def test_generated_structures_are_relaxed_and_evaluated_at_the_pressure(
     assert len(read(work / "relax.traj", ":")) == 3
 
 
-def test_parallel_mode_works_on_the_cpu_where_magus_s_own_calculators_cannot(work: Path) -> None:
+def test_parallel_mode_works_on_the_cpu_where_magus_s_own_calculators_cannot(work):
     """The fault: every ASECalculator of MAGUS 2.0.1 holds a class made inside its constructor,
     which does not pickle."""
     static_input(
@@ -84,9 +79,7 @@ def test_parallel_mode_works_on_the_cpu_where_magus_s_own_calculators_cannot(wor
         ),
     ],
 )
-def test_parallel_mode_is_refused_with_a_gpu_and_with_workers_elsewhere(
-    work: Path, changes: dict, words: str
-) -> None:
+def test_parallel_mode_is_refused_with_a_gpu_and_with_workers_elsewhere(work, changes, words):
     static_input(work, **changes)
     result = magus(work, "search", "-p")
     assert result.returncode == 2 and words in result.stdout and "Traceback" not in result.stdout, (
@@ -95,7 +88,7 @@ def test_parallel_mode_is_refused_with_a_gpu_and_with_workers_elsewhere(
     assert not (work / "results").exists()
 
 
-def test_a_restart_of_the_ml_mode_labels_and_trains_nothing_again(work: Path) -> None:
+def test_a_restart_of_the_ml_mode_labels_and_trains_nothing_again(work):
     """The faults: MLMagus repeats its initial training on a restart unless ``init_times`` is 0, as
     ours is, and every MAGUS repeats its last round and puts its best structure into best.traj
     again.
@@ -142,7 +135,7 @@ STOCK = UNWRAPPED.format(method="update_volume_ratio")
 """MAGUS with our calculator, and with its own update of the volume ratio."""
 
 
-def test_a_restarted_round_keeps_the_volume_ratio_that_it_began_with(work: Path) -> None:
+def test_a_restarted_round_keeps_the_volume_ratio_that_it_began_with(work):
     """The fault: MAGUS reads the ratio that a round began with from its log and updates it as if it
     were that of the round before."""
     static_input(work, MainCalculator=ours(max_step=1), numGen=2)
@@ -161,7 +154,7 @@ def test_a_restarted_round_keeps_the_volume_ratio_that_it_began_with(work: Path)
     )
 
 
-def volume_ratios(folder: Path) -> list[float]:
+def volume_ratios(folder):
     return [
         float(line.split()[-1])
         for line in (folder / "log.txt").read_text().splitlines()
@@ -169,14 +162,14 @@ def volume_ratios(folder: Path) -> list[float]:
     ]
 
 
-def learned(folder: Path) -> dict[str, bytes]:
+def learned(folder):
     """Labels, what says which they are, models and their errors."""
     ours = folder / "results/anharmonic"
     files = [*ours.glob("labels/*"), *ours.glob("checkpoints/*"), ours / "metrics.jsonl"]
     return {path.name: path.read_bytes() for path in files if path.is_file()}
 
 
-def populations(folder: Path) -> dict[str, list[tuple[str, int, float]]]:
+def populations(folder):
     """Identity, space group and enthalpy (to 0.1 meV/atom: survivors are relaxed together with
     others the second time)."""
     names = [
@@ -197,7 +190,7 @@ def populations(folder: Path) -> dict[str, list[tuple[str, int, float]]]:
     }
 
 
-def test_missing_free_energies_are_last_in_the_summary(work: Path) -> None:
+def test_missing_free_energies_are_last_in_the_summary(work):
     from ase.build import bulk
     from ase.io import write
 
@@ -216,7 +209,7 @@ def test_missing_free_energies_are_last_in_the_summary(work: Path) -> None:
     assert shown[:2] == [-2.0, -1.0] and np.isnan(shown[2]), result.stdout
 
 
-def test_a_log_line_with_magus_s_words_breaks_its_restart(work: Path) -> None:
+def test_a_log_line_with_magus_s_words_breaks_its_restart(work):
     """The fault: a restart takes the last line of log.txt that holds a word. Ours never do
     (tests/test_architecture.py)."""
     static_input(work, MainCalculator=ours(max_step=1), numGen=2)
@@ -234,9 +227,7 @@ def test_a_log_line_with_magus_s_words_breaks_its_restart(work: Path) -> None:
         (["-ll", "WARNING"], "names no round to go on with"),
     ],
 )
-def test_a_restart_that_magus_cannot_make_is_refused_in_one_line(
-    work: Path, options: list[str], words: str
-) -> None:
+def test_a_restart_that_magus_cannot_make_is_refused_in_one_line(work, options, words):
     """The fault: MAGUS looks for its place in the log, which does not have it before the second
     round, nor with few messages."""
     static_input(work, MainCalculator={"calculator": "emt", "jobPrefix": "EMT"})
@@ -254,7 +245,7 @@ WITHOUT_HOOK = UNWRAPPED.format(method="set_good_pop")
 """MAGUS with our calculator, and nothing of ours between its rounds."""
 
 
-def test_energies_of_several_models_are_compared_there_and_of_the_newest_here(work: Path) -> None:
+def test_energies_of_several_models_are_compared_there_and_of_the_newest_here(work):
     """The fault: MAGUS relaxes before it trains, and keeps the enthalpies of survivors for ever."""
     learning = {**LEARNING, "labeler": {"calculator": "main"}}
     main = {"calculator": "emt", "jobPrefix": "EMT"}
@@ -273,9 +264,9 @@ def test_energies_of_several_models_are_compared_there_and_of_the_newest_here(wo
     assert models(work) == {newest_model(work)}
 
 
-def models(folder: Path) -> set[str]:
+def models(folder):
     return {atoms.info["model"] for atoms in read(folder / "results/good.traj", ":")}
 
 
-def newest_model(folder: Path) -> str:
+def newest_model(folder):
     return read_jsonl(folder / "results/anharmonic/metrics.jsonl")[-1]["new_model"]

@@ -1,10 +1,7 @@
 """A campaign whose searches are stock MAGUS's, and variable composition there; skipped where MAGUS
 is not installed."""
 
-from __future__ import annotations
-
 import csv
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,7 +17,7 @@ from magus_anharmonic.sscha.record import RANKED
 pytestmark = needs_magus
 
 
-def test_a_campaign_searches_with_stock_magus_and_every_step_ends(work: Path) -> None:
+def test_a_campaign_searches_with_stock_magus_and_every_step_ends(work):
     file = write_campaign(work / "study", **{**SMALL, "host": "magus"})
     result = campaign(file)
     records = read_records(file.parent / "campaign")
@@ -40,7 +37,7 @@ def test_a_campaign_searches_with_stock_magus_and_every_step_ends(work: Path) ->
     assert read_records(file.parent / "campaign") == records, "nothing is done twice"
 
 
-def test_variable_composition_is_ranked_by_the_hull_of_free_energies(work: Path) -> None:
+def test_variable_composition_is_ranked_by_the_hull_of_free_energies(work):
     write_input(
         work,
         formulaType="var",

@@ -1,12 +1,6 @@
 """Faults of MAGUS 2.0.1 that this package works round, each shown in MAGUS's own code, and what
 ours does instead."""
 
-from __future__ import annotations
-
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
-
 import numpy as np
 import pytest
 from ase.build import bulk
@@ -16,14 +10,14 @@ pytestmark = needs_magus
 
 
 @pytest.fixture
-def magus_folder(work: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def magus_folder(work, monkeypatch):
     """MAGUS's calculators take the working directory as theirs."""
     monkeypatch.chdir(work)
     return work
 
 
 @pytest.fixture
-def population(magus_folder: Path) -> Iterator[Any]:
+def population(magus_folder):
     """MAGUS's class of populations, set up for aluminium."""
     from magus.parameters import magusParameters
 
@@ -35,8 +29,8 @@ def population(magus_folder: Path) -> Iterator[Any]:
 
 
 def test_a_failed_single_point_keeps_the_energy_of_another_structure_there_and_not_here(
-    magus_folder: Path,
-) -> None:
+    magus_folder,
+):
     from magus.calculators.emt import EMTCalculator
 
     from magus_anharmonic.plugins.calculator import MatterSimCalculator
@@ -66,9 +60,7 @@ def test_a_failed_single_point_keeps_the_energy_of_another_structure_there_and_n
     assert calculator.scf([invalid]) == [] and "energy" not in invalid.info
 
 
-def test_two_calculators_of_one_name_overwrite_each_other_there_and_ours_stays(
-    magus_folder: Path,
-) -> None:
+def test_two_calculators_of_one_name_overwrite_each_other_there_and_ours_stays(magus_folder):
     import magus.calculators
     from magus.utils import CALCULATOR_PLUGIN
 
@@ -82,9 +74,7 @@ def test_two_calculators_of_one_name_overwrite_each_other_there_and_ours_stays(
 
 
 @pytest.mark.parametrize("name", ["gpmin", "scipyfminbfgs", "scipyfmincg"])
-def test_optimisers_that_kill_a_search_there_are_refused_at_the_start_here(
-    magus_folder: Path, name: str
-) -> None:
+def test_optimisers_that_kill_a_search_there_are_refused_at_the_start_here(magus_folder, name):
     from magus.calculators.emt import EMTCalculator
 
     from magus_anharmonic.errors import InputError
@@ -104,9 +94,7 @@ def test_optimisers_that_kill_a_search_there_are_refused_at_the_start_here(
         parse_settings({"MainCalculator": ours(optimizer=name)})
 
 
-def test_a_list_of_prefixes_builds_a_calculator_that_cannot_learn_there_and_is_taken_apart_or_refused_here() -> (
-    None
-):
+def test_a_list_of_prefixes_builds_a_calculator_that_cannot_learn_there_and_is_taken_apart_or_refused_here():
     from magus.calculators.base import AdjointCalculator
 
     from magus_anharmonic.errors import InputError
@@ -119,8 +107,8 @@ def test_a_list_of_prefixes_builds_a_calculator_that_cannot_learn_there_and_is_t
 
 
 def test_adding_symmetry_moves_the_archive_there_so_the_ranking_keeps_structures_of_its_own(
-    population: Any, tmp_path: Path
-) -> None:
+    population, tmp_path
+):
     """MAGUS's ``addSym`` standardises the parents in place, and those of the keep population share
     their arrays with the good one."""
     bent = bulk("Al", a=4.0, cubic=True)
@@ -150,15 +138,13 @@ def test_adding_symmetry_moves_the_archive_there_so_the_ranking_keeps_structures
     assert np.allclose(stored.start.positions, 0.0)
 
 
-def test_a_fitness_that_is_no_number_spoils_the_order_there_and_ours_is_always_one(
-    population: Any,
-) -> None:
+def test_a_fitness_that_is_no_number_spoils_the_order_there_and_ours_is_always_one(population):
     from magus.fitness import FitnessCalculator
 
-    from magus_anharmonic.plugins.calculator import SschaFitness
+    from magus_anharmonic.plugins.calculator import NamedFitness
 
     class Given(FitnessCalculator):
-        def calc(self, pop: Any) -> None:
+        def calc(self, pop):
             for individual in pop:
                 individual.info["fitness"]["given"] = -individual.info.get("gibbs", np.nan)
 
@@ -176,14 +162,14 @@ def test_a_fitness_that_is_no_number_spoils_the_order_there_and_ours_is_always_o
     )
     for individual in individuals:
         individual.info["fitness"] = {}
-    population.fit_calcs = [SschaFitness({})]
+    population.fit_calcs = [NamedFitness({})]
     individuals.calc_dominators()
     assert [individual.info["dominators"] for individual in individuals] == [2, 1, 0], (
         "estimated: as much below its enthalpy as the least lowered"
     )
 
 
-def test_two_structures_of_one_identity_there_are_two_here(population: Any) -> None:
+def test_two_structures_of_one_identity_there_are_two_here(population):
     """MAGUS counts offspring anew after a restart; labels and candidates are named by what they
     are."""
     from magus_anharmonic.structures import structure_id
@@ -196,7 +182,7 @@ def test_two_structures_of_one_identity_there_are_two_here(population: Any) -> N
     assert structure_id(before) != structure_id(after)
 
 
-def test_every_step_of_a_relaxation_is_kept_there_and_two_frames_here(magus_folder: Path) -> None:
+def test_every_step_of_a_relaxation_is_kept_there_and_two_frames_here(magus_folder):
     from magus.calculators.emt import EMTCalculator
 
     from magus_anharmonic.plugins.calculator import MatterSimCalculator
@@ -210,9 +196,7 @@ def test_every_step_of_a_relaxation_is_kept_there_and_two_frames_here(magus_fold
     assert len(here.info["trajs"]) == 2
 
 
-def test_a_single_point_of_quantum_espresso_cannot_be_read_there_and_is_refused_here(
-    tmp_path: Path,
-) -> None:
+def test_a_single_point_of_quantum_espresso_cannot_be_read_there_and_is_refused_here(tmp_path):
     from magus.formatting.espresso import load_espresso
 
     from magus_anharmonic.errors import InputError

@@ -1,12 +1,9 @@
 """The plug-ins in the real MAGUS, run as its users run it; skipped where MAGUS is not installed."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,7 +16,7 @@ from magus_anharmonic.runs.status import status
 pytestmark = needs_magus
 
 
-def check_results(folder: Path) -> None:
+def check_results(folder):
     """Every survivor has numbers of one model, a finite or missing free energy, and its status."""
     good = read(folder / "results/good.traj", ":")
     newest = read_jsonl(folder / "results/anharmonic/metrics.jsonl")[-1]["new_model"]
@@ -31,14 +28,14 @@ def check_results(folder: Path) -> None:
         assert (folder / "results/anharmonic" / name).is_file(), name
 
 
-def test_checkpack_lists_the_calculator(work: Path) -> None:
+def test_checkpack_lists_the_calculator(work):
     result = magus(work, "checkpack", "calculators")
     assert any(line.split(":")[0].strip() == "mattersim" for line in result.stdout.splitlines()), (
         result.stdout
     )
 
 
-def test_a_wrong_key_ends_the_search_with_code_2_and_without_traceback(work: Path) -> None:
+def test_a_wrong_key_ends_the_search_with_code_2_and_without_traceback(work):
     write_input(
         work,
         MainCalculator=ours(),
@@ -50,7 +47,7 @@ def test_a_wrong_key_ends_the_search_with_code_2_and_without_traceback(work: Pat
     assert not (work / "results").exists()
 
 
-def test_a_plain_search_learns_ranks_and_can_be_summarised(work: Path) -> None:
+def test_a_plain_search_learns_ranks_and_can_be_summarised(work):
     labeler = {"calculator": "ase.calculators.emt.EMT", "n_workers": 1}
     write_input(work, MainCalculator=ours(), learning={**LEARNING, "labeler": labeler})
     result = magus(work, "search")
@@ -67,7 +64,7 @@ def test_a_plain_search_learns_ranks_and_can_be_summarised(work: Path) -> None:
     )
 
 
-def test_the_ml_mode_learns_from_magus_s_own_calculator(work: Path) -> None:
+def test_the_ml_mode_learns_from_magus_s_own_calculator(work):
     write_input(
         work,
         MainCalculator={"calculator": "emt", "jobPrefix": "EMT"},
@@ -91,7 +88,7 @@ def test_the_ml_mode_learns_from_magus_s_own_calculator(work: Path) -> None:
         )
 
 
-def test_a_killed_search_goes_on_with_its_labels_and_its_seed(work: Path) -> None:
+def test_a_killed_search_goes_on_with_its_labels_and_its_seed(work):
     labeler = {"calculator": "ase.calculators.emt.EMT", "n_workers": 1}
     write_input(work, MainCalculator=ours(), learning={**LEARNING, "labeler": labeler})
     call, options = command(work, "search")

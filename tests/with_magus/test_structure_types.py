@@ -1,11 +1,6 @@
 """Every structure type and mode of MAGUS with our calculator: what docs/magus.md says of each, and
 whose energy a structure carries."""
 
-from __future__ import annotations
-
-from pathlib import Path
-from typing import Any
-
 import numpy as np
 import pytest
 from ase.build import bulk, fcc111, molecule
@@ -36,7 +31,7 @@ OPEN = {
     "spacegroup": ["1-56"],
     "pressure": 0,
 }
-TYPES: dict[str, dict[str, Any]] = {
+TYPES = {
     "bulk": {},
     "molMode": {
         "molMode": True,
@@ -107,7 +102,7 @@ WORKING = ("bulk", "molMode", "layer", "confined_1d", "cluster", "surface")
 NO_SSCHA = sorted({*TYPES} - {"bulk", "molMode"})
 
 
-def prepare(folder: Path, kind: str, **changes: Any) -> None:
+def prepare(folder, kind, **changes):
     """An input of that type, static, of two rounds, with the files that the types read."""
     write(folder / "bulk.vasp", bulk("Al", cubic=True))
     write(folder / "substrate.vasp", fcc111("Al", (2, 2, 2), vacuum=6.0))
@@ -133,9 +128,7 @@ def prepare(folder: Path, kind: str, **changes: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", WORKING)
-def test_every_energy_is_that_of_the_structure_that_carries_it(
-    work: Path, tiny_checkpoint: Path, kind: str
-) -> None:
+def test_every_energy_is_that_of_the_structure_that_carries_it(work, tiny_checkpoint, kind):
     """The fault: of a slab with FixAtoms one structure was relaxed and half of it handed back, 3 eV
     from its energy."""
     prepare(
@@ -162,7 +155,7 @@ def test_every_energy_is_that_of_the_structure_that_carries_it(
     assert checked >= 8
 
 
-def test_the_lower_half_of_every_slab_stays_where_magus_put_it(work: Path) -> None:
+def test_the_lower_half_of_every_slab_stays_where_magus_put_it(work):
     prepare(work, "surface", Fitness=["Ercs"], numGen=1)
     assert magus(work, "search").returncode == 0
     heights = set()
@@ -175,7 +168,7 @@ def test_the_lower_half_of_every_slab_stays_where_magus_put_it(work: Path) -> No
 
 
 @pytest.mark.parametrize("kind", NO_SSCHA)
-def test_sscha_where_it_cannot_work_is_refused_before_any_work(work: Path, kind: str) -> None:
+def test_sscha_where_it_cannot_work_is_refused_before_any_work(work, kind):
     prepare(work, kind, Fitness=["SSCHA"], sscha={})
     result = magus(work, "search")
     assert (
@@ -184,7 +177,7 @@ def test_sscha_where_it_cannot_work_is_refused_before_any_work(work: Path, kind:
     assert "Traceback" not in result.stdout and not (work / "results").exists()
 
 
-def test_an_interface_is_refused_before_magus_matches_its_crystals(work: Path) -> None:
+def test_an_interface_is_refused_before_magus_matches_its_crystals(work):
     """The fault: MAGUS matches the two crystals while it reads its input, for minutes, before there
     is a search that can be refused."""
     prepare(work, "interface", Fitness=["SSCHA"], sscha={})
@@ -199,9 +192,7 @@ def test_an_interface_is_refused_before_magus_matches_its_crystals(work: Path) -
 @pytest.mark.parametrize(
     ("kind", "words"), [("adclus", "zero-size array"), ("confined_2d", "bond_ratio")]
 )
-def test_types_that_fail_in_magus_itself_fail_with_its_own_calculator(
-    work: Path, kind: str, words: str
-) -> None:
+def test_types_that_fail_in_magus_itself_fail_with_its_own_calculator(work, kind, words):
     prepare(
         work,
         kind,
@@ -223,7 +214,7 @@ QUICK = {
 }
 
 
-def test_a_molecular_search_goes_through_sscha_and_a_restart(work: Path) -> None:
+def test_a_molecular_search_goes_through_sscha_and_a_restart(work):
     """The fault: MAGUS puts molecules in the place of their files, and our record of the settings
     could not be written."""
     prepare(work, "molMode", Fitness=["SSCHA"], sscha=QUICK, **NAIVE)
@@ -239,7 +230,7 @@ def test_a_molecular_search_goes_through_sscha_and_a_restart(work: Path) -> None
     assert all(len(atoms) % 4 == 0 for atoms in good)
 
 
-def test_a_search_that_magus_ends_early_has_free_energies(work: Path) -> None:
+def test_a_search_that_magus_ends_early_has_free_energies(work):
     """The fault: with learning they come in the last round, which ``convergence_condition`` never
     lets come."""
     learning = {
@@ -272,7 +263,7 @@ def test_a_search_that_magus_ends_early_has_free_energies(work: Path) -> None:
     )
 
 
-def test_the_miner_s_own_step_draws_the_same_numbers_again(work: Path) -> None:
+def test_the_miner_s_own_step_draws_the_same_numbers_again(work):
     """The fault: ``-smfr`` gives the search another step, around which ``seed`` did not reach."""
     found = []
     for _ in range(2):
@@ -289,7 +280,7 @@ def test_the_miner_s_own_step_draws_the_same_numbers_again(work: Path) -> None:
     assert found[0] == found[1]
 
 
-def test_a_search_begun_without_our_keys_is_not_taken_over(work: Path) -> None:
+def test_a_search_begun_without_our_keys_is_not_taken_over(work):
     """The fault: ``-r`` with our keys replaced the enthalpies of good.traj by those of another
     model."""
     prepare(work, "bulk", MainCalculator={"calculator": "emt", "jobPrefix": "EMT"})
@@ -305,9 +296,7 @@ def test_a_search_begun_without_our_keys_is_not_taken_over(work: Path) -> None:
     assert (work / "results/good.traj").read_bytes() == before
 
 
-def test_r3m_and_im3m_are_one_for_magus_s_default_and_two_for_naive_alone(
-    work: Path, monkeypatch: pytest.MonkeyPatch, h3s: Any
-) -> None:
+def test_r3m_and_im3m_are_one_for_magus_s_default_and_two_for_naive_alone(work, monkeypatch, h3s):
     """The fault: ``dE: 0.001`` was said to keep them apart; zurek, half of MAGUS's default, looks
     at neither energy nor symmetry."""
     monkeypatch.chdir(work)
@@ -335,9 +324,7 @@ def test_r3m_and_im3m_are_one_for_magus_s_default_and_two_for_naive_alone(
     ("more", "kept"),
     [({}, {160, 229}), ({"Comparator": {"comparator_list": ["naive", "zurek"]}}, {229})],
 )
-def test_a_search_by_free_energy_keeps_r3m_beside_im3m(
-    work: Path, h3s: Any, more: dict[str, Any], kept: set[int]
-) -> None:
+def test_a_search_by_free_energy_keeps_r3m_beside_im3m(work, h3s, more, kept):
     """The fault: with ``dE: 0.001`` alone MAGUS threw one of them away before SSCHA could tell them
     apart."""
     keys = {

@@ -5,8 +5,6 @@ Structures of an element whose symbol stands in the file ``crash`` beside the jo
 without output, as a crashed code does.
 """
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 
@@ -14,7 +12,7 @@ from ase.calculators.emt import EMT
 from ase.io import read, write
 
 
-def register() -> None:
+def register():
     """Entry point of the group ``magus.plugins``."""
     from magus.calculators.base import ClusterCalculator
     from magus.utils import CALCULATOR_PLUGIN
@@ -23,13 +21,13 @@ def register() -> None:
     class ToyCluster(ClusterCalculator):
         """Only what `magus search -m` with SelectDFTScf asks for."""
 
-        def scf_job(self, index: int) -> None:
+        def scf_job(self, index):
             self.J.sub(f"{sys.executable} -m toy_cluster", name="toy", file="job.sh")
 
         relax_job = scf_job
 
 
-def main() -> None:
+def main():
     """The job: initPop.traj -> optPop.traj."""
     frames = read("initPop.traj", ":")
     if Path("../crash").exists():
