@@ -226,7 +226,7 @@ def _draw_slopes(axes: Axes, rows: Sequence[Candidate]) -> None:
     lanes = pictures.lanes(*(np.add(gibbs, np.multiply(sign, reach)) for sign in (-1, 1)))
     right = [1 + 0.03 * lane for lane in lanes]
     edge = max(right) + 0.06
-    axes.set_xlim(-0.55, edge + 0.5)
+    axes.set_xlim(-0.85, edge + 0.5)
     labels = {"va": "center", "fontsize": 8}
     for i, (row, left, after) in enumerate(
         zip(done, _spread(static, gap), _spread(gibbs, gap), strict=True)
