@@ -21,6 +21,7 @@ from magus_anharmonic.io import pictures as style
 from magus_anharmonic.io.digests import safe_name
 from magus_anharmonic.io.files import read_json, remove
 from magus_anharmonic.paper import enthalpies, quantities, tables
+from magus_anharmonic.runs.record import CampaignFolder
 
 from . import figures_sscha
 from .drawing import MANY, Drawing, Missing, diagonal, rows_of_step
@@ -74,12 +75,12 @@ def make_figures(campaign_folder: str | Path) -> Figures:
     longer possible are removed. A table that is missing or wrong costs its figures alone. Raises
     ``InputError`` when there is no such folder.
     """
-    campaign = find_campaign(campaign_folder)
-    folder, made, missing = campaign / "figures", [], []
+    campaign = CampaignFolder.find(campaign_folder) or CampaignFolder(Path(campaign_folder))
+    folder, made, missing = campaign.figures, [], []
     for name, maker in MAKERS.items():
         problems: list[str] = []
         try:
-            for drawing in maker(campaign / tables.TABLES_FOLDER, problems):
+            for drawing in maker(campaign.tables, problems):
                 made.append(_write(drawing, folder))
         except (Missing, InputError) as reason:
             problems.append(str(reason))
@@ -93,19 +94,6 @@ def make_figures(campaign_folder: str | Path) -> Figures:
             remove(path)
     log.info("%d figures in %s, %d missing", len(made), folder, len(missing))
     return Figures(made, missing)
-
-
-def find_campaign(folder: str | Path) -> Path:
-    """The folder that holds ``tables/``: the given one or its ``campaign/``; raises ``InputError``
-    when neither is a folder."""
-    path = Path(folder)
-    if (path / "campaign").is_dir() and not (path / tables.TABLES_FOLDER).is_dir():
-        return path / "campaign"
-    if not path.is_dir():
-        raise InputError(
-            f"{path}: no such folder; give the folder of campaign.yaml, or its campaign/"
-        )
-    return path
 
 
 def _write(drawing: Drawing, folder: Path) -> FigureMade:

@@ -41,6 +41,7 @@ from magus_anharmonic.io.files import set_aside
 from magus_anharmonic.paper.tables import Cost, FailureRow
 from magus_anharmonic.runs.lock import locked
 from magus_anharmonic.runs.record import (
+    CampaignFolder,
     check_results_version,
     read_run_record,
     record_file,
@@ -169,7 +170,7 @@ def report(context: Context, step: Step) -> Outcome:
     from magus_anharmonic.report.page import write_report
 
     write_report(context.root)
-    folder = context.root / "figures"
+    folder = CampaignFolder(context.root).figures
     n = len(list(folder.glob("*.svg")))
     log.info("%d figures in %s; report: %s", n, folder, context.root / "report.html")
     return Outcome(output=f"{n} figures")
@@ -412,7 +413,7 @@ class Campaign:
         write_part(state, Cost, costs)
         failed = (FailureRow(name, "", r.reason) for name, r in records if r.status == "failed")
         write_part(state, FailureRow, failed)
-        assemble(self.context.root / "tables", [*folders, state])
+        assemble(CampaignFolder(self.context.root).tables, [*folders, state])
 
     def _more_cycles(self) -> bool:
         """Plan another cycle of learning when the final model of the last one misses the target;

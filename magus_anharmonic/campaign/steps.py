@@ -26,6 +26,7 @@ from magus_anharmonic.io.digests import digest, safe_name, versions
 from magus_anharmonic.io.files import read_as, reading_table, remove, replacing_table, write_json
 from magus_anharmonic.io.tables import write
 from magus_anharmonic.labelers import get_labeler
+from magus_anharmonic.runs.record import CampaignFolder
 from magus_anharmonic.settings.campaign import CampaignSettings
 from magus_anharmonic.structures import stripped
 from magus_anharmonic.units import GPa
@@ -247,8 +248,6 @@ def foundation_digest(name: str) -> str | None:
     return file_digest(str(shipped if shipped.is_file() else name))
 
 
-FILE = "steps.json"
-
 Status = Literal["open", "running", "done", "failed"]
 
 
@@ -278,7 +277,7 @@ class StepRecord:
 def read_records(folder: Path) -> dict[str, StepRecord]:
     """The records in ``folder`` by step, in the order of the campaign; none when it has not begun.
     Raises ``InputError``."""
-    file = folder / FILE
+    file = CampaignFolder(folder).steps
     if not file.is_file():
         return {}
     mend = "move it away and run the campaign again"
@@ -287,7 +286,9 @@ def read_records(folder: Path) -> dict[str, StepRecord]:
 
 def write_records(folder: Path, records: dict[str, StepRecord]) -> None:
     """Write all records atomically."""
-    write_json(folder / FILE, {step: asdict(record) for step, record in records.items()})
+    write_json(
+        CampaignFolder(folder).steps, {step: asdict(record) for step, record in records.items()}
+    )
 
 
 FOLDER = "campaign"

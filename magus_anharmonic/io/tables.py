@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from magus_anharmonic.errors import InputError
-from magus_anharmonic.io.digests import RENAMED
+from magus_anharmonic.io.digests import RENAMED, finite
 from magus_anharmonic.io.files import reading_table, replacing_table
 
 Row = TypeVar("Row")
@@ -155,11 +155,7 @@ def line(record: Any) -> dict[str, str]:
 
 def values(record: Any) -> dict[str, Any]:
     """The values of a record by their columns; ``None`` for what is no finite number."""
-    found = {one.name: reduce(getattr, one.path, record) for one in columns_of(type(record))}
-    return {
-        name: None if isinstance(value, float) and not math.isfinite(value) else value
-        for name, value in found.items()
-    }
+    return finite({one.name: one.value(record) for one in columns_of(type(record))})
 
 
 def read(table: type[Row], path: str | Path) -> list[Row]:

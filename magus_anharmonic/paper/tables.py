@@ -282,9 +282,6 @@ TABLES: tuple[type, ...] = (
 )
 """Every table of a campaign."""
 
-TABLES_FOLDER = "tables"
-"""Below ``campaign/``."""
-
 RANKING = "ranking-<P>GPa.csv"
 """Fig. 6: a `Candidate` a row; files are named by `ranking_file`."""
 

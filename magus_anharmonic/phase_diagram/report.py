@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from magus_anharmonic.hull import ON_HULL
+from magus_anharmonic.io.digests import finite
 from magus_anharmonic.io.files import write_json
 from magus_anharmonic.io.tables import write
 from magus_anharmonic.phase_diagram.boundaries import BoundaryPoint
@@ -307,7 +308,7 @@ def summary(diagram: PhaseDiagram) -> dict[str, Any]:
         for (isotopes, formula), phases in diagram.sets.items()
         for name, surface in phases.surfaces.items()
     ]
-    return _finite(
+    return finite(
         {
             "sentences": sentences(diagram),
             "n_points": len(diagram.points),
@@ -325,11 +326,3 @@ def summary(diagram: PhaseDiagram) -> dict[str, Any]:
             "notes": list(diagram.notes),
         }
     )
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

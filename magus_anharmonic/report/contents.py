@@ -30,6 +30,7 @@ from magus_anharmonic.report.text import (
     ranking_views,
     sentences,
 )
+from magus_anharmonic.runs.record import CampaignFolder
 from magus_anharmonic.runs.status import present_steps
 from magus_anharmonic.units import duration
 
@@ -187,12 +188,9 @@ def gather(folder: str | Path) -> Contents:
 
     Raises ``InputError``: no such folder, or nothing of ours in it.
     """
-    root = Path(folder)
-    if not root.is_dir():
-        raise InputError(f"{root}: no such folder")
-    for campaign in (root / "campaign", root):
-        if (campaign / "steps.json").is_file() or (campaign / "tables").is_dir():
-            return campaign_contents(campaign)
+    root, campaign = Path(folder), CampaignFolder.find(folder)
+    if campaign is not None:
+        return campaign_contents(campaign.root)
     if (root / "summary.json").is_file() and (root / "gibbs.csv").is_file():
         return diagram_contents(root)
     for anharmonic in (root / "results" / "anharmonic", root / "anharmonic", root):
@@ -211,7 +209,8 @@ def gather(folder: str | Path) -> Contents:
 def campaign_contents(folder: Path) -> Contents:
     """Contents of ``campaign/``."""
     contents = Contents(folder, "campaign", f"Campaign {folder.resolve().parent.name}")
-    tables = folder / "tables"
+    files = CampaignFolder(folder)
+    tables = files.tables
     contents.record = contents.json("run.json")
     stored = contents.json("steps.json").items()
     steps = {n: step for n, step in stored if isinstance(step, dict) and not _writes_this(n, step)}
@@ -224,7 +223,7 @@ def campaign_contents(folder: Path) -> Contents:
         [],
     )
     _failures(contents, contents.table(tables / "failures.csv", None))
-    contents.pictures = _analysed(contents, folder)
+    contents.pictures = _analysed(contents, files)
     contents.missing = [*_campaign_missing(tables, steps, contents), *contents.missing]
 
     def found(finding: Callable[[Path], list[str]]) -> list[str]:
@@ -272,20 +271,20 @@ def _progress(steps: dict[str, dict[str, Any]]) -> list[str]:
     return [f"{done} ({', '.join(rest)}): what follows is what there is so far."]
 
 
-def _analysed(contents: Contents, folder: Path) -> list[Picture]:
+def _analysed(contents: Contents, files: CampaignFolder) -> list[Picture]:
     """Have the analysis draw every figure that the tables allow; what it cannot draw is missing,
     with its reason (once: not for a table that is said to be missing anyway)."""
     made, missing = [], []
-    if (folder / "tables").is_dir():
-        made, missing = script("figures").make_figures(folder)
-    named = [name for name, _ in EXPECTED if not any((folder / "tables").glob(name))]
+    if files.tables.is_dir():
+        made, missing = script("figures").make_figures(files.root)
+    named = [name for name, _ in EXPECTED if not any(files.tables.glob(name))]
     contents.missing += [
         f"Figure {one.name}: {one.reason}."
         for one in missing
         if not any(one.reason.startswith(f"{name} is not there") for name in named)
     ]
     words = {one.name: {"title": one.title, "alt": one.alt} for one in made}
-    return figures.stored_pictures(folder / "figures", words)
+    return figures.stored_pictures(files.figures, words)
 
 
 def _campaign_missing(tables: Path, steps: dict[str, Any], contents: Contents) -> list[str]:

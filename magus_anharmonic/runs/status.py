@@ -17,6 +17,7 @@ from magus_anharmonic.io.files import read_json, read_jsonl
 from magus_anharmonic.runs.failures import read_failures
 from magus_anharmonic.runs.lock import HEARTBEAT, lives
 from magus_anharmonic.runs.owner import NAME, Owner, read_owner
+from magus_anharmonic.runs.record import CampaignFolder
 from magus_anharmonic.units import duration
 
 log = logging.getLogger(__name__)
@@ -85,12 +86,9 @@ def status(folder: str | Path) -> Status:
 
     Raises ``InputError`` when it holds neither.
     """
-    root = Path(folder)
-    if not root.is_dir():
-        raise InputError(f"{root}: no such folder")
-    for steps in (root / "steps.json", root / "campaign" / "steps.json"):
-        if steps.is_file():
-            return _campaign(steps)
+    root, campaign = Path(folder), CampaignFolder.find(folder)
+    if campaign is not None and campaign.steps.is_file():
+        return _campaign(campaign.steps)
     for ours in (root, root / "anharmonic", root / "results" / "anharmonic"):
         if (ours / "run.json").is_file() and ours.name == "anharmonic":
             return _search(ours)
