@@ -99,6 +99,23 @@ SECTIONS: list[tuple[str, str, type[BaseModel]]] = [
     ("`figures` of a campaign", "", campaign_blocks.FigureSettings),
 ]
 
+HEAD = """\
+# Keys
+
+Made by `python docs/make_keys.py` from the settings models; do not edit.
+
+Keys are accepted in snake_case and camelCase (`n_sample`, `nSample`). A wrong key, type, unit or combination stops the run
+before any work, with the key's path, the value, what is allowed and the nearest valid key (exit code 2).
+
+Where the type names a unit, a bare number is in it, and a text may have another one: `150 GPa`, `300 K`, `5 meV`, `2 h`.
+What looks like a pressure in Pa (`150e9`) is refused. MAGUS reads its own keys itself: with stock MAGUS `pressure` and the
+keys of the embedded host's table below are bare numbers.
+
+The first line of an input may name its JSON schema, by which editors complete and check (`yaml-language-server`):
+`magus-anharmonic init` writes it, and the inputs of the repository have it. The schemas of `input.yaml`, `campaign.yaml`,
+`phase-diagram.yaml` and of a recipe of `train` are in `magus_anharmonic/data/schemas` of the installed package.
+"""  # noqa: E501
+
 SIMPLE = {
     "int": "whole number",
     "float": "number",
@@ -214,17 +231,7 @@ def section(title: str, text: str, model: type[BaseModel]) -> str:
 
 def render() -> str:
     """The whole page."""
-    head = (
-        "# Keys\n\nMade by `python docs/make_keys.py` from the settings models; do not"
-        " edit.\n\nKeys are accepted in snake_case and camelCase (`n_sample`, `nSample`). A wrong"
-        " key, type, unit or combination stops the run\nbefore any work, with the key's path, the"
-        " value, what is allowed and the nearest valid key (exit code 2).\n\nWhere the type names a"
-        " unit, a bare number is in it, and a text may have another one: `150 GPa`, `300 K`, `5"
-        " meV`, `2 h`. What looks like a\npressure in Pa (`150e9`) is refused. MAGUS reads its own"
-        " keys itself: with stock MAGUS `pressure` and the keys of the\nembedded host's table"
-        " below are bare numbers.\n"
-    )
-    return "\n\n".join([head.rstrip(), *(section(*item) for item in SECTIONS)]) + "\n"
+    return "\n\n".join([HEAD.rstrip(), *(section(*item) for item in SECTIONS)]) + "\n"
 
 
 if __name__ == "__main__":

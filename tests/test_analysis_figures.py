@@ -2,7 +2,6 @@
 there is little to show."""
 
 import xml.etree.ElementTree as ElementTree
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -50,12 +49,6 @@ def test_the_rank_of_a_named_phase_counts_distinct_structures():
     (found,) = enthalpies.ranks(foundation(60, np.random.default_rng(0)))
     assert (found.phase, found.rank, found.n_distinct) == ("R3m", 6, 61)
     assert found.above_lowest_meV_per_atom == pytest.approx(65.0)
-
-
-def test_two_structures_of_equal_enthalpy_and_other_space_group_are_two():
-    rows = foundation(10, np.random.default_rng(0))
-    other = replace(rows[0], id="x", space_group="Cc (9)")
-    assert len(enthalpies.distinct([*rows, other])) == len(enthalpies.distinct(rows)) + 1
 
 
 def test_parity_statistics_are_those_of_the_errors():

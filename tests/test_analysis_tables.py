@@ -38,12 +38,6 @@ def test_every_table_is_read_as_it_was_written(table, empty, tmp_path):
     assert tables.read(table, tmp_path / "t.csv") == rows
 
 
-def test_not_a_number_is_an_empty_cell(tmp_path):
-    row = dataclasses.replace(sample(tables.Mode, empty=False), error_cm2=float("nan"))
-    tables.write(tables.Mode, tmp_path / "t.csv", [row])
-    assert tables.read(tables.Mode, tmp_path / "t.csv")[0].error_cm2 is None
-
-
 def changed(tmp_path, table, old, new):
     path = tmp_path / table.FILE.replace("<P>", "100")  # type: ignore[attr-defined]
     tables.write(table, path, [sample(table, empty=False)])
@@ -110,12 +104,3 @@ def test_further_columns_and_a_missing_optional_one_do_no_harm(tmp_path):
     cells = ['"' + str(getattr(row, name)) + '"' for name in names]
     path.write_text(",".join([*names, "of_another"]) + "\n" + ",".join([*cells, "0.5"]) + "\n")
     assert tables.read(tables.GradientError, path) == [row]
-
-
-def test_names_of_files_carry_pressure_and_phase():
-    assert tables.ranking_file(100.0) == "ranking-100GPa.csv"
-    assert tables.dispersion_file("Im-3m", 62.5) == "dispersion-Im-3m-62.5GPa.csv"
-    assert tables.pressure_of_file(tables.dispersion_file("C2/c", 62.5)) == 62.5
-    assert tables.phase_of_file("dispersion-Im-3m-60GPa.csv") == "Im-3m"
-    with pytest.raises(InputError, match="ranking-high.csv"):
-        tables.pressure_of_file("ranking-high.csv")

@@ -60,6 +60,7 @@ ALLOWED = {
         "paper",
         "report",
     },
+    "starter": BASE | {"labelers", "search"},
     "doctor": BASE | {"potential", "labelers", "scheduler"},
     "plugins": BASE
     | {

@@ -73,12 +73,10 @@ def test_help_explains_every_command(command):
         (("pressure",), 1.5e11, ["pressure", "Pa", "150 GPa"]),
         (("pressure",), -5, ["pressure", "negative"]),
         (("symbols",), ["H", "Xx"], ["symbols", "Xx"]),
-        (("sscha", "supercell"), [0, 2, 2], ["sscha.supercell"]),
         (("sscha", "n_configs"), 7, ["sscha.n_configs", "even"]),
         (("sscha", "temperature"), -3, ["sscha.temperature", "0 K"]),
         (("sscha", "nConfig"), 100, ["sscha.nConfig", "n_configs"]),
         (("MainCalculator", "checkpoint"), "nowhere.pth", ["checkpoint", "nowhere.pth"]),
-        (("learning", "split"), [1, 2], ["learning.split"]),
         (("learning", "labeler"), {}, ["learning.labeler"]),
         (
             ("learning",),
@@ -86,7 +84,6 @@ def test_help_explains_every_command(command):
             ["learning.labeler", "no.such", "not installed"],
         ),
         (("learning", "dataset"), "nowhere.xyz", ["dataset", "nowhere.xyz"]),
-        (("learning", "epochs"), "many", ["learning.epochs"]),
         (("sscha", "engine"), "natif", ["sscha.engine", "python-sscha"]),
         (("formulaType",), "var", ["formulaType: var", "one list per unit"]),
     ],
@@ -100,34 +97,11 @@ def test_a_wrong_key_or_value_stops_the_search_before_any_work(folder, path, val
     assert [file.name for file in folder.iterdir()] == ["input.yaml"], "something was left behind"
 
 
-def test_a_truncated_checkpoint_is_named(folder):
-    (folder / "half.pth").write_bytes(b"PK\x03\x04 cut short")
-    (folder / "input.yaml").write_text(
-        yaml.safe_dump(changed(("MainCalculator", "checkpoint"), "half.pth"))
-    )
-    code, text = run("search", "-i", "input.yaml", "--host", "embedded")
-    assert code == 2 and "half.pth" in text and "checkpoint" in text
-
-
 def test_an_input_that_is_missing_or_no_yaml_is_named(folder):
     assert run("search", "-i", "absent.yaml", "--host", "embedded")[0] == 2
     (folder / "input.yaml").write_text("symbols: [H, S\n")
     code, text = run("search", "-i", "input.yaml", "--host", "embedded")
     assert code == 2 and "input.yaml" in text
-
-
-def test_ranking_a_structure_without_a_cell_names_file_and_structure(folder, tiny_checkpoint):
-    write(folder / "molecule.xyz", Atoms("H2", positions=[[0, 0, 0], [0, 0, 0.74]]))
-    code, text = run(
-        "rank", "molecule.xyz", "--pressure", "150", "--checkpoint", str(tiny_checkpoint)
-    )
-    assert code == 2 and "molecule.xyz" in text and "cell" in text
-
-
-def test_ranking_with_an_odd_number_of_configurations_names_the_key(folder, tiny_checkpoint):
-    write(folder / "a.xyz", Atoms("H", cell=[2, 2, 2], pbc=True))
-    code, text = run("rank", "a.xyz", "--n-configs", "7", "--checkpoint", str(tiny_checkpoint))
-    assert code == 2 and "n_configs" in text
 
 
 def test_magus_is_refused_by_name_when_it_is_not_installed(folder, monkeypatch):

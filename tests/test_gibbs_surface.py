@@ -6,7 +6,7 @@ import pytest
 from two_phases import LOW, Phase, changed, data
 
 from magus_anharmonic.errors import InputError
-from magus_anharmonic.phase_diagram.points import read_points, with_same_phase, write_points
+from magus_anharmonic.phase_diagram.points import read_points, with_same_phase
 from magus_anharmonic.phase_diagram.surface import fit_surface
 from magus_anharmonic.units import EV_PER_A3_IN_GPA
 
@@ -151,21 +151,6 @@ def test_a_wide_range_of_temperatures_with_soft_and_hard_oscillators_is_followed
     t = np.array([50.0, 200.0, 450.0, 800.0])
     assert np.abs((surface.gibbs(P, t) - mixed.gibbs(P, t)) / surface.error(P, t)).max() < 4.0
     assert surface.quality.inflation < 2.5
-
-
-def test_the_table_of_points_survives_a_round_trip(tmp_path):
-    points = [
-        *data({"A": LOW}, 1),
-        changed(data({"B": LOW}, 1)[0], status="failed", reason="a, comma", gibbs=float("nan")),
-    ]
-    write_points(tmp_path / "gibbs.csv", points)
-    found = read_points(tmp_path / "gibbs.csv")
-    assert (
-        [p.phase for p in found] == [p.phase for p in points]
-        and found[-1].reason == "a, comma"
-        and not found[-1].usable
-    )
-    assert found[1].gibbs == pytest.approx(points[1].gibbs, abs=1e-9)
 
 
 HEAD = "phase,pressure_GPa,temperature_K,gibbs_eV_per_atom,gibbs_error_eV_per_atom"

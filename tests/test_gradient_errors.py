@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from harmonic_pair import HarmonicCrystal, crystal, labelled, pair
+from harmonic_pair import labelled, pair
 
 from magus_anharmonic.paper import gradient_errors as ge
 from magus_anharmonic.paper.gradient_errors import gibbs_correction
@@ -159,22 +159,4 @@ def test_both_gradients_are_those_of_python_sscha_on_the_same_ensemble(tmp_path)
     cells = ge.force_differences(errors).reshape(60, state.n_cells, -1, 3).mean(axis=(0, 1))
     assert symmetry.vectors(cells) == pytest.approx(
         symmetry.vectors(forces[0] - forces[1]), abs=1e-6
-    )
-
-
-def test_a_model_that_is_its_own_reference_has_no_errors():
-    state = crystal()
-    model = HarmonicCrystal(state, np.zeros((3, 3)))
-    errors = labelled(model, model, 10)
-    found, correction = ge.gradient_errors(errors), gibbs_correction(errors)
-    assert (found.force, found.centroid.mean, found.force_constants.mean, found.bo_centroid) == (
-        0.0,
-        0.0,
-        0.0,
-        0.0,
-    )
-    assert (correction.first_order, correction.first_order_error, correction.second_order) == (
-        0.0,
-        0.0,
-        0.0,
     )

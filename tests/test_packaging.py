@@ -211,7 +211,7 @@ def test_the_wheel_holds_the_data_and_the_marker_for_types(tmp_path):
     assert "magus_anharmonic/py.typed" in names
     data = [
         str(path.relative_to(ROOT))
-        for path in (ROOT / "magus_anharmonic" / "data").iterdir()
+        for path in (ROOT / "magus_anharmonic" / "data").rglob("*")
         if path.is_file()
     ]
     assert data and set(data) <= set(names)

@@ -420,12 +420,14 @@ def test_rotating_molecules_are_named_in_the_table_and_in_the_structure(tmp_path
     assert "rotating H2 units" in structures[0].info["reason"]
 
 
-def test_candidates_without_a_chance_stop_early_and_the_best_keep_their_order(tmp_path):
+def test_candidates_without_a_chance_stop_early_and_the_best_keep_their_order(tmp_path, caplog):
+    caplog.set_level("INFO", logger="magus_anharmonic")
     everything = ranked(
         copper(8), tmp_path / "fixed", search_settings(allocation="fixed"), fake=fakes.falling
     )
     raced = ranked(copper(8), tmp_path / "race", search_settings(keep_best=2), fake=fakes.falling)
     assert [c.id for c in raced[:2]] == [c.id for c in everything[:2]]
+    assert "so far (1 of" in caplog.text and "unconverged" not in caplog.text, "a round is no end"
     assert all(c.status == "converged" for c in [*everything, *raced[:2]])
     assert {c.status for c in raced[2:]} == {"eliminated"} and all(
         "not among the lowest 2" in c.reason for c in raced[2:]

@@ -1,10 +1,17 @@
 """Keys know their dimension: a value may have a unit, is converted to that of the key, and one of
-another dimension is refused by its key path."""
+another dimension is refused by its key path. Editors know the keys by JSON schemas; `init` writes a
+first input."""
 
+import json
 import re
+import runpy
+import shutil
+from pathlib import Path
 from typing import get_args
 
+import jsonschema
 import pytest
+import yaml
 from ase import units
 from typer.testing import CliRunner
 
@@ -12,9 +19,10 @@ from magus_anharmonic.cli import app
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.plugins.parameters import settings_of
 from magus_anharmonic.search.keys import HostKeys, parse_host_keys
-from magus_anharmonic.settings import In, Section, parse_settings
-from magus_anharmonic.settings.campaign import parse_campaign
-from magus_anharmonic.settings.phase_diagram import PhaseDiagramSettings
+from magus_anharmonic.settings import In, Section, load_settings, load_yaml, parse_settings
+from magus_anharmonic.settings.campaign import load_campaign, parse_campaign
+from magus_anharmonic.settings.phase_diagram import PhaseDiagramSettings, load_phase_diagram
+from magus_anharmonic.starter import FILES, schema_file, write_input
 from magus_anharmonic.units import EXAMPLES, UNITS, dimension_of, quantity
 
 
@@ -164,3 +172,155 @@ def test_options_take_units_too(option, said, tmp_path):
     command = ["rank", str(tmp_path / "cu.cif"), "--calculator", "ase.calculators.emt.EMT"]
     result = CliRunner().invoke(app, [*command, *option], env={"COLUMNS": "200"})
     assert result.exit_code == 2 and said in result.output
+
+
+# ------------------------------------------------------------------------- JSON schemas
+
+ROOT = Path(__file__).parents[1]
+FIRST_LINE = re.compile(r"# yaml-language-server: \$schema=(\S+)\n")
+INPUTS = [path for path in sorted(ROOT.glob("inputs/**/*.yaml")) if path.name != "expected.yaml"]
+
+
+def validator(file):
+    schema = json.loads(file.read_text())
+    kind = jsonschema.validators.validator_for(schema)
+    kind.check_schema(schema)
+    return kind(schema)
+
+
+def named_schema(path):
+    """The schema that the first line of a file names."""
+    found = FIRST_LINE.match(path.read_text())
+    assert found, f"{path}: the first line names no schema"
+    return (path.parent / found[1]).resolve()
+
+
+def test_the_shipped_schemas_are_those_of_the_models():
+    made = runpy.run_path(str(ROOT / "docs" / "make_schemas.py"))
+    for name, text in made["render"]().items():
+        shipped = json.loads((made["FOLDER"] / name).read_text())
+        assert shipped == json.loads(text), "run python docs/make_schemas.py"
+
+
+@pytest.mark.parametrize("path", INPUTS, ids=lambda path: str(path.relative_to(ROOT / "inputs")))
+def test_every_input_names_the_schema_that_it_keeps_to(path):
+    schema = named_schema(path)
+    expected = {name: schema_file(kind) for kind, name in FILES.items()}
+    if path.name in expected:
+        assert schema == expected[path.name]
+    validator(schema).validate(load_yaml(path))
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "ok"),
+    [
+        ("search", {"pressure": "150 GPa", "sscha": {"temperature": ["300 K", 0]}}, True),
+        ("search", {"sscha": {"nConfigs": 100}, "popSize": 4, "refE": 1, "pop_size": 4}, True),
+        ("search", {"sscha": None, "workers": None, "learning": None}, True),
+        ("search", {"workers": {"walltime": "24:00:00"}}, True),
+        ("search", {"MainCalculator": {"calculator": "vasp", "xc": "PBE"}}, True),
+        ("search", {"MainCalculator": {"calculator": "mattersim", "kicks": 2}}, True),
+        ("search", {"MainCalculator": {"calculator": "mattersim", "xc": "PBE"}}, False),
+        ("search", {"presure": 150}, False),
+        ("search", {"sscha": {"temperature": "5 meV"}}, False),
+        ("search", {"sscha": {"supercell": [2, 2]}}, False),
+        ("search", {"learning": {"n_sample": 3}}, False),
+        ("campaign", {"search": {"popSize": 4}, "sscha": {"pressures": [1]}}, True),
+        ("campaign", {"search": {}, "learning": {"pressures": ["1 GPa"]}}, True),
+        ("campaign", {"search": {"pressure": 4}}, False),
+        ("campaign", {"search": {}, "sscha": {"pressures": [1], "settings": {"n_conf": 1}}}, False),
+        ("campaign", {}, False),
+        ("phase-diagram", {"phases": {"a": "a.cif"}, "pressures": [1], "isotopes": {"n": None}}, 1),
+        ("phase-diagram", {"phases": {"a": 3}, "pressures": [1]}, False),
+        ("phase-diagram", {"phases": {"a": "a.cif"}}, False),
+    ],
+)
+def test_the_schemas_tell_right_from_wrong(kind, given, ok):
+    assert validator(schema_file(kind)).is_valid(given) is bool(ok)
+
+
+# -------------------------------------------------------------------------------- init
+
+
+def written(folder, kind, compound, *pressures, **options):
+    path = write_input(kind, compound, pressures, path=folder / FILES[kind], **options)
+    assert named_schema(path) == schema_file(kind)
+    validator(schema_file(kind)).validate(load_yaml(path))
+    return path
+
+
+@pytest.fixture
+def phases(tmp_path):
+    """A folder with two structures of H3S and one of something else."""
+    for file in (ROOT / "inputs" / "h3s-phase-diagram").glob("*.vasp"):
+        shutil.copy(file, tmp_path)
+    shutil.copy(tmp_path / "R3m.vasp", tmp_path / "POSCAR_other")
+    text = (tmp_path / "POSCAR_other").read_text()
+    (tmp_path / "POSCAR_other").write_text(text.replace(" S", " P"))
+    return tmp_path
+
+
+@pytest.mark.parametrize("labeler", ["gpaw", "vasp", "espresso", "ase.calculators.emt.EMT", "none"])
+def test_init_writes_inputs_that_pass_their_checks(labeler, phases, monkeypatch):
+    (phases / "H.pbe-rrkjus.UPF").touch()
+    monkeypatch.setenv("ESPRESSO_PSEUDO", str(phases))
+    search = load_settings(written(phases, "search", "SH3", 150.0, labeler=labeler))
+    assert search.pressure == 150 and search.symbols == ["S", "H"]
+    assert search.host["formula"] == [1, 3] and search.host["max_n_atoms"] == 16
+    campaign = load_campaign(written(phases, "campaign", "H3S", 100.0, 50.0, labeler=labeler))
+    assert campaign.produce and campaign.produce.pressures == [50, 100]
+    assert {phase.name for phase in campaign.phases} == {"Im-3m", "R3m"}
+    if labeler == "none":
+        assert search.learning is None and campaign.labeler is None and campaign.dft is None
+        return
+    assert search.learning and campaign.learning and campaign.dft and campaign.labeler
+    assert search.learning.labeler.calculator == campaign.labeler.calculator == labeler
+    if labeler == "espresso":
+        found = search.learning.labeler.arguments["pseudopotentials"]
+        assert found == {"S": "S.upf", "H": "H.pbe-rrkjus.UPF"}
+
+
+def test_init_finds_the_phases_of_a_diagram_and_says_what_is_missing(phases, tmp_path):
+    path = written(phases, "phase-diagram", "H3S", 50.0, 100.0, temperatures=[300.0, 0.0])
+    diagram = load_phase_diagram(path)
+    assert set(diagram.phases) == {"Im-3m", "R3m"} and diagram.temperatures == [0, 300]
+    assert all(Path(phase.structure).is_file() for phase in diagram.phases.values())
+    path.unlink()
+    for given, said in [
+        (("phase-diagram", "MgO", 1.0), "holds no structure of MgO"),
+        (("search", "H3Q", 1.0), "no chemical formula"),
+        (("search", "MgO", 1.0, 2.0), "a search has one"),
+        (("search", "MgO", 1.5e11), "--pressure: looks like Pa"),
+    ]:
+        with pytest.raises(InputError, match=said):
+            written(phases, *given)
+    with pytest.raises(InputError, match="--labeler: nothing.Like: "):
+        written(phases, "search", "MgO", 1.0, labeler="nothing.Like")
+
+
+def test_init_never_writes_over_a_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    command = ["init", "MgO", "--pressure", "10 kbar", "--labeler", "none"]
+    assert CliRunner().invoke(app, command).exit_code == 0
+    assert load_settings("input.yaml").pressure == 1.0
+    Path("input.yaml").write_text("mine: true\n")
+    refused = CliRunner().invoke(app, command)
+    assert refused.exit_code == 2 and "--force" in refused.output
+    assert Path("input.yaml").read_text() == "mine: true\n"
+    assert CliRunner().invoke(app, [*command, "--force"]).exit_code == 0
+    assert load_settings("input.yaml").symbols == ["Mg", "O"]
+
+
+@pytest.mark.slow
+def test_what_init_writes_runs(tmp_path, monkeypatch):
+    """With smaller numbers: a search of one generation."""
+    from magus_anharmonic.search import run
+
+    path = written(tmp_path, "search", "H3S", 150.0, labeler="none", checkpoint="h3s-gpaw-small")
+    data = load_yaml(path)
+    data |= {"popSize": 2, "initSize": 2, "numGen": 1, "saveGood": 1, "max_n_atoms": 4}
+    data["MainCalculator"]["maxStep"] = 8
+    data["sscha"] |= {"n_configs": 20, "max_candidates": 1, "max_populations": 1, "hessian": 0}
+    path.write_text(yaml.safe_dump(data))
+    outcome = run(load_settings(path), tmp_path)
+    assert outcome.good and (tmp_path / "results" / "anharmonic" / "run.json").is_file()

@@ -21,7 +21,7 @@ from magus_anharmonic.potential.trainer import Architecture, from_scratch
 from magus_anharmonic.ranking.rank import rank
 from magus_anharmonic.ranking.structures import reevaluate
 from magus_anharmonic.ranking.uncertainty import ensemble_trust
-from magus_anharmonic.settings import FinetuneSettings, LearningSettings, Settings, parse
+from magus_anharmonic.settings import FinetuneSettings, Settings, parse
 
 SHAPE = Architecture(num_blocks=1, units=8, cutoff=4.0, threebody_cutoff=3.0)
 
@@ -353,15 +353,6 @@ def population():
     return found
 
 
-@pytest.mark.parametrize("rule", ["random", "uncertain", "diverse"])
-def test_same_seed_same_choice(rule, potential, population):
-    first, second = (
-        select(population, 4, np.random.default_rng(3), rule, potential) for _ in range(2)
-    )
-    assert first == second and len(set(first)) == 4
-    assert sorted(select(population[:3], 4, np.random.default_rng(3), rule, potential)) == [0, 1, 2]
-
-
 def test_the_most_uncertain_distinct_structures_are_chosen(potential, population):
     chosen = select(population, 3, np.random.default_rng(0), "uncertain", potential)
     pool = lowest_distinct(population, 30)
@@ -403,14 +394,6 @@ def test_farthest_points_cover_the_corners():
     away = farthest_points(points, 1, np.random.default_rng(0), np.array([[0.0, 0]]))
     assert np.round(points[away[0]] / 9).tolist() == [1, 1]
     assert sorted(farthest_points(points[:3], 9, np.random.default_rng(0), corners)) == [0, 1, 2]
-
-
-def test_the_key_is_checked():
-    labeler = {"labeler": {"calculator": "gpaw"}}
-    assert parse(LearningSettings, labeler).select == "random"
-    assert parse(LearningSettings, {**labeler, "select": "diverse"}).select == "diverse"
-    with pytest.raises(InputError, match="select"):
-        parse(LearningSettings, {**labeler, "select": "clever"})
 
 
 def test_the_shipped_checkpoint_knows_its_errors():

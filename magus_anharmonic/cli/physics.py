@@ -147,7 +147,7 @@ def _show_hessian(report: Any) -> None:
 
     shown = Table(title="Softest modes (cm^-1; imaginary as negative)")
     for name in ("q", "modes x q points", "SSCHA auxiliary", "free-energy Hessian"):
-        shown.add_column(name, justify="right", no_wrap=True)
+        shown.add_column(name, justify="right")
     for row in softest_levels(report.hessian):
         shown.add_row(*row)
     screen = console()

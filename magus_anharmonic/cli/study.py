@@ -1,4 +1,6 @@
-"""campaign, status, report, validate and doctor.
+"""init, campaign, status, report, validate and doctor.
+
+``init``: the first input of a project.
 
 ``campaign``: the paper's two stages over several pressures, from one file.
 
@@ -13,12 +15,13 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from magus_anharmonic.cli.common import command, console, say
+from magus_anharmonic.cli.common import command, console, measured, say
 from magus_anharmonic.errors import InputError
 
 
@@ -77,11 +80,7 @@ def _show(path: Path) -> None:
     found = status(path)
     table = Table(title=str(path))
     for name in found.columns:
-        table.add_column(
-            name,
-            justify="left" if name in ("step", "status", "remark") else "right",
-            overflow="fold",
-        )
+        table.add_column(name, justify="left" if name in ("step", "status", "remark") else "right")
     for row in found.rows:
         table.add_row(*row)
     screen = console(140)
@@ -182,6 +181,59 @@ def validate(
     say(f"\n{', '.join(counts)}")
     if any(row.verdict == "disagrees" for row in rows):
         raise typer.Exit(1)
+
+
+class Kind(StrEnum):
+    """What an input is for."""
+
+    search = "search"
+    campaign = "campaign"
+    phase_diagram = "phase-diagram"
+
+
+@command()
+def init(
+    compound: Annotated[str, typer.Argument(help="Chemical formula, e.g. H3S.")],
+    pressure: Annotated[
+        list[float] | None, measured("GPa", "Of a campaign or phase diagram more than once.")
+    ] = None,
+    temperature: Annotated[list[float] | None, measured("K", "More than once for several.")] = None,
+    labeler: Annotated[
+        str | None,
+        typer.Option(
+            help="gpaw, espresso, vasp, another package's, an import path, or none; left out: the"
+            " first DFT code that is here."
+        ),
+    ] = None,
+    kind: Annotated[Kind, typer.Option(help="Which command it is for.")] = Kind.search,
+    checkpoint: Annotated[
+        str, typer.Option(help="A MatterSim name, a path, or a shipped checkpoint.")
+    ] = "mattersim-v1.0.0-1M",
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "-o", "--output", help="The file; left out: input.yaml, campaign.yaml, ... in here."
+        ),
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Write over a file that is there.")
+    ] = False,
+) -> None:
+    """Write a commented input for a compound; structures of it that lie beside the file are its
+    phases."""
+    from magus_anharmonic.starter import write_input
+
+    written = write_input(
+        kind.value,
+        compound,
+        pressure or [0.0],
+        temperature or [0.0],
+        labeler=labeler,
+        checkpoint=checkpoint,
+        path=output,
+        force=force,
+    )
+    say(f"{written}: written; its first lines say how to run it")
 
 
 @command()

@@ -186,7 +186,7 @@ log = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class Job:
     """SSCHA of one structure at one temperature (K) or several, each starting from the former;
-    ``start``: see `free_energy`."""
+    ``start``: see `free_energy`. ``part``: of a run that goes on with the next populations."""
 
     structure: str
     atoms: Atoms
@@ -194,6 +194,7 @@ class Job:
     folders: tuple[Path, ...]
     options: dict[str, Any] = field(default_factory=dict)
     start: Any = None
+    part: bool = False
 
 
 @dataclass(frozen=True)
@@ -412,17 +413,19 @@ class _Finished:
                 self.finished,
                 self.total,
                 job.structure,
-                _words(outcome),
+                _words(outcome, job.part),
                 left,
             )
 
 
-def _words(outcome: Outcome) -> str:
+def _words(outcome: Outcome, part: bool) -> str:
     where = f"at {outcome.temperature:g} K"
     if outcome.result is None:
         return f"{where} failed: {outcome.reason}"
     r = outcome.result
+    unfinished = part and r.status == "unconverged"
+    status = f"so far ({r.n_populations} of its populations)" if unfinished else r.status
     return (
         f"{where}: {r.space_group_start} -> {r.space_group}, G = {r.numbers.gibbs:.5f} +-"
-        f" {r.gibbs_error:.5f} eV/atom, {r.n_evaluations} evaluations, {r.status}"
+        f" {r.gibbs_error:.5f} eV/atom, {r.n_evaluations} evaluations, {status}"
     )

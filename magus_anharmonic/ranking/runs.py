@@ -154,6 +154,7 @@ class Runs:
             folders,
             options,
             self._earlier_run(atoms, keys[0]) if begin is None else begin,
+            part=options["max_populations"] < sscha.max_populations,
         )
 
     def _earlier_run(self, atoms: Atoms, key: Key) -> Path | None:

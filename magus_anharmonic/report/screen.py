@@ -26,9 +26,16 @@ def console(width_in_files: int = 120, *, stderr: bool = False) -> Console:
     """
     from rich.console import Console
     from rich.segment import Segment
+    from rich.table import Table
 
     class Screen(Console):
-        """Shows control characters instead of sending them; rich's own are marked as such."""
+        """Shows control characters instead of sending them (rich's own are marked as such), and
+        folds what a column of a table has no room for, instead of cutting it."""
+
+        def print(self, *objects: Any, **options: Any) -> None:
+            for column in (c for one in objects if isinstance(one, Table) for c in one.columns):
+                column.overflow, column.no_wrap = "fold", False
+            super().print(*objects, **options)
 
         def render(self, *args: Any, **kwargs: Any) -> Iterable[Segment]:
             for segment in super().render(*args, **kwargs):
@@ -57,7 +64,7 @@ def show_ranking(folder: Path) -> None:
     pictures = []
     for view in views:
         screen.print()
-        screen.print(table(view))
+        screen.print(table(view, width=screen.width))
         for line in sentences(view.rows):
             screen.print(f"* {line}", highlight=False)
         name = f"ranking-{view.composition}" if len(views) > 1 else "ranking"
@@ -75,32 +82,42 @@ def show_ranking(folder: Path) -> None:
     )
 
 
-def table(view: RankingView, limit: int = 10) -> Table:
-    """The ranking of one composition: ranked structures by G, then the rest by enthalpy."""
+COLUMNS = {
+    "rank": 4, "id": 8, "atoms": 5, "space group": 8, "static H": 6, "G": 5, "+-": 3,
+    "rank by H": 4, "change": 6, "status": 11,
+}  # fmt: skip
+"""Of the table on the screen, and how many letters of each are never folded."""
+
+
+def table(view: RankingView, limit: int = 10, width: int = 120) -> Table:
+    """The ranking of one composition for a screen of this ``width``: ranked structures by G, then
+    the rest by enthalpy.
+
+    Where nothing is ranked, no G is: an upper bound has no lowest to stand above.
+    """
     from rich.table import Table
 
     from magus_anharmonic.structures import symbol_of
 
-    result = Table(title=f"{view.title}: ranking by free energy (meV/atom above the lowest)")
-    left = ("id", "space group", "status")
-    for name in (
-        *("rank", "id", "atoms", "space group", "static H", "G", "+-", "rank by H"),
-        *("change", "status"),
-    ):
-        number = name not in left  # numbers are never cut, names go on in the next line
-        result.add_column(
-            name, justify="right" if number else "left", no_wrap=number, overflow="fold"
-        )
+    wide = width > 100
+    title = f"{view.title}: ranking by free energy (meV/atom above the lowest)"
+    result = Table(title=title, padding=(0, int(wide)), show_edge=wide)
+    for name, least in COLUMNS.items():
+        head = name if wide else name.replace(" ", "\n", 1)
+        text = name in ("id", "space group", "status")
+        result.add_column(head, justify="left" if text else "right", min_width=least)
     for row in view.rows[:limit]:
         groups = (symbol_of(group) for group in (row.spg_static, row.spg_quantum) if group)
+        height = view.gibbs(row)
+        open_ = height is None and row.status == "unconverged"
         result.add_row(
             str(row.rank_quantum or "-"),
             row.label,
             str(row.natoms),
             " -> ".join(groups),
             _milli(view.enthalpy(row)),
-            _milli(view.gibbs(row)),
-            _milli(view.error(row)),
+            "not\nconverged" if open_ else _milli(height),
+            "-" if height is None else _milli(view.error(row)),
             str(row.rank_static or "-"),
             _change(row, view.rows),
             view.status(row),

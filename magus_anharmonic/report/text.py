@@ -20,8 +20,6 @@ SHOWN = 200
 """Most lines of one ranking on the page; the file holds all."""
 SPELLED_OUT = 12
 """Most structures that a finding names one by one."""
-WORDS = {"stable": "minimum", "saddle": "saddle point"}
-"""States, where another word says more."""
 
 
 @dataclass(frozen=True)
@@ -46,13 +44,11 @@ class RankingView:
         return [c for c in columns_of(Candidate) if any(c.text(row) for row in self.lines)]
 
     @functools.cached_property
-    def _lowest(self) -> tuple[float, float]:
-        """Enthalpy, and G of the phases; where nothing is ranked, of what is shown: absolute
-        energies are no heights."""
-        static = min((row.enthalpy for row in self.rows if row.enthalpy is not None), default=0.0)
-        known = [row.gibbs for row in self.rows if row.gibbs is not None and row.status != "failed"]
+    def _lowest(self) -> tuple[float, float | None]:
+        """Enthalpy, and G of the phases: None where nothing is ranked."""
+        static = (row.enthalpy for row in self.rows if row.enthalpy is not None)
         ranked = (row.gibbs for row in self.rows if row.phase_ranked)
-        return static, min(ranked, default=min(known, default=0.0))
+        return min(static, default=0.0), min(ranked, default=None)
 
     def enthalpy(self, row: Candidate) -> float | None:
         """Above the lowest, meV/atom."""
@@ -60,8 +56,9 @@ class RankingView:
 
     def gibbs(self, row: Candidate) -> float | None:
         """Above the lowest phase, meV/atom; None for what failed."""
-        none = row.gibbs is None or row.status == "failed"
-        return None if none else ev_to_mev(row.gibbs - self._lowest[1])
+        lowest = self._lowest[1]
+        none = row.gibbs is None or lowest is None or row.status == "failed"
+        return None if none else ev_to_mev(row.gibbs - lowest)
 
     def error(self, row: Candidate) -> float | None:
         """Of a G of its own, meV/atom."""
@@ -83,7 +80,7 @@ class RankingView:
         """In words."""
         if row.same_as:
             return f"same as {label_of(row.same_as, self.rows)}"
-        return WORDS.get(row.status, row.status)
+        return row.status
 
     @property
     def where(self) -> str:
@@ -187,28 +184,33 @@ def _static(best: Candidate, done: Sequence[Candidate]) -> list[str]:
 
 
 def _difference(row: Candidate, best: Candidate) -> str:
-    """``"10.0 ± 3.4 meV/atom (± 1.4 sampling, 3.1 model)"``."""
-    total, parts = _errors(row, best)
+    """``"10.0 ± 3.4 meV/atom (sampling 1.4, finite size 0.3, model 3.1)"``."""
+    total, parts = _error(row, best)
     shown = f"{ev_to_mev(row.gibbs - best.gibbs):.1f} ± {ev_to_mev(total):.1f} meV/atom"
-    words = [f"{ev_to_mev(error):.1f} {name}" for name, error in parts.items() if error]
-    return f"{shown} (± {', '.join(words)})" if len(words) > 1 else shown
+    return f"{shown} ({parts})"
 
 
-def _errors(row: Candidate, best: Candidate) -> tuple[float, dict[str, float]]:
-    """Of the difference of G, eV/atom: all of it, and its known parts."""
-    sampling = row.difference_sampling_error
-    if sampling is None:
-        sampling = math.hypot(row.gibbs_error or 0.0, best.gibbs_error or 0.0)
-    known = row.difference_finite_size_error or 0.0, row.difference_model_error or 0.0
-    parts = dict(zip(("sampling", "finite size", "model"), (sampling, *known), strict=True))
-    return math.hypot(*parts.values()), parts
+def _error(row: Candidate, best: Candidate) -> tuple[float, str]:
+    """Total error of the difference of G to the lowest phase, eV/atom, and its parts in words."""
+    if row.difference_sampling_error is None:  # another stands for it, or a table of earlier
+        return math.hypot(row.gibbs_error or 0.0, best.gibbs_error or 0.0), "sampling alone"
+    parts = {
+        "sampling": row.difference_sampling_error,
+        "finite size": row.difference_finite_size_error,
+        "model": row.difference_model_error,
+    }
+    told = (
+        f"{name} {'unknown' if part is None else f'{ev_to_mev(part):.1f}'}"
+        for name, part in parts.items()
+    )
+    return math.hypot(*(part or 0.0 for part in parts.values())), ", ".join(told)
 
 
 def _second(phases: Sequence[Candidate]) -> list[str]:
     if len(phases) < 2:
         return []
     best, second = phases[:2]
-    unsure = second.gibbs - best.gibbs < 2 * _errors(second, best)[0]
+    unsure = second.gibbs - best.gibbs < 2 * _error(second, best)[0]
     return [
         f"Next phase: {second.label} ({_group(second)}), {_difference(second, best)} higher"
         f"{': the two are not told apart' if unsure else ''}."

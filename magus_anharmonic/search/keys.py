@@ -318,8 +318,8 @@ class HostKeys(Section):
 
 def fold(key: str) -> str:
     """The field name of a MAGUS key in camelCase or snake_case; ``dE`` and ``dV`` stay."""
-    camel = {_camel(name): name for name in HostKeys.model_fields}
-    return key if key in HostKeys.model_fields else camel.get(key, snake_case(key))
+    known = {camel(name): name for name in HostKeys.model_fields}
+    return key if key in HostKeys.model_fields else known.get(key, snake_case(key))
 
 
 def parse_host_keys(settings: Settings) -> tuple[HostKeys, list[str]]:
@@ -365,8 +365,8 @@ def parse_host_keys(settings: Settings) -> tuple[HostKeys, list[str]]:
 def unknown_key(key: str) -> str:
     """The message for a top-level key that neither we nor MAGUS know."""
     ours, host = (list(block.model_fields) for block in (Settings, HostKeys))
-    hint = nearest(key, [*(n for n in ours if n != "host"), *host, *map(_camel, host)])
-    for name, public in _PUBLIC.items():
+    hint = nearest(key, [*(n for n in ours if n != "host"), *host, *map(camel, host)])
+    for name, public in PUBLIC.items():
         hint = hint.replace(f"mean {name}?", f"mean {public}?")
     return f"{key}: unknown key{hint}"
 
@@ -386,7 +386,7 @@ def keys_table() -> str:
     rows = [("key", "default", "meaning")]
     for name, field in fields.items():
         default = "1-230" if name == "spacegroup" else _shown(field)
-        rows.append((_PUBLIC.get(name, name), default, field.description or ""))
+        rows.append((PUBLIC.get(name, name), default, field.description or ""))
     for name, field in Operators.model_fields.items():
         values = ", ".join(type(field.default).model_fields)
         rows.append((f"OffspringCreator.{name}", values, field.description or ""))
@@ -396,7 +396,7 @@ def keys_table() -> str:
     return "\n".join([*lines, "", f"Known to MAGUS only, refused by the embedded host: {only}"])
 
 
-_PUBLIC = {
+PUBLIC: dict[str, str] = {
     "fitness": "Fitness",
     "main_calculator": "MainCalculator",
     "ml_calculator": "MLCalculator",
@@ -424,10 +424,11 @@ def _public(line: str) -> str:
     """The line with the key in MAGUS's own spelling: ``offspring_creator.rattle: ...`` ->
     ``OffspringCreator.rattle: ...``."""
     name = re.split(r"\W", line, maxsplit=1)[0]
-    return _PUBLIC.get(name, name) + line[len(name) :]
+    return PUBLIC.get(name, name) + line[len(name) :]
 
 
-def _camel(name: str) -> str:
+def camel(name: str) -> str:
+    """``pop_size`` -> ``popSize``."""
     return re.sub(r"_([a-z])", lambda match: match[1].upper(), name)
 
 

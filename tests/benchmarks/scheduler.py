@@ -10,18 +10,14 @@ over 100,000 tasks. cost : hours of the paper's campaign at ``--atoms-per-second
 prints that number), and of one ten times its size.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import os
 import resource
 import tempfile
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import psutil
@@ -35,14 +31,13 @@ from magus_anharmonic.labelers.scheduled import label_on_worker
 from magus_anharmonic.labelers.worker import atoms_to_json
 from magus_anharmonic.potential.remote import serialised
 from magus_anharmonic.ranking.jobs import Job, _remote_job, _run_elsewhere
-from magus_anharmonic.scheduler import Scheduler
 from magus_anharmonic.scheduler.cluster import DaskScheduler
 from magus_anharmonic.scheduler.local import LocalScheduler
 from magus_anharmonic.scheduler.queues import QUIET, extensions
 from magus_anharmonic.settings import WorkerSettings
 
 
-def timed(item: tuple[Callable[..., Any], Any], shared: Any = None) -> tuple[float, float]:
+def timed(item, shared=None):
     """Wall and processor seconds of a task, the processes that it started included."""
     task, inner = item
     begun, used = time.perf_counter(), processor_seconds()
@@ -50,7 +45,7 @@ def timed(item: tuple[Callable[..., Any], Any], shared: Any = None) -> tuple[flo
     return time.perf_counter() - begun, processor_seconds() - used
 
 
-def processor_seconds() -> float:
+def processor_seconds():
     """Processor time of this process and all below it so far."""
     this = psutil.Process()
     times = [process.cpu_times() for process in (this, *this.children(recursive=True))]
@@ -58,7 +53,7 @@ def processor_seconds() -> float:
 
 
 @contextlib.contextmanager
-def dask(n_workers: int, **options: Any) -> Iterator[DaskScheduler]:
+def dask(n_workers, **options):
     """``n_workers`` Dask workers on this machine, one thread each, configured as in the jobs of a
     queue system."""
     options = {
@@ -80,18 +75,13 @@ def dask(n_workers: int, **options: Any) -> Iterator[DaskScheduler]:
             yield scheduler
 
 
-def load() -> str:
+def load():
     return f"load average {os.getloadavg()[0]:.1f} on {len(os.sched_getaffinity(0))} cores"
 
 
-def one_against_two(
-    name: str, task: Callable[..., Any], items: list[Any], shared: Any, rounds: int
-) -> None:
+def one_against_two(name, task, items, shared, rounds):
     """Print speed-up and busy share for local processes and Dask."""
-    kinds: dict[str, Callable[[int], Any]] = {
-        "local": lambda n: contextlib.closing(LocalScheduler(n, threads=1)),
-        "dask": dask,
-    }
+    kinds = {"local": lambda n: contextlib.closing(LocalScheduler(n, threads=1)), "dask": dask}
     for kind, make in kinds.items():
         with make(1) as one, make(2) as two:
             for scheduler in (one, two):
@@ -115,9 +105,7 @@ def one_against_two(
         )
 
 
-def spend(
-    scheduler: Scheduler, task: Callable[..., Any], items: list[Any], shared: Any
-) -> tuple[float, float, float, float]:
+def spend(scheduler, task, items, shared):
     """Wall time of a run, wall and processor seconds in its tasks, and processor seconds of
     everything."""
     begun, before, busy, used = time.perf_counter(), processor_seconds(), 0.0, 0.0
@@ -128,7 +116,7 @@ def spend(
     return time.perf_counter() - begun, busy, used, processor_seconds() - before
 
 
-def labels(rounds: int, number: int) -> None:
+def labels(rounds, number):
     """EMT on 1,372 copper atoms: half a second, far less than any DFT label (13 s and more)."""
     recipe = asdict(Recipe("ase.calculators.emt.EMT", {}, None, {}, {}))
     items = []
@@ -139,7 +127,7 @@ def labels(rounds: int, number: int) -> None:
     one_against_two("labels", label_on_worker, items, None, rounds)
 
 
-def sscha(rounds: int) -> None:
+def sscha(rounds):
     """One population of 50 configurations of H3S in 2x2x2 with the shipped model, and its start."""
     from magus_anharmonic.potential import load as load_model
     from magus_anharmonic.sscha import free_energy
@@ -167,17 +155,17 @@ def sscha(rounds: int) -> None:
         one_against_two("sscha", _run_elsewhere, items, serialised(potential, remote=True), rounds)
 
 
-def h3s(a: float) -> Atoms:
+def h3s(a):
     cell = 0.5 * a * np.array([[-1.0, 1, 1], [1, -1, 1], [1, 1, -1]])
     return Atoms("SH3", positions=[np.zeros(3), *(0.5 * a * np.eye(3))], cell=cell, pbc=True)
 
 
-def pause(item: float, shared: Any = None) -> None:
+def pause(item, shared=None):
     """A task that costs time and no processor."""
     time.sleep(item)
 
 
-def many(seconds: float, waves: int, workers: int = 256) -> None:
+def many(seconds, waves, workers=256):
     """Tasks of 0.7 to 1.3 times ``seconds`` in 256 places (4 processes of 64 threads)."""
     rng = np.random.default_rng(1)
     times = rng.uniform(0.7, 1.3, waves * workers) * seconds
@@ -201,7 +189,7 @@ def many(seconds: float, waves: int, workers: int = 256) -> None:
     )
 
 
-def memory(total: int) -> None:
+def memory(total):
     """Resident memory after every tenth of ``total`` tasks."""
     page = resource.getpagesize()
     sizes = []
@@ -225,7 +213,7 @@ STEPS = 30  # evaluations of a relaxation: docs/performance.md, "Relaxation"
 ELIMINATION = 35
 
 
-def cost(rate: float, label_seconds: float) -> None:
+def cost(rate, label_seconds):
     """Hours of one core or GPU that evaluates ``rate`` atoms per second, by step of the paper
     (Secs. IV A and B)."""
     evaluations = {  # atoms times evaluations
@@ -258,7 +246,7 @@ def cost(rate: float, label_seconds: float) -> None:
     )
 
 
-def main() -> None:
+def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("rows", nargs="*", default=["labels", "sscha", "many", "memory", "cost"])
     parser.add_argument("--rounds", type=int, default=2)
@@ -271,7 +259,7 @@ def main() -> None:
         "--label-seconds", type=float, default=65.0, help="core seconds of a label, of row cost"
     )
     given = parser.parse_args()
-    rows: dict[str, Callable[[], None]] = {
+    rows = {
         "labels": lambda: labels(given.rounds, given.n_labels),
         "sscha": lambda: sscha(given.rounds),
         "many": lambda: many(given.seconds, given.waves),
