@@ -37,7 +37,8 @@ def _with_error(value: float, error: float | None, digits: int = 1) -> str:
 def stored(folder: Path) -> list[str]:
     """How many structures at which pressures, and which is lowest in static enthalpy; the
     foundation model's are another energy scale."""
-    count, lowest = 0, {}
+    count = 0
+    lowest: dict[float, Enthalpy] = {}
     path = folder / Enthalpy.FILE
     for row in rows_of(Enthalpy, path) if path.is_file() else ():
         count += 1

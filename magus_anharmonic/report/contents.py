@@ -435,8 +435,8 @@ def diagram_contents(folder: Path) -> Contents:
             if one.get("status") == "failed"
         ),
     )
-    told = contents.json("summary.json").get("sentences")
-    said = list(map(str, told)) if isinstance(told, list) else []
+    stored = contents.json("summary.json").get("sentences")
+    said = [str(line) for line in stored] if isinstance(stored, list) else []
     names = {"phase-diagram": "Phase diagram", "hull": "Convex hull of the free energies"}
     words = {name: {"title": title, "alt": " ".join(said)} for name, title in names.items()}
     contents.pictures = figures.stored_pictures(folder, words)
