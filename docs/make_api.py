@@ -166,7 +166,7 @@ def entry(path: str, what: Any) -> str:
 def render() -> str:
     """The whole page."""
     head = (
-        "# Python\n\nMade by `python docs/make_api.py` from the docstrings; do not edit.\n\n"
+        "# Python\n\n<!-- Made by docs/make_api.py from the docstrings; do not edit. -->\n\n"
         f"{EXAMPLE}\n\n`result.gibbs` of a run that has not converged raises `NotConverged`: it is"
         " an upper bound, no free energy. `result.numbers` holds all numbers as they are."
     )

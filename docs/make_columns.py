@@ -50,8 +50,8 @@ def render() -> str:
     stored = ", ".join(f"`{one.name}`" for one in dataclasses.fields(FreeEnergy))
     keys = ", ".join(f"`{key}`" for key in INFO_KEYS.values())
     head = (
-        "# Columns\n\nMade by `python docs/make_columns.py` from the fields of the records; do not"
-        " edit.\n\nAn empty cell: there is no such number. Tables of earlier versions are read by"
+        "# Columns\n\n<!-- Made by docs/make_columns.py from the fields of the records. -->"
+        "\n\nAn empty cell: there is no such number. Tables of earlier versions are read by"
         " the names that they have.\n"
     )
     tail = f"""## The same numbers elsewhere

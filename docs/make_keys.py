@@ -102,7 +102,7 @@ SECTIONS: list[tuple[str, str, type[BaseModel]]] = [
 HEAD = """\
 # Keys
 
-Made by `python docs/make_keys.py` from the settings models; do not edit.
+<!-- Made by docs/make_keys.py from the settings models; do not edit. -->
 
 Keys are accepted in snake_case and camelCase (`n_sample`, `nSample`). A wrong key, type, unit or combination stops the run
 before any work, with the key's path, the value, what is allowed and the nearest valid key (exit code 2).

@@ -18,7 +18,7 @@ import numpy as np
 from ase import Atoms
 
 from magus_anharmonic.errors import InputError, is_machine_error
-from magus_anharmonic.evaluator import CalculatorEvaluator, has_stress
+from magus_anharmonic.evaluator import has_stress
 from magus_anharmonic.structures import stripped
 from magus_anharmonic.units import BOHR, RYDBERG, ev_per_a3_to_gpa
 
@@ -64,12 +64,12 @@ def check_calculator(evaluator: Any, atoms: Atoms, *, stress: bool) -> int:
     ``stress`` is needed. An exception of the calculator is left to who works with it.
     """
     stress = stress and bool(atoms.pbc.all())
-    if not isinstance(evaluator, CalculatorEvaluator) or evaluator.checked >= {
-        "forces",
-        *(["stress"] if stress else []),
-    }:
+    checked = getattr(evaluator, "checked", None)
+    wanted = {"forces", *(["stress"] if stress else [])}
+    if checked is None or checked >= wanted:
         return 0
-    name = type(evaluator.calculator).__name__
+    own = getattr(evaluator, "calculator", None)
+    name = evaluator.labeler.description if own is None else type(own).__name__
     probe = (
         stripped(atoms).repeat((2, 1, 1))
         if len(atoms) == 1 and atoms.pbc.all()
@@ -84,8 +84,9 @@ def check_calculator(evaluator: Any, atoms: Atoms, *, stress: bool) -> int:
         middle = evaluator.evaluate([probe])
         if stress and not has_stress(middle):
             raise InputError(
-                f"calculator {name}: gives no stress, which a variable cell needs; keep the cell"
-                " fixed"
+                f"calculator {name}: gives no stress, which a variable cell needs; give one that"
+                " does as sscha.evaluator, or keep the cells (sscha.cell: fixed and"
+                " MainCalculator.relax_lattice: false)"
             )
         moves *= 1.0 if -np.sum(middle.forces[0] * moves) > 0.0 else -1.0
         # uphill, where tension and stiffness do not cancel
@@ -140,7 +141,7 @@ def check_calculator(evaluator: Any, atoms: Atoms, *, stress: bool) -> int:
             _compare_normal(what, float(gains[2]), probe.get_volume(), tensors, strain, len(probe))
         else:
             _compare_shear(what, float(gains[3]), slopes, normal, len(probe))
-    evaluator.checked |= {"forces", *(["stress"] if stress else [])}
+    checked |= wanted
     return 1 + len(structures) + (drift is not None)
 
 

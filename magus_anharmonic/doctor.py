@@ -333,6 +333,7 @@ def _third_party(settings: Settings | None) -> list[Check]:
     if settings is not None:
         asked = {*settings.fitness, settings.main_calculator.get("calculator")}
         asked |= {settings.learning.labeler.calculator} if settings.learning else set()
+        asked |= {settings.evaluator.calculator} if settings.evaluator else set()
     checks = []
     for kind, word in {
         "labelers": "labeler",

@@ -235,10 +235,13 @@ class CalculatorEvaluator:
 
 class LabelerEvaluator:
     """Evaluator that asks a labeler (DFT); a label that fails raises, because an ensemble needs all
-    of them."""
+    of them.
 
-    def __init__(self, labeler: LabelSource) -> None:
-        self.labeler = labeler
+    checked : see `CalculatorEvaluator`; None: nothing of it is to be checked.
+    """
+
+    def __init__(self, labeler: LabelSource, checked: set[str] | None = None) -> None:
+        self.labeler, self.checked = labeler, checked
 
     @property
     def model_id(self) -> str:

@@ -197,10 +197,10 @@ def _summarise(candidates: Sequence[Candidate], generation: int) -> None:
 def start(
     settings: Settings,
     run_dir: str | Path,
+    potential: Evaluator,
     *,
     restart: bool = False,
     learn: bool = True,
-    potential: Evaluator | None = None,
     seed: int | None = None,
     record: bool = True,
     described: Mapping[str, Any] | None = None,
@@ -210,19 +210,20 @@ def start(
 
     Parameters
     ----------
+    potential
+        What is ranked with, see `ranking.structures.ranking_evaluator`.
     restart
-        Go on with the newest model and the recorded seed of ``run_dir``.
+        Go on with the recorded seed of ``run_dir``.
     learn
         False under ``magus search -m``, where the ML calculator learns.
-    potential, seed
-        Instead of those that the settings and the record name.
+    seed
+        Instead of the one that the settings or the record name.
     record
         False where the host has written ``run.json`` already.
     described
         Further fields of ``run.json``: who runs the search, and by which command.
 
-    Raises ``InputError`` (another version's folder, no mattersim calculator, no labeler, checkpoint
-    not loadable).
+    Raises ``InputError`` (another version's folder, no model that learns, no labeler).
     """
     from magus_anharmonic.runs.record import check_results_version, write_run_record
 
@@ -230,7 +231,6 @@ def start(
     check_results_version(folder)
     if learn:
         settings = checked_learning(settings, folder)
-    chosen = potential or _load_potential(settings, newest_checkpoint(folder) if restart else None)
     labeler, store = (None, None)
     if learn and settings.learning is not None:
         labeler, store = _labeler(settings, folder)
@@ -239,7 +239,7 @@ def start(
     state = SearchState(
         settings,
         folder,
-        chosen,
+        potential,
         seed,
         labeler,
         store,
@@ -249,22 +249,8 @@ def start(
     )
     if record:
         extra = {"restart": restart, "learning": state.learn, **(described or {})}
-        write_run_record(folder, settings, seed=seed, model_id=chosen.model_id, extra=extra)
+        write_run_record(folder, settings, seed=seed, model_id=potential.model_id, extra=extra)
     return state
-
-
-def _load_potential(settings: Settings, newest: Path | None) -> Evaluator:
-    calculator = settings.calculator
-    if calculator is None:
-        raise InputError(
-            "MainCalculator: learning and sscha need calculator: mattersim (as MainCalculator or"
-            " MLCalculator)"
-        )
-    from magus_anharmonic.potential import load
-
-    if newest is not None:
-        log.info("going on with the model %s", newest)
-    return load(newest or calculator.checkpoint, device=calculator.device)
 
 
 def newest_checkpoint(run_dir: str | Path, up_to: int | None = None) -> Path | None:
@@ -289,7 +275,8 @@ def checked_learning(settings: Settings, folder: str | Path) -> Settings:
         return settings
     if settings.calculator is None:
         raise InputError(
-            "learning: needs a model that can learn: MainCalculator: {calculator: mattersim, ...}"
+            "learning: needs a model that can learn: MainCalculator: {calculator: mattersim, ...};"
+            " without learning: any calculator searches and ranks"
         )
     from magus_anharmonic.labelers import get_labeler
     from magus_anharmonic.learning.dataset import read_dataset
@@ -319,8 +306,8 @@ def _recorded_seed(folder: Path, restart: bool) -> int:
     from magus_anharmonic.runs.record import read_run_record, record_file
 
     if restart and record_file(folder).exists():
-        recorded = read_run_record(folder).get("seed")
-        if isinstance(recorded, int):
+        recorded = read_run_record(folder).seed
+        if recorded is not None:
             return recorded
     return secrets.randbelow(2**31)
 

@@ -11,13 +11,20 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import logging
+import multiprocessing
 import os
+import queue
 import signal
 import subprocess
 import sys
+import threading
 import time
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from multiprocessing import spawn
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -122,3 +129,105 @@ def run_bounded(command: Sequence[str], timeout: float) -> subprocess.CompletedP
             end_processes(known, mark)
             raise
     return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+class Worker:
+    """A fresh interpreter (torch and CUDA do not survive a fork) that does one job after the other.
+
+    It ends with this process, together with everything that it has started.
+
+    begin : called there with ``given``, returns the function of one job. ``variables`` : of its
+    environment, which BLAS and torch read when they are loaded. output : file to which it prints;
+    its standard input is empty. with_main : jobs may be functions of the script that runs here,
+    which is imported there.
+    """
+
+    # the module search path travels as an argument: no variable that a program there would inherit
+    _BOOTSTRAP = (
+        "import sys; sys.path[:] = sys.argv.pop(1).split(chr(10));"
+        " from magus_anharmonic.processes import serve; serve()"
+    )
+
+    def __init__(
+        self,
+        begin: Callable[..., Callable[[Any], Any]],
+        *given: Any,
+        variables: Mapping[str, str],
+        output: Path | None = None,
+        with_main: bool = False,
+    ) -> None:
+        self.mark = new_mark()
+        # raises in a script that is being imported by a worker of its own
+        script = spawn.get_preparation_data("") if with_main else {}
+        kept = ("sys_argv", "init_main_from_name", "init_main_from_path")
+        paths = "\n".join(os.path.abspath(path or ".") for path in sys.path)
+        self.connection, other = multiprocessing.Pipe()
+        with contextlib.ExitStack() as stack:
+            stack.callback(other.close)
+            printed = None if output is None else stack.enter_context(output.open("ab"))
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-c", self._BOOTSTRAP, paths, str(other.fileno())],
+                stdin=subprocess.DEVNULL,
+                stdout=printed,
+                stderr=printed,
+                pass_fds=[other.fileno()],
+                start_new_session=True,
+                env={**os.environ, **variables, MARK: self.mark},
+            )
+        self.pid = self._process.pid
+        self.send(({key: script[key] for key in kept if key in script}, begin, given))
+
+    @property
+    def alive(self) -> bool:
+        return self._process.poll() is None
+
+    def send(self, job: Any) -> None:
+        """Hand over a job; that the process is dead shows where its answer is read."""
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            self.connection.send(job)
+
+    def end(self, patience: float = 0.1) -> str:
+        """End the process, if it has not ended within ``patience`` seconds; how it ended."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(patience)
+        known = descendants(self.pid) if self.alive else []
+        self._process.kill()
+        code = self._process.wait()
+        end_processes(known, self.mark)
+        self.connection.close()
+        return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+
+
+def serve() -> None:
+    """Do the jobs of a `Worker` until its maker is gone or lets it go: in the middle of a job it
+    ends at once then, with everything that it has started."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    adopt_orphans()
+    descriptor, myself = int(sys.argv.pop(1)), os.getpid()
+    os.set_inheritable(descriptor, False)
+    connection = Connection(descriptor)
+    jobs: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    script, begin, given = connection.recv()
+    multiprocessing.current_process()._inheriting = True  # type: ignore[attr-defined]
+    spawn.prepare(script)
+    del multiprocessing.current_process()._inheriting  # type: ignore[attr-defined]
+    run, busy = begin(*given), threading.Event()
+
+    def read() -> None:
+        with contextlib.suppress(EOFError, OSError):
+            while True:
+                job = connection.recv()
+                busy.set()
+                jobs.put((job,))
+        if busy.is_set():
+            end_processes(descendants(myself), os.environ[MARK])
+            os._exit(1)
+        jobs.put(())
+
+    threading.Thread(target=read, daemon=True).start()
+    while job := jobs.get():
+        answer = run(*job)
+        if os.getpid() != myself:
+            os._exit(0)  # a copy that a program made of this process and let go on
+        busy.clear()
+        connection.send(answer)

@@ -164,7 +164,7 @@ def outcome(folder: Path) -> dict[str, Any]:
     from magus_anharmonic.io.files import read_jsonl
     from magus_anharmonic.potential.checkpoint import describe
     from magus_anharmonic.ranking.store import NAME, FreeEnergyStore
-    from magus_anharmonic.runs.failures import identity, read_failures
+    from magus_anharmonic.runs.record import identity, read_failures
 
     ours = folder / "results" / "anharmonic"
     found: dict[str, Any] = {

@@ -9,8 +9,8 @@ from ase.calculators.emt import EMT
 
 from magus_anharmonic.evaluator import as_evaluator
 from magus_anharmonic.sscha.ensemble import Ensemble
-from magus_anharmonic.sscha.start import floor_modes, harmonic_force_constants
-from magus_anharmonic.sscha.state import SschaState, displaced, sample
+from magus_anharmonic.sscha.start import harmonic_force_constants
+from magus_anharmonic.sscha.state import SschaState, displaced, floor_modes, sample
 from magus_anharmonic.sscha.symmetry import Symmetry
 from magus_anharmonic.units import HBAR, KELVIN
 

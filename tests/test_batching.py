@@ -5,6 +5,7 @@ import copy
 import functools
 import logging
 import threading
+import weakref
 
 import numpy as np
 import pytest
@@ -13,16 +14,20 @@ from ase import Atoms
 from ase.build import bulk
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from magus_anharmonic.errors import InputError, MachineError, MagusAnharmonicError, is_out_of_memory
 from magus_anharmonic.potential import checkpoint, evaluate, kernels, load, loading
 from magus_anharmonic.potential.evaluate import Potential
 from magus_anharmonic.potential.graph import build_graph, find_topology
+from magus_anharmonic.potential.inference import Workspace
 from magus_anharmonic.potential.kernels import Kernels
+from magus_anharmonic.potential.m3gnet import FactorisedM3GNet
 from magus_anharmonic.potential.resources import (
     MemoryModel,
     available_bytes,
-    measure,
+    memory_model,
     run_side_by_side,
 )
 
@@ -232,7 +237,9 @@ def test_other_errors_are_not_taken_for_memory(tiny_checkpoint, h3s):
     assert len(tried) == 1 and not is_out_of_memory(ValueError("out of memory"))
 
 
-def test_a_structure_that_is_larger_than_the_memory_alone_is_named(tiny_checkpoint, h3s):
+def test_a_structure_that_is_larger_than_the_memory_alone_is_named(
+    tiny_checkpoint, h3s, monkeypatch
+) -> None:
     narrow = Potential(checkpoint.read(tiny_checkpoint)[0])
     fails_above(narrow, 0, MemoryError())
     with pytest.raises(
@@ -240,37 +247,72 @@ def test_a_structure_that_is_larger_than_the_memory_alone_is_named(tiny_checkpoi
         match=r"structure 0 \(4 atoms, \d+ neighbour pairs\) does not fit the memory of cpu",
     ):
         narrow.evaluate([h3s(3.0), h3s(3.1)])
-    small = Potential(
-        checkpoint.read(tiny_checkpoint)[0],
-        memory_probe=lambda graph: 1e9 * len(graph.centre),
-        available=lambda device: 1e9,
-    )
+    small = Potential(checkpoint.read(tiny_checkpoint)[0])
+    small.memory = MemoryModel(1e9, 1e9)
+    monkeypatch.setattr(evaluate, "available_bytes", lambda device: 1e9)
     with pytest.raises(MagusAnharmonicError, match=r"structure 1 .*needs \d+\.\d GB"):
         small.evaluate([Atoms("H", cell=[20] * 3, pbc=True), h3s(3.0)])
 
 
-def test_the_memory_model_is_what_the_probe_says_and_sets_the_batch(potential):
-    def probe(graph):
-        return 5e4 + 1000.0 * len(graph.centre) + 300.0 * len(graph.numbers)
-
-    assert measure(potential.model, torch.float32, "cpu", probe) == MemoryModel(
-        pytest.approx(1000.0), pytest.approx(300.0)
-    )
-    limited = Potential(potential.module, memory_probe=probe, available=lambda device: 1e6)
+def test_the_memory_model_sets_the_batch(potential, monkeypatch) -> None:
+    monkeypatch.setattr(evaluate, "available_bytes", lambda device: 1e6)
+    limited = Potential(potential.module)
+    limited.memory = MemoryModel(1000.0, 300.0)
     assert limited.edges_per_batch * torch.get_num_threads() == pytest.approx(
         700, abs=torch.get_num_threads()
     )
     assert limited.atoms_per_batch == 2333
+    assert 1e8 < available_bytes("cpu") < 1e15
 
 
-def test_the_measured_memory_follows_the_size_of_the_model(potential):
+class Peak(TorchDispatchMode):
+    """Largest sum of the storages that live at the same time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self.known: set[int] = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for value in tree_leaves(result):
+            if isinstance(value, torch.Tensor):
+                storage = value.untyped_storage()
+                if storage._cdata not in self.known:
+                    self.known.add(storage._cdata)
+                    self.live += storage.nbytes()
+                    self.peak = max(self.peak, self.live)
+                    weakref.finalize(storage, self.leave, storage._cdata, storage.nbytes())
+        return result
+
+    def leave(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.live -= size
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("blocks", "units"), [(1, 8), (2, 64), (3, 128)])
+def test_an_evaluation_takes_no_more_memory_than_the_model_of_it_says(blocks, units, dtype) -> None:
     from mattersim.forcefield.m3gnet.m3gnet import M3Gnet
 
-    wide = Potential(M3Gnet(num_blocks=2, units=64, device="cpu"))
-    kept = 2 * 2 * 64 * 4 * 4
-    assert kept < wide.memory.per_edge < 3 * kept
-    assert potential.memory.per_edge < wide.memory.per_edge / 1.5
-    assert 1e8 < available_bytes("cpu") < 1e15
+    model = FactorisedM3GNet(M3Gnet(num_blocks=blocks, units=units, device="cpu").to(dtype))
+
+    def peak(cell: float, count: int) -> tuple[float, int]:
+        """Bytes at the peak, and edges."""
+        structures = [Atoms("H", cell=[cell] * 3, pbc=True)] * count
+        graph = build_graph(structures, model.cutoff, dtype)
+        model._workspace = Workspace()
+        with Peak() as counter:
+            model(graph)
+        return counter.peak, len(graph.centre)
+
+    memory = memory_model(model, dtype)
+    lone = (peak(20.0, 300)[0] - peak(20.0, 100)[0]) / 200
+    assert 0.3 * memory.per_atom < lone < memory.per_atom or lone < 10
+    # most edges are within the three-body cutoff, as in dense hydrides
+    (more, many), (less, few) = peak(1.38, 30), peak(1.38, 10)
+    per_edge = (more - less - 20 * lone) / (many - few)
+    assert 0.5 * memory.per_edge < per_edge < memory.per_edge
 
 
 def test_a_model_that_is_evaluated_wrongly_stops_the_run(tiny_checkpoint, monkeypatch):

@@ -15,7 +15,7 @@ from ase.optimize import BFGS
 from mattersim.forcefield import MatterSimCalculator
 from mattersim.forcefield import Potential as StockPotential
 
-from magus_anharmonic.errors import CheckpointError
+from magus_anharmonic.errors import CheckpointError, MagusAnharmonicError
 from magus_anharmonic.potential.calculator import MatterSim
 
 
@@ -138,7 +138,42 @@ def test_properties_are_computed_once_and_in_ases_conventions(tiny_checkpoint, h
     assert np.abs(atoms.get_forces()).max() > 0
 
 
-@pytest.mark.parametrize("name", ["load_path", "checkpont", "potential", "Device"])
+def test_the_words_of_stock_mattersim_are_taken_and_mean_the_same(tiny_checkpoint, h3s):
+    atoms = h3s(2.9, 0.1)
+    stock = MatterSimCalculator.from_checkpoint(
+        str(tiny_checkpoint), device="cpu", load_training_state=False, stress_weight=1.0
+    )
+    ours = MatterSim(
+        load_path=tiny_checkpoint, device="cpu", load_training_state=False, stress_weight=1.0
+    )
+    theirs = stock.get_property("stress", atoms)
+    np.testing.assert_allclose(ours.get_property("stress", atoms), theirs, rtol=1e-4, atol=1e-3)
+    made = MatterSim(potential=ours.potential, compute_stress=False)
+    assert made.potential is ours.potential and "stress" not in made.results
+    assert made.get_property("energy", atoms) == ours.get_property("energy", atoms)
+    with pytest.raises(NotImplementedError):
+        made.get_stress(atoms)
+    for both in ({"load_path": "a"}, {"potential": ours.potential}):
+        with pytest.raises(TypeError, match="one of checkpoint, load_path and potential"):
+            MatterSim("b", **both)
+    with pytest.raises(TypeError, match="no model that load"):
+        MatterSim(potential=object())
+
+
+def test_energies_of_the_atoms_are_given_and_add_up(tiny_checkpoint, h3s, monkeypatch):
+    atoms = h3s(3.0, 0.1)
+    atoms.calc = MatterSim(tiny_checkpoint, device="cpu")
+    energies = atoms.get_potential_energies()
+    assert energies.shape == (len(atoms),)
+    assert energies.sum() == pytest.approx(atoms.get_potential_energy(), abs=1e-5 * len(atoms))
+    wrong = [energies + 1e-3]
+    monkeypatch.setattr(atoms.calc.potential, "atomic_energies", lambda structures: wrong)
+    atoms.positions[0] += 0.01
+    with pytest.raises(MagusAnharmonicError, match="energies of the atoms add up to"):
+        atoms.get_potential_energies()
+
+
+@pytest.mark.parametrize("name", ["checkpont", "potentiel", "Device"])
 def test_an_unknown_keyword_is_refused_instead_of_standing_for_the_foundation_model(
     name, tiny_checkpoint
 ):
@@ -163,8 +198,8 @@ def test_another_checkpoint_gives_other_numbers_at_once(tiny_checkpoint, how):
     fresh.calc = MatterSim("h3s-gpaw-small", "cpu", dtype="float64")
     assert atoms.get_potential_energy() == fresh.get_potential_energy() != before[0]
     assert atoms.calc.model_id == fresh.calc.model_id != before[1]
-    assert atoms.calc.todict() == {
-        "checkpoint": "h3s-gpaw-small",
-        "device": "cpu",
-        "dtype": "float64",
-    }
+    named = atoms.calc.todict()
+    assert named["checkpoint"] == "h3s-gpaw-small" and named["model_id"] == fresh.calc.model_id
+    assert MatterSim(**named).model_id == fresh.calc.model_id
+    with pytest.raises(CheckpointError, match="holds model"):
+        MatterSim(**named | {"checkpoint": str(tiny_checkpoint)}).model_id  # noqa: B018

@@ -136,7 +136,7 @@ def test_without_learning_the_foundation_is_the_model(tmp_path):
         ),
         (
             {"produce": {"pressures": [100, 50]}},
-            ["produce.pressures", "out of order", "50 GPa comes after 100 GPa"],
+            ["produce.pressures", "out of order", "50 comes after 100"],
         ),
         ({"learning": {"pressures": [75, 75]}}, ["learning.pressures", "out of order"]),
         ({"hessian": {"dispersions": [120]}}, ["120 GPa is not one of hessian.pressures"]),
@@ -151,6 +151,10 @@ def test_without_learning_the_foundation_is_the_model(tmp_path):
         (
             {"sscha": {"settings": {"n_config": 10}}},
             ["sscha.settings.n_config: unknown key", "n_configs"],
+        ),
+        (
+            {"sscha": {"settings": {"evaluator": "emt"}}},
+            ["sscha.settings.evaluator: a campaign ranks by its final model"],
         ),
         ({"search": {"pressure": 10}}, ["search.pressure: is set by the campaign"]),
         ({"labeler": None}, ["learning: needs the block labeler"]),

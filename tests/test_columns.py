@@ -80,7 +80,7 @@ def test_a_number_that_is_added_in_one_file_is_in_every_table(tmp_path):
 
 def test_a_candidate_is_read_as_it_was_written(tmp_path):
     rows = [
-        a_candidate("a", h3s(), "stable", gibbs=-1.25, gibbs_error=0.001, hessian_lowest=120.0),
+        a_candidate("a", h3s(), "stable", gibbs=-1.25, gibbs_error=0.001, hessian_deciding=120.0),
         a_candidate("b", h3s(3.3), "failed", reason="it melted", enthalpy=-1.5, rank_static=1),
     ]
     write_ranking(tmp_path / "ranking.csv", rows)

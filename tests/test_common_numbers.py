@@ -18,7 +18,7 @@ from magus_anharmonic.ranking.uncertainty import (
 from magus_anharmonic.settings import parse_settings
 from magus_anharmonic.sscha import free_energy
 from magus_anharmonic.sscha.ensemble import average, pair_means
-from magus_anharmonic.sscha.sampling import sample_ensemble
+from magus_anharmonic.sscha.start import sample_ensemble
 from magus_anharmonic.sscha.symmetry import Symmetry
 
 ALIKE = [

@@ -182,7 +182,7 @@ def test_failures_are_compared_with_those_before_in_time_that_grows_as_their_num
 ):
     """The fault: each new failure was compared with every earlier one, 3.5 s for 1,000 on top of
     20,000."""
-    from magus_anharmonic.runs import failures
+    from magus_anharmonic.runs import record as failures
 
     asked = 0
     original = failures.identity

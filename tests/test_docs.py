@@ -121,7 +121,13 @@ def test_every_page_passes_axe(site, browser, dark):
     rules = str(axe().read_text(encoding="utf-8"))
     found = {}
     for page in PAGES:
-        browser.open(site / f"{page.stem}.html", dark=dark)
+        browser.open(site / f"{page.stem}.html")
+        scheme = "slate" if dark else "default"
+        browser.evaluate(
+            "document.head.insertAdjacentHTML('beforeend',"
+            " '<style>* { transition: none !important; }</style>');"
+            f"document.body.dataset.mdColorScheme = '{scheme}'"
+        )
         browser.evaluate(f"{rules}; 1")
         found[page.stem] = browser.evaluate(
             # the theme's script puts each copy button into an unnamed landmark

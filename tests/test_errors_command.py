@@ -21,7 +21,7 @@ from magus_anharmonic.paper.ensemble_errors import (
     measure_errors,
 )
 from magus_anharmonic.paper.ensemble_labels import sample_displacements
-from magus_anharmonic.runs.failures import read_failures
+from magus_anharmonic.runs.record import read_failures
 from magus_anharmonic.settings import parse_settings
 from magus_anharmonic.sscha.ensemble import Ensemble
 from magus_anharmonic.sscha.result import RunFolder

@@ -54,9 +54,9 @@ from magus_anharmonic.ranking.jobs import Job, run_job
 from magus_anharmonic.ranking.run import Key
 from magus_anharmonic.ranking.store import NAME, FreeEnergyStore
 from magus_anharmonic.ranking.structures import reevaluate
-from magus_anharmonic.runs.failures import read_failures
 from magus_anharmonic.runs.lock import locked
-from magus_anharmonic.scheduler.base import SerialScheduler
+from magus_anharmonic.runs.record import read_failures
+from magus_anharmonic.scheduler import SerialScheduler
 from magus_anharmonic.search import host, run
 from magus_anharmonic.search.archive import Archive, whole_frames, write_frames
 from magus_anharmonic.settings import LabelerSettings, parse_settings
@@ -661,15 +661,12 @@ RECORDS = {
         lambda record: {key: value for key, value in record.items() if key != "settings"},
         "no settings",
     ),
-    "a list": (lambda record: {**record, "settings": [1]}, "settings holds [1]"),
+    "a list": (lambda record: {**record, "settings": [1]}, "settings: "),
     "no host": (
         lambda record: {**record, "settings": {**record["settings"], "host": None}},
-        "settings.host holds null",
+        "settings: host: ",
     ),
-    "starts": (
-        lambda record: {**record, "earlier_starts": {"a": 1}},
-        'earlier_starts holds {"a": 1}',
-    ),
+    "starts": (lambda record: {**record, "earlier_starts": {"a": 1}}, "earlier_starts: "),
 }
 
 

@@ -98,6 +98,17 @@ def student():
     return random_model(3)
 
 
+@pytest.fixture
+def train(tmp_path, student, train_set, validation_set):
+    """Train the student with seed 0 in ``new.pth``, or as it is said."""
+
+    def run(settings=FAST, **options):
+        options = {"out": tmp_path / "new.pth", "seed": 0, **options}
+        return finetune(student, train_set, validation_set, settings, **options)
+
+    return run
+
+
 # --- the step is MatterSim's ---------------------------------------------------------------------
 
 
@@ -172,10 +183,10 @@ def test_numpy_loss_is_torchs():
 
 
 def test_training_lowers_the_validation_loss_and_the_file_holds_that_model(
-    tmp_path, student, train_set, validation_set
+    train, tmp_path, student, validation_set
 ):
     before = checkpoint.model_id(student)
-    result = finetune(student, train_set, validation_set, FAST, out=tmp_path / "new.pth", seed=0)
+    result = train()
     assert result.improved and result.after.loss < 0.9 * result.before.loss
     assert (result.n_train, result.n_validation, len(result.history)) == (8, 4, 4)
     assert checkpoint.model_id(student) == before == result.parent_id
@@ -196,11 +207,9 @@ def test_a_model_that_is_already_right_is_kept(tmp_path):
     assert load(tmp_path / "new.pth", "cpu").model_id == result.parent_id
 
 
-def test_a_divergent_training_ends_and_keeps_the_model(
-    tmp_path, student, train_set, validation_set, monkeypatch
-):
+def test_a_divergent_training_ends_and_keeps_the_model(train, monkeypatch):
     monkeypatch.setattr(Trainer, "step", lambda self, graph, targets: math.inf)
-    result = finetune(student, train_set, validation_set, FAST, out=tmp_path / "new.pth", seed=0)
+    result = train()
     assert not result.improved and "not finite in epoch 1" in result.stopped
     assert result.model_id == result.parent_id
 
@@ -238,8 +247,8 @@ def test_early_stopping(tmp_path):
     assert "no improvement in 2 epochs" in result.stopped and len(result.history) == 3
 
 
-def test_scale_and_shift_stay(tmp_path, student, train_set, validation_set):
-    result = finetune(student, train_set, validation_set, FAST, out=tmp_path / "new.pth", seed=0)
+def test_scale_and_shift_stay(train, student):
+    result = train()
     for name in ("scale", "shift"):
         assert torch.equal(
             getattr(result.module.normalizer, name), getattr(student.normalizer, name)
@@ -278,13 +287,8 @@ def test_learning_settings_are_enough(tmp_path, student, train_set):
 # --- same seed, same model; interrupted, same model -----------------------------------------------
 
 
-def test_one_seed_one_model(tmp_path, student, train_set, validation_set):
-    ids = [
-        finetune(
-            student, train_set, validation_set, FAST, out=tmp_path / f"{i}.pth", seed=seed
-        ).model_id
-        for i, seed in enumerate((4, 4, 5))
-    ]
+def test_one_seed_one_model(train, tmp_path):
+    ids = [train(out=tmp_path / f"{i}.pth", seed=seed).model_id for i, seed in enumerate((4, 4, 5))]
     assert ids[0] == ids[1] != ids[2]
 
 
@@ -310,60 +314,36 @@ def test_weights_say_how_often_a_structure_is_seen(tmp_path, student, train_set,
     assert counts[0] == 60 and 4 <= counts[1] <= 16 and (counts[2:] == 20).all()
 
 
-def test_weights_are_part_of_what_is_trained(tmp_path, student, train_set, validation_set):
+def test_weights_are_part_of_what_is_trained(train, tmp_path):
     run = {"out": tmp_path / "a.pth", "seed": 0}
-    plain = finetune(student, train_set, validation_set, FAST, **run)
-    weighted = finetune(student, train_set, validation_set, FAST, weights=[0.5] * 8, **run)
+    plain = train(**run)
+    weighted = train(weights=[0.5] * 8, **run)
     assert weighted.model_id != plain.model_id, (
         "a checkpoint trained with other weights must not count as finished"
     )
     with pytest.raises(InputError, match="2 weights for 8 training structures"):
-        finetune(student, train_set, validation_set, FAST, weights=[1.0, 1.0], **run)
+        train(weights=[1.0, 1.0], **run)
 
 
-def test_an_interrupted_training_resumes_to_the_same_model(
-    tmp_path, student, train_set, validation_set
-):
+def test_an_interrupted_training_resumes_to_the_same_model(train, tmp_path):
     settings = FAST.model_copy(update={"schedule": "cosine"})
-    whole = finetune(
-        student, train_set, validation_set, settings, out=tmp_path / "whole.pth", seed=0
-    )
+    whole = train(settings, out=tmp_path / "whole.pth")
     out = tmp_path / "parts.pth"
     with pytest.raises(Stop):
-        finetune(
-            student,
-            train_set,
-            validation_set,
-            settings,
-            out=out,
-            seed=0,
-            progress=interrupt_after(1),
-        )
+        train(settings, out=out, progress=interrupt_after(1))
     assert (tmp_path / "parts.pth.state").exists() and not out.exists()
     seen = []
-    rest = finetune(
-        student,
-        train_set,
-        validation_set,
-        settings,
-        out=out,
-        seed=0,
-        progress=lambda record: seen.append(record.epoch),
-    )
+    rest = train(settings, out=out, progress=lambda record: seen.append(record.epoch))
     assert seen == [2, 3]
     assert rest.model_id == whole.model_id and rest.after == whole.after
 
 
-def test_the_best_before_an_interrupt_is_not_lost(
-    tmp_path, student, train_set, validation_set, monkeypatch
-):
+def test_the_best_before_an_interrupt_is_not_lost(train, tmp_path, validation_set, monkeypatch):
     out = tmp_path / "new.pth"
     with pytest.raises(Stop):
-        finetune(
-            student, train_set, validation_set, FAST, out=out, seed=0, progress=interrupt_after(2)
-        )
+        train(out=out, progress=interrupt_after(2))
     monkeypatch.setattr(Trainer, "step", lambda self, graph, targets: math.inf)
-    result = finetune(student, train_set, validation_set, FAST, out=out, seed=0)
+    result = train(out=out)
     assert result.best_epoch == 2 and result.improved
     assert score(load(out, "cpu"), validation_set, FAST).loss == pytest.approx(
         result.after.loss, rel=1e-4
@@ -371,27 +351,14 @@ def test_the_best_before_an_interrupt_is_not_lost(
 
 
 @pytest.mark.parametrize("damage", ["other inputs", "truncated"])
-def test_a_state_that_does_not_fit_is_not_used(
-    tmp_path, student, train_set, validation_set, damage
-):
+def test_a_state_that_does_not_fit_is_not_used(train, tmp_path, damage):
     out, state = tmp_path / "new.pth", tmp_path / "new.pth.state"
     other = FAST.model_copy(update={"learning_rate": 1e-4})
     with pytest.raises(Stop):
-        finetune(
-            student,
-            train_set,
-            validation_set,
-            other if damage == "other inputs" else FAST,
-            out=out,
-            seed=0,
-            progress=interrupt_after(1),
-        )
+        train(other if damage == "other inputs" else FAST, out=out, progress=interrupt_after(1))
     if damage == "truncated":
         state.write_bytes(state.read_bytes()[:200])
-    assert [
-        epoch.epoch
-        for epoch in finetune(student, train_set, validation_set, FAST, out=out, seed=0).history
-    ] == [0, 1, 2, 3]
+    assert [epoch.epoch for epoch in train(out=out).history] == [0, 1, 2, 3]
     assert not state.exists()
 
 
@@ -439,13 +406,13 @@ def interrupted(labelled, tmp_path_factory):
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_state_is_set_aside_whole_and_training_starts_anew(
-    tmp_path, student, train_set, validation_set, interrupted, damage, caplog
+    train, tmp_path, interrupted, damage, caplog
 ):
     stored, undisturbed = interrupted
     state = tmp_path / "new.pth.state"
     state.write_bytes(stored)
     torch.save(DAMAGES[damage](torch.load(state, weights_only=True)), state)
-    result = finetune(student, train_set, validation_set, FAST, out=tmp_path / "new.pth", seed=0)
+    result = train()
     assert result.model_id == undisturbed and len(result.history) == 4
     assert (
         "training starts anew" in caplog.text
@@ -455,7 +422,7 @@ def test_a_damaged_state_is_set_aside_whole_and_training_starts_anew(
 
 
 def test_a_state_of_another_version_that_restores_in_part_leaves_the_trainer_as_it_was(
-    tmp_path, student, train_set, validation_set, interrupted, monkeypatch
+    train, tmp_path, interrupted, monkeypatch
 ):
     stored, undisturbed = interrupted
     (tmp_path / "new.pth.state").write_bytes(stored)
@@ -466,35 +433,21 @@ def test_a_state_of_another_version_that_restores_in_part_leaves_the_trainer_as_
         raise KeyError("a part that the other version does not have")
 
     monkeypatch.setattr(Trainer, "restore", half)
-    assert (
-        finetune(
-            student, train_set, validation_set, FAST, out=tmp_path / "new.pth", seed=0
-        ).model_id
-        == undisturbed
-    )
+    assert train().model_id == undisturbed
 
 
-def test_a_finished_checkpoint_that_lacks_its_record_is_trained_anew(
-    tmp_path, student, train_set, validation_set
-):
+def test_a_finished_checkpoint_that_lacks_its_record_is_trained_anew(train, tmp_path):
     out = tmp_path / "new.pth"
-    first = finetune(student, train_set, validation_set, FAST, out=out, seed=0)
+    first = train(out=out)
     content = torch.load(out, weights_only=True)
     del content["metrics"]["history"]
     torch.save(content, out)
-    assert (
-        finetune(student, train_set, validation_set, FAST, out=out, seed=0).model_id
-        == first.model_id
-    )
+    assert train(out=out).model_id == first.model_id
 
 
-def test_settings_may_be_a_mapping_and_wrong_ones_are_refused_before_training(
-    tmp_path, student, train_set, validation_set
-):
+def test_settings_may_be_a_mapping_and_wrong_ones_are_refused_before_training(train):
     def run(settings):
-        return finetune(
-            student, train_set, validation_set, settings, out=tmp_path / "new.pth", seed=0
-        )
+        return train(settings)
 
     assert [epoch.learning_rate for epoch in run({"epochs": 1, "learning_rate": 1e-3}).history] == [
         1e-3,
@@ -543,9 +496,7 @@ def test_wrong_arguments_are_one_line_before_the_first_epoch(
     assert "\n" not in str(error.value)
 
 
-def test_what_finetune_returns_has_been_compared_with_stock_mattersim(
-    tmp_path, student, train_set, validation_set, monkeypatch
-):
+def test_what_finetune_returns_has_been_compared_with_stock_mattersim(train, monkeypatch):
     def differs(potential):
         raise MagusAnharmonicError(f"{potential.model_id} differs")
 
@@ -553,31 +504,15 @@ def test_what_finetune_returns_has_been_compared_with_stock_mattersim(
     settings = FAST.model_copy(update={"epochs": 1, "learning_rate": 3e-3})
     for _ in ("trained", "found finished"):
         with pytest.raises(MagusAnharmonicError, match="differs"):
-            finetune(student, train_set, validation_set, settings, out=tmp_path / "new.pth", seed=0)
+            train(settings)
 
 
-def test_a_finished_training_is_not_repeated(tmp_path, student, train_set, validation_set):
-    first = finetune(student, train_set, validation_set, FAST, out=tmp_path / "new.pth", seed=0)
+def test_a_finished_training_is_not_repeated(train):
+    first = train()
     seen = []
-    again = finetune(
-        student,
-        train_set,
-        validation_set,
-        FAST,
-        out=tmp_path / "new.pth",
-        seed=0,
-        progress=lambda record: seen.append(record.epoch),
-    )
+    again = train(progress=lambda record: seen.append(record.epoch))
     assert not seen and again.as_dict() == first.as_dict() and again.history == first.history
-    finetune(
-        student,
-        train_set,
-        validation_set,
-        FAST,
-        out=tmp_path / "new.pth",
-        seed=1,
-        progress=lambda record: seen.append(record.epoch),
-    )
+    train(seed=1, progress=lambda record: seen.append(record.epoch))
     assert seen == [1, 2, 3]
 
 

@@ -23,8 +23,8 @@ from magus_anharmonic.campaign.structures import _frames
 from magus_anharmonic.errors import MagusAnharmonicError
 from magus_anharmonic.gate import read_structures
 from magus_anharmonic.io.files import SUMS, load_arrays, read_json, read_jsonl, write_json
+from magus_anharmonic.learning.choose import Families
 from magus_anharmonic.learning.dataset import LabelStore, read_dataset, read_labels
-from magus_anharmonic.learning.families import Families
 from magus_anharmonic.learning.round import read_plan
 from magus_anharmonic.paper.ensemble_labels import claim
 from magus_anharmonic.phase_diagram.grid import _isotope_name
@@ -32,9 +32,8 @@ from magus_anharmonic.ranking.run import Key
 from magus_anharmonic.ranking.store import NAME, FreeEnergyStore, read_records
 from magus_anharmonic.ranking.table import read_ranking
 from magus_anharmonic.ranking.uncertainty import samples_of
-from magus_anharmonic.runs.failures import read_failures
 from magus_anharmonic.runs.lock import read_owner
-from magus_anharmonic.runs.record import read_run_record
+from magus_anharmonic.runs.record import read_failures, read_run_record
 from magus_anharmonic.runs.status import status
 from magus_anharmonic.search.archive import Archive, read_frames
 from magus_anharmonic.settings import load_settings

@@ -279,29 +279,10 @@ def test_the_newest_model_is_the_one_with_the_largest_number(tmp_path):
     assert newest_checkpoint(tmp_path, up_to=9).name == "gen9.pth"
 
 
-def test_a_restart_loads_the_newest_model_and_its_error(tmp_path, monkeypatch):
-    import magus_anharmonic.potential as potential
-
-    loaded = []
-    monkeypatch.setattr(
-        potential,
-        "load",
-        lambda name, device=None: loaded.append(str(name)) or fakes.Emt(),
-        raising=False,
-    )
-    (tmp_path / "checkpoints").mkdir()
-    (tmp_path / "checkpoints" / "gen2.pth").touch()
+def test_a_restart_knows_the_error_of_its_model(tmp_path):
     append_jsonl(tmp_path / "metrics.jsonl", {"new": {"validation": {"energy_rmse": 0.013}}})
-    assert start(search_settings(), tmp_path).energy_rmse is None
-    assert start(search_settings(), tmp_path, restart=True).energy_rmse == 0.013
-    assert loaded == ["mattersim-v1.0.0-1M", str(tmp_path / "checkpoints" / "gen2.pth")]
-
-
-def test_without_our_calculator_there_is_no_model_to_rank_with(tmp_path):
-    keys = search_settings().model_copy(update={"main_calculator": {"calculator": "vasp"}})
-    with pytest.raises(InputError, match="mattersim"):
-        start(keys, tmp_path)
-    assert not (tmp_path / "run.json").exists()
+    assert start(search_settings(), tmp_path, fakes.Emt()).energy_rmse is None
+    assert start(search_settings(), tmp_path, fakes.Emt(), restart=True).energy_rmse == 0.013
 
 
 def test_a_labeler_that_is_not_installed_is_an_error_or_a_warning(tmp_path, monkeypatch, caplog):

@@ -34,6 +34,8 @@ from magus_anharmonic.sscha.symmetry import Symmetry
 RENAMED = {
     "sscha": "converged",
     "decrease": "predicted_decrease",
+    "hessian_lowest": "hessian_deciding",
+    "hessian_lowest_cm1": "hessian_deciding_cm1",
     "n_became Im-3m 100 GPa": "n_transformed Im-3m 100 GPa",
     "n_became_best": "n_transformed_best",
     "odds": "probability",

@@ -13,8 +13,9 @@ from ase.units import Bohr, GPa, Ry
 
 from magus_anharmonic.errors import InputError, LabelerError
 from magus_anharmonic.labelers import CallableLabeler, get_labeler
+from magus_anharmonic.labelers.base import Recipe
 from magus_anharmonic.labelers.espresso import zero_smearing_energy
-from magus_anharmonic.labelers.worker import atoms_to_json, run_job
+from magus_anharmonic.labelers.worker import run_job
 from magus_anharmonic.settings import LabelerSettings
 
 # H first and last, so that a code that sorts by species must be sorted back.
@@ -357,14 +358,8 @@ def job(task, directory, code="ase.calculators.emt.EMT", **more):
         cell=np.eye(3) * 3.7,
         pbc=True,
     )
-    recipe = {"code": code, "arguments": {}, "k_spacing": None, "execution": {}}
-    return {
-        "task": task,
-        "atoms": atoms_to_json(atoms),
-        "recipe": recipe,
-        "directory": str(directory),
-        **more,
-    }
+    recipe = Recipe(code, {}, None, {})
+    return {"task": task, "atoms": atoms, "recipe": recipe, "directory": str(directory), **more}
 
 
 def test_worker_answers_with_plain_data(tmp_path):

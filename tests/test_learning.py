@@ -14,14 +14,16 @@ from magus_anharmonic.errors import InputError, MagusAnharmonicError
 from magus_anharmonic.io.files import append_jsonl, read_jsonl
 from magus_anharmonic.labelers import CallableLabeler
 from magus_anharmonic.learning.choose import (
+    SIDES,
+    Families,
     choose,
     distort,
+    fingerprint,
     random_directions,
     random_strain,
     shortest_distance,
 )
 from magus_anharmonic.learning.dataset import LabelStore, labelled, read_dataset, side, side_of
-from magus_anharmonic.learning.families import SIDES, Families, fingerprint
 from magus_anharmonic.learning.learn import DATASET, learn, training_sets
 from magus_anharmonic.learning.round import Round
 from magus_anharmonic.settings import LearningSettings, parse
@@ -436,6 +438,23 @@ def run(
     )  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, checkpoint):
+    """The folder of a round that was not disturbed, and what it learned."""
+    from magus_anharmonic.potential import load
+
+    folder = tmp_path_factory.mktemp("round")
+    keys = learning(n_sample=4, n_perturb=2, epochs=2, learning_rate=1e-3)
+    return folder, run(folder, load(checkpoint, device="cpu"), keys)
+
+
+@pytest.fixture
+def first(finished, tmp_path):
+    """What that round learned; its folder is copied to ``tmp_path``."""
+    shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
+    return finished[1]
+
+
 def test_a_round_labels_finetunes_and_reports(tmp_path, potential, settings):
     counting = Counting()
     found = run(tmp_path, potential, settings, counting)
@@ -514,8 +533,7 @@ def test_labels_come_from_ensembles_where_candidates_are_undecided_and_else_at_r
     assert "this choice is random" in caplog.text
 
 
-def test_labels_know_where_they_come_from(tmp_path, potential, settings):
-    run(tmp_path, potential, settings)
+def test_labels_know_where_they_come_from(first, tmp_path):
     frames = read(tmp_path / "labels" / "gen001.xyz", index=":")
     assert len(frames) == 8
     for atoms in frames:
@@ -635,18 +653,17 @@ def test_what_decides_when_to_stop_is_measured_on_the_search_itself():
     assert validation_rmse({"new": new, "validation_from": DATASET}) is None
 
 
-def test_same_seed_same_model_and_another_seed_another(tmp_path, checkpoint, settings):
+def test_same_seed_same_model_and_another_seed_another(first, tmp_path, checkpoint, settings):
     from magus_anharmonic.potential import load
 
-    ids = [
-        run(tmp_path / name, load(checkpoint, device="cpu"), settings, seed=seed).model_id
-        for name, seed in (("a", 1), ("b", 1), ("c", 2))
-    ]
-    assert ids[0] == ids[1] != ids[2]
+    same, other = (
+        run(tmp_path / str(seed), load(checkpoint, device="cpu"), settings, seed=seed).model_id
+        for seed in (1, 2)
+    )
+    assert first.model_id == same != other
 
 
-def test_a_finished_round_is_not_done_again(tmp_path, checkpoint, potential, settings):
-    first = run(tmp_path, potential, settings)
+def test_a_finished_round_is_not_done_again(first, tmp_path, potential, settings):
     before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
     counting = Counting()
     again = run(tmp_path, potential, settings, counting)
@@ -659,11 +676,9 @@ def test_a_finished_round_is_not_done_again(tmp_path, checkpoint, potential, set
 
 
 def test_a_killed_round_labels_only_what_is_missing_and_ends_the_same(
-    tmp_path, checkpoint, settings
+    first, tmp_path, checkpoint, settings
 ):
     from magus_anharmonic.potential import load
-
-    whole = run(tmp_path / "whole", load(checkpoint, device="cpu"), settings)
 
     class Killed(CallableLabeler):
         def label(self, structures, on_result=None):
@@ -678,12 +693,11 @@ def test_a_killed_round_labels_only_what_is_missing_and_ends_the_same(
     counting = Counting()
     found = run(tmp_path / "killed", load(checkpoint, device="cpu"), settings, counting)
     assert counting.n == 3 and found.n_labels == 8
-    assert found.model_id == whole.model_id
+    assert found.model_id == first.model_id
 
 
 @pytest.mark.parametrize("lost", ["checkpoint", "metrics"])
-def test_killed_between_metrics_and_checkpoint(tmp_path, potential, settings, lost):
-    first = run(tmp_path, potential, settings)
+def test_killed_between_metrics_and_checkpoint(first, tmp_path, potential, settings, lost):
     if lost == "checkpoint":
         shutil.move(tmp_path / "checkpoints" / "gen1.pth", tmp_path / "training" / "gen1.pth")
     else:
@@ -726,8 +740,7 @@ def test_a_worse_model_is_never_kept(tmp_path, potential, settings, monkeypatch)
     assert load(tmp_path / "checkpoints" / "gen1.pth", device="cpu").model_id == potential.model_id
 
 
-def test_the_second_round_replays_the_first(tmp_path, potential, settings):
-    first = run(tmp_path, potential, settings)
+def test_the_second_round_replays_the_first(first, tmp_path, potential, settings):
     second = run(tmp_path, first.potential, settings, generation=2)
     n_train = sum(
         side_of(atoms) == "train" for atoms in LabelStore(tmp_path / "labels").labels(generation=1)
@@ -802,8 +815,7 @@ def test_nan_and_unphysical_forces_are_not_learned_from(tmp_path, potential, set
     assert len(store.labels()) == 6
 
 
-def test_a_damaged_record_of_a_round_is_done_again(tmp_path, potential, settings):
-    first = run(tmp_path, potential, settings)
+def test_a_damaged_record_of_a_round_is_done_again(first, tmp_path, potential, settings):
     append_jsonl(tmp_path / "metrics.jsonl", {**first.metrics, "new_model": "000000000000"})
     assert run(tmp_path, potential, settings).model_id == first.model_id
 

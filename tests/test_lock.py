@@ -19,7 +19,7 @@ from magus_anharmonic.errors import InputError, LostLock, MagusAnharmonicError
 from magus_anharmonic.io.files import TEMPORARY, append_jsonl, remove, set_aside, write_text
 from magus_anharmonic.runs import lock
 from magus_anharmonic.runs.lock import NAME, Owner, check_free, locked, read_owner
-from magus_anharmonic.scheduler.local import LocalScheduler
+from magus_anharmonic.scheduler import LocalScheduler
 
 HOLD = """
 import sys, time

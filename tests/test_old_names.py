@@ -40,9 +40,9 @@ def test_an_expected_value_has_two_names():
 
 
 def test_columns_of_earlier_tables_are_those_of_now(tmp_path):
-    (tmp_path / "stability.csv").write_text("phase,odds\nR3m,0.25\n")
+    (tmp_path / "stability.csv").write_text("odds,hessian_lowest_cm1\n0.25,-40.0\n")
     with table_rows(tmp_path / "stability.csv") as rows:
-        assert list(rows) == [{"phase": "R3m", "probability": "0.25"}]
+        assert list(rows) == [{"probability": "0.25", "hessian_deciding_cm1": "-40.0"}]
 
 
 def test_points_of_earlier_versions_are_read(tmp_path):

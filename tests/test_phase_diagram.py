@@ -492,8 +492,8 @@ GOOD = {
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"pressures": [200, 100]}, ["pressures", "must rise", "100 comes after 200"]),
-        ({"pressures": [100, 100]}, ["pressures", "without repeats"]),
+        ({"pressures": [200, 100]}, ["pressures", "out of order", "100 comes after 200"]),
+        ({"pressures": [100, 100]}, ["pressures", "out of order"]),
         ({"pressures": [1e11]}, ["pressures", "Pa", "100 GPa"]),
         ({"pressures": []}, ["pressures"]),
         ({"temperatures": [-3]}, ["temperatures"]),

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import pickle
 import sys
 from pathlib import Path
@@ -13,6 +14,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from ase import Atoms
+from ase.build import bulk
+from ase.calculators.emt import EMT
+from ase.calculators.lj import LennardJones
 from ase.io import read, write
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -157,8 +161,19 @@ NO_CRYSTALS = (
         ),
         ({"learning": {"labeler": {"calculator": "main"}}}, "main is for `magus search -m`"),
         (
-            {"MainCalculator": {"calculator": "emt"}, "sscha": {}},
-            "MainCalculator.calculator: is emt",
+            {
+                "MainCalculator": {"calculator": "emt"},
+                "learning": {"labeler": {"calculator": "gpaw"}},
+            },
+            "MainCalculator.calculator: is emt; learning: needs calculator: mattersim here",
+        ),
+        (
+            {"sscha": {}, "MainCalculator": {"calculator": "espresso", "jobPrefix": "QE"}},
+            "every single point would be lost; name another calculator for SSCHA as sscha.evaluator",
+        ),
+        (
+            {"sscha": {"evaluator": "ase.calculators.emt.Emt"}},
+            "sscha.evaluator.calculator: 'ase.calculators.emt.Emt': ase.calculators.emt has no",
         ),
         *(
             ({"structureType": kind, "sscha": {}}, f"structureType: {kind}: SSCHA needs crystals")
@@ -560,10 +575,16 @@ def test_a_restart_for_which_the_log_of_magus_names_no_place_is_refused(tmp_path
 # Calculator
 
 
-def test_energies_forces_and_stress_equal_those_of_mattersim_itself(magus, tiny_checkpoint, h3s):
+@pytest.fixture
+def calculator(magus, tiny_checkpoint):
+    return magus.Parameters(keys(tiny_checkpoint)).MainCalculator
+
+
+def test_energies_forces_and_stress_equal_those_of_mattersim_itself(
+    calculator, magus, tiny_checkpoint, h3s
+):
     from mattersim.forcefield import MatterSimCalculator, Potential
 
-    calculator = magus.Parameters(keys(tiny_checkpoint)).MainCalculator
     done = calculator.scf(population(magus, h3s))
     oracle = Potential.from_checkpoint(
         load_path=str(tiny_checkpoint), device="cpu", load_training_state=False
@@ -623,8 +644,7 @@ def test_keys_of_the_relaxation_reach_it(magus, tiny_checkpoint, h3s, monkeypatc
     assert (given["max_steps"], given["perturbations"], given["optimizer"]) == (7, 2, "fire")
 
 
-def test_a_list_comes_back_as_a_list_and_nothing_as_nothing(magus, tiny_checkpoint, h3s):
-    calculator = magus.Parameters(keys(tiny_checkpoint)).MainCalculator
+def test_a_list_comes_back_as_a_list_and_nothing_as_nothing(calculator, h3s):
     assert isinstance(calculator.scf([h3s(bond_shift=0.0)]), list)
     assert calculator.relax([]) == [] and calculator.scf([]) == []
 
@@ -663,10 +683,9 @@ class Refusing:
 
 @pytest.mark.parametrize("mode", ["scf", "relax"])
 def test_a_failure_is_dropped_with_its_reason_and_never_keeps_an_old_energy(
-    magus, tiny_checkpoint, h3s, caplog, mode
+    calculator, h3s, caplog, mode
 ):
     caplog.set_level(logging.INFO)
-    calculator = magus.Parameters(keys(tiny_checkpoint)).MainCalculator
     calculator.use(Refusing())
     bad = Atoms(
         "H",
@@ -682,8 +701,7 @@ def test_a_failure_is_dropped_with_its_reason_and_never_keeps_an_old_energy(
     assert len(kept) == 1 and kept.info["reason"]
 
 
-def test_the_model_is_loaded_late_and_left_out_of_pickles(magus, tiny_checkpoint, h3s):
-    calculator = magus.Parameters(keys(tiny_checkpoint)).MainCalculator
+def test_the_model_is_loaded_late_and_left_out_of_pickles(calculator, h3s):
     assert calculator._potential is None
     energy = calculator.scf([h3s(bond_shift=0.0)])[0].info["energy"]
     data = pickle.dumps(calculator)
@@ -714,13 +732,12 @@ def test_a_search_that_learns_goes_on_with_its_latest_model(magus, tiny_checkpoi
 
 
 def test_cuda_in_a_forked_worker_is_refused_in_plain_words(
-    magus, tiny_checkpoint, h3s, monkeypatch
+    calculator, tiny_checkpoint, h3s, monkeypatch
 ):
     import torch
 
     from magus_anharmonic.plugins.modes import check_input
 
-    calculator = magus.Parameters(keys(tiny_checkpoint)).MainCalculator
     monkeypatch.setattr(torch.cuda, "_is_in_bad_fork", lambda: True)
     with pytest.raises(MagusAnharmonicError, match="magus search -p"):
         calculator.scf([h3s(bond_shift=0.0)])
@@ -797,6 +814,24 @@ def test_the_fitness_reads_flat_keys_and_is_finite_for_everybody(magus):
     values = [ind.info["fitness"]["sscha"] for ind in pop]
     assert np.isfinite(values).all()
     assert np.argsort(values)[::-1].tolist()[:3] == [1, 0, 2]
+
+
+def test_the_fitness_of_another_package_is_known_to_magus(magus, monkeypatch):
+    from magus.populations.populations import Population
+
+    from magus_anharmonic import third_party
+    from magus_anharmonic.ranking.fitness import third_party_fitness
+
+    monkeypatch.setattr(third_party, "declared", lambda kind: {"Size": [], "Broken": []})
+    parts = {"Size": lambda population: map(len, population), "Broken": 3}
+    monkeypatch.setattr(third_party, "load", lambda kind, name: parts[name])
+    magus.plugins.register()
+    pop = Population([Atoms("H2"), Atoms("H")])
+    magus.fitness.fit_dict["Size"]({}).calc(pop)
+    assert [ind.info["fitness"]["size"] for ind in pop] == [2.0, 1.0]
+    with pytest.raises(SystemExit):
+        magus.fitness.fit_dict["Broken"]({})
+    third_party_fitness.cache_clear()
 
 
 # Hook
@@ -1010,6 +1045,171 @@ def test_with_a_seed_magus_s_own_random_numbers_repeat_round_by_round(rounds_of)
     assert np.random.random() != draws[0]
 
 
+# Calculators of MAGUS
+
+
+class Inside:
+    """What MAGUS's emt, lj, mace, nep, chgnet, deepmd are: one with an ASE calculator in it."""
+
+    def __init__(self, **parameters):
+        super().__init__(**parameters)
+        self.scf_calc = Scaled()
+
+
+class Scaled(EMT):
+    """EMT that may become another energy surface, as a model that is trained does."""
+
+    scale = 1.0
+
+    def calculate(self, *arguments, **options):
+        super().calculate(*arguments, **options)
+        self.results = {key: self.scale * value for key, value in self.results.items()}
+
+
+class Jobs:
+    """What MAGUS's vasp and mtp are: single points by programs, in any order, from its folder."""
+
+    def scf_(self, pop):
+        os.chdir(self.calc_dir)
+        found = []
+        for atoms in reversed(pop):
+            after = atoms.copy()
+            after.calc = EMT()
+            after.info.update(
+                energy=after.get_potential_energy(),
+                forces=after.get_forces(),
+                stress=after.get_stress(),
+            )
+            after.calc = None
+            found.append(self.returned(after))
+        if self.fails:
+            raise RuntimeError("the program ended with code 1")
+        return found
+
+    fails = False
+    returned = staticmethod(lambda atoms: atoms)
+
+
+def own_calculator(magus, kind):
+    """``kind`` as a calculator of MAGUS that keeps what it is to relax."""
+    from magus.calculators.base import Calculator
+
+    def relax_(self, pop, **options):
+        for atoms in pop:
+            atoms.info.update(energy=0.0, enthalpy=0.0)
+        return pop
+
+    made = type(kind.__name__, (kind, Calculator), {"relax_": relax_})
+    magus.utils.CALCULATOR_PLUGIN.register("own")(made)
+    return made
+
+
+def own_keys(**more):
+    return {
+        "symbols": ["Cu"],
+        "pressure": 5,
+        "numGen": 2,
+        "Fitness": ["SSCHA"],
+        "scheduler": "serial",
+        "sscha": {"supercell": [1, 1, 1], "n_configs": 10},
+        "MainCalculator": {"calculator": "own", "jobPrefix": "Own"},
+        **more,
+    }
+
+
+@pytest.mark.parametrize(("kind", "name"), [(Inside, "scaled-"), (Jobs, "dft-")])
+@pytest.mark.parametrize("named", [None, {"calculator": "lj", "arguments": {"sigma": 2.3}}])
+def test_free_energies_rank_by_any_calculator_of_magus_or_by_the_one_that_is_named(
+    magus, kind, name, named
+):
+    own_calculator(magus, kind)
+    keys = own_keys()
+    keys["sscha"]["evaluator"] = named
+    search = search_of(magus, keys)
+    from magus_anharmonic.plugins import hook
+
+    calls: list[Atoms] = []
+    state = hook._ROUNDS[search].state
+    state.free_energy = sscha_stand_in(calls)
+    search.one_step([bulk("Cu", a=3.5), bulk("Cu", "bcc", a=2.8)])
+    found = list(search.good_pop)
+    assert calls and len(found) == 2
+    assert {atoms.info["model"] for atoms in found} == {state.potential.model_id}
+    assert state.potential.model_id.startswith("lennardjones-" if named else name)
+    for atoms in found:
+        atoms.calc = LennardJones(sigma=2.3) if named else EMT()
+        enthalpy = atoms.get_potential_energy() + gpa_to_ev_per_a3(5) * atoms.get_volume()
+        assert atoms.info["enthalpy"] * len(atoms) == pytest.approx(enthalpy, abs=1e-6)
+        assert atoms.info["gibbs"] == pytest.approx(atoms.info["enthalpy"] + 0.1, abs=1e-3)
+    assert Path.cwd() == magus.work
+    again = hook._ROUNDS[search_of(magus, keys, restart=True)].state
+    assert again.potential.model_id == state.potential.model_id
+
+
+def test_the_model_that_magus_trains_itself_ranks_as_it_is_in_each_round(magus):
+    own_calculator(magus, Inside)
+    ml = {"calculator": "own", "jobPrefix": "ML"}
+    from magus_anharmonic.plugins import hook
+
+    search = search_of(magus, own_keys(MLCalculator=ml), ml=True)
+    rounds, search.cur_pop = hook._ROUNDS[search], population_of(magus, [bulk("Cu", a=3.5)])
+    rounds.state.free_energy = sscha_stand_in([])
+    ids = []
+    for scale in (1.0, 2.0):
+        search.ml_calculator.scf_calc.scale = scale
+        search.ml_calculator.scf_calc.reset()
+        rounds.finish(search)
+        ids.append(search.cur_pop[0].info["model"])
+        expected = bulk("Cu", a=3.5)
+        expected.calc = EMT()
+        energy = scale * expected.get_potential_energy()
+        assert search.cur_pop[0].info["energy"] == pytest.approx(energy)
+    assert ids[0] != ids[1]
+
+
+def population_of(magus, structures):
+    from magus.populations.populations import Population
+
+    found = Population(structures, "init", 1)
+    for atoms in found:
+        atoms.info["enthalpy"] = 0.0
+    return found
+
+
+def sorted_atoms(atoms):
+    after = atoms[::-1]
+    after.info = atoms.info
+    return after
+
+
+def without_stress(atoms):
+    del atoms.info["stress"]
+    return atoms
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"returned": staticmethod(sorted_atoms)}, "it moved or reordered the atoms"),
+        ({"returned": staticmethod(without_stress)}, "it gave no energy, forces or stress"),
+        ({"fails": True}, "the program ended with code 1"),
+    ],
+)
+def test_single_points_of_magus_that_are_none_are_not_taken(magus, change, said):
+    from magus_anharmonic.evaluator import evaluate_each
+    from magus_anharmonic.plugins.calculator import evaluator_of_magus
+
+    made = own_calculator(magus, type("Bad", (Jobs,), change))
+    calculator = made(workDir=str(magus.work), jobPrefix="Own")
+    structures = [bulk("Cu", cubic=True)]
+    structures[0].positions[1] += 0.3
+    found = evaluate_each(
+        evaluator_of_magus(calculator, "MainCalculator", own_keys()), structures, Exception
+    )
+    assert said in found[0]
+    assert Path.cwd() == magus.work
+
+
 # Learning under `magus search -m`
 
 
@@ -1059,10 +1259,19 @@ def ml_keys(magus, tiny_checkpoint):
     )
 
 
-def test_a_round_of_the_ml_mode_labels_distortions_and_trains_on_them(magus, ml_keys, h3s):
+@pytest.fixture
+def search(magus, ml_keys):
+    return search_of(magus, ml_keys, ml=True)
+
+
+@pytest.fixture
+def ml(search):
+    return search.ml_calculator
+
+
+def test_a_round_of_the_ml_mode_labels_distortions_and_trains_on_them(search, magus, h3s):
     from magus_anharmonic.io.files import read_jsonl
 
-    search = search_of(magus, ml_keys, ml=True)
     ml = search.ml_calculator
     assert ml.init_times == 0 and ml.trainset == [] and ml.get_loss([]) == [0.0]
     first = ml.potential.model_id
@@ -1089,9 +1298,8 @@ def test_a_round_of_the_ml_mode_labels_distortions_and_trains_on_them(magus, ml_
 
 
 def test_a_restart_repeats_a_round_with_its_own_model_and_volumes_and_asks_for_no_label_again(
-    magus, ml_keys, h3s
+    search, magus, ml_keys, h3s
 ):
-    search = search_of(magus, ml_keys, ml=True)
     search.one_step(population(magus, h3s).pop)
     files = [
         *Path("results/anharmonic/labels").glob("*.*"),
@@ -1117,9 +1325,8 @@ def test_a_restart_repeats_a_round_with_its_own_model_and_volumes_and_asks_for_n
 
 
 def test_a_round_that_was_killed_between_its_labels_and_its_training_asks_for_the_missing_ones(
-    magus, ml_keys, h3s
+    search, magus, ml_keys, h3s
 ):
-    search = search_of(magus, ml_keys, ml=True)
     ml = search.ml_calculator
     planned = ml.expand_perturb(ml.select(population(magus, h3s)))
     ml.updatedataset(list(search.main_calculator.scf(planned))[:3])
@@ -1139,20 +1346,18 @@ class Asked:
         return pop
 
 
-def test_the_miner_s_step_in_the_place_of_the_learning_one_is_refused(magus, ml_keys, caplog):
+def test_the_miner_s_step_in_the_place_of_the_learning_one_is_refused(search, caplog):
     """The fault: ``-m -smfr`` puts a step of its own on the search, which relaxed with DFT and
     never trained, without a word."""
-    search = search_of(magus, ml_keys, ml=True)
     search.one_step = pytest.fail
     with pytest.raises(SystemExit) as stopped:
         search.run()
     assert stopped.value.code == 2 and "search with -m or with -smfr" in caplog.text
 
 
-def test_a_label_that_fails_is_recorded_and_the_search_goes_on(magus, ml_keys, h3s):
+def test_a_label_that_fails_is_recorded_and_the_search_goes_on(search, magus, h3s):
     from magus_anharmonic.io.files import read_jsonl
 
-    search = search_of(magus, ml_keys, ml=True)
     search.main_calculator.fail, search.main_calculator.voigt = {1}, False
     search.one_step(population(magus, h3s).pop)
     assert len(search.ml_calculator.store) == 3
@@ -1162,8 +1367,7 @@ def test_a_label_that_fails_is_recorded_and_the_search_goes_on(magus, ml_keys, h
     assert (metrics["n_labels"], metrics["n_failures"]) == (3, 1)
 
 
-def test_labels_of_an_earlier_batch_that_come_back_are_not_taken(magus, ml_keys, h3s, caplog):
-    search = search_of(magus, ml_keys, ml=True)
+def test_labels_of_an_earlier_batch_that_come_back_are_not_taken(search, magus, h3s, caplog):
     ml, main = search.ml_calculator, search.main_calculator
     pop = population(magus, h3s)
     old = main.scf(ml.expand_perturb(ml.select(pop)))
@@ -1174,8 +1378,7 @@ def test_labels_of_an_earlier_batch_that_come_back_are_not_taken(magus, ml_keys,
     assert "earlier batch" in caplog.text
 
 
-def test_selection_keeps_the_kind_of_the_population_and_never_touches_it(magus, ml_keys, h3s):
-    ml = search_of(magus, ml_keys, ml=True).ml_calculator
+def test_selection_keeps_the_kind_of_the_population_and_never_touches_it(ml, magus, h3s):
     pop = ml.relax(population(magus, h3s))
     chosen = ml.select(pop)
     assert type(chosen) is type(pop) and len(chosen) == 2
@@ -1189,8 +1392,7 @@ def test_selection_keeps_the_kind_of_the_population_and_never_touches_it(magus, 
     assert isinstance(ml.select(list(pop)), list)
 
 
-def test_predictions_leave_the_labels_as_they_are(magus, ml_keys, h3s):
-    search = search_of(magus, ml_keys, ml=True)
+def test_predictions_leave_the_labels_as_they_are(search, magus, h3s):
     ml, labelled = search.ml_calculator, search.main_calculator.scf(population(magus, h3s))
     before = [ind.info["energy"] for ind in labelled]
     predicted = ml.calc_efs(labelled)
@@ -1206,8 +1408,7 @@ def test_predictions_leave_the_labels_as_they_are(magus, ml_keys, h3s):
     )
 
 
-def test_labels_of_the_other_loops_of_magus_are_kept_too(magus, ml_keys, h3s):
-    search = search_of(magus, ml_keys, ml=True)
+def test_labels_of_the_other_loops_of_magus_are_kept_too(search, magus, h3s):
     ml = search.ml_calculator
     ml.updatedataset([*search.main_calculator.scf(population(magus, h3s))])
     ml.train()

@@ -119,7 +119,7 @@ def test_a_candidate_that_falls_far_from_its_double_well_wins_the_race(tmp_path)
     ), "effort goes where it is needed"
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_new_model_takes_over_the_runs_of_the_old_one_and_asks_for_less(tmp_path):
     """Models of one crystal that differ as two generations do; the second ranking goes on where the
     first ended."""

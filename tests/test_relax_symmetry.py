@@ -15,9 +15,9 @@ from ase.spacegroup import crystal
 
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.evaluator import CalculatorEvaluator
-from magus_anharmonic.potential import symmetrise
+from magus_anharmonic.potential import guards as symmetrise
+from magus_anharmonic.potential.guards import SymmetryProjector
 from magus_anharmonic.potential.relax import relax
-from magus_anharmonic.potential.symmetrise import SymmetryProjector
 from magus_anharmonic.structures import spglib_cell
 
 QUARTZ = crystal(
@@ -75,7 +75,7 @@ def test_a_supercell_of_125_atoms_keeps_its_group_within_300_megabytes():
     program = """
 import resource, numpy as np
 from ase.build import bulk
-from magus_anharmonic.potential.symmetrise import SymmetryProjector
+from magus_anharmonic.potential.guards import SymmetryProjector
 from magus_anharmonic.structures import space_group
 atoms = bulk("Cu").repeat(5)
 atoms.rattle(1e-3, seed=1)

@@ -222,7 +222,7 @@ SADDLE = {
     "spg_static": "Im-3m (229)",
     "gibbs_eV_per_atom": "-0.80",
     "status": "saddle",
-    "hessian_lowest_cm1": "-310.2",
+    "hessian_deciding_cm1": "-310.2",
     "hessian_error_cm1": "42.0",
 }
 BELOW = {

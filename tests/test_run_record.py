@@ -35,8 +35,8 @@ def test_a_second_start_keeps_the_record_of_the_first(tmp_path):
     for seed in (1, 2, 3):
         write_run_record(tmp_path, parse_settings({"seed": seed}), seed=seed, model_id=None)
     record = read_run_record(tmp_path)
-    assert record["seed"] == 3
-    assert [earlier["seed"] for earlier in record["earlier_starts"]] == [1, 2]
+    assert record.seed == 3
+    assert [earlier["seed"] for earlier in record.earlier_starts] == [1, 2]
 
 
 def test_the_settings_hash_sees_values_not_their_order():
@@ -65,7 +65,7 @@ def test_a_folder_of_other_numbers_or_files_is_not_gone_on_with(tmp_path, change
     (tmp_path / "run.json").write_text(
         json.dumps({key: value for key, value in record.items() if value is not None})
     )
-    assert read_run_record(tmp_path)["seed"] == 0
+    assert read_run_record(tmp_path).seed == 0
     with pytest.raises(InputError, match="report and status read it"):
         check_results_version(tmp_path)
 

@@ -22,14 +22,20 @@ from ase.build import bulk
 
 from magus_anharmonic.errors import InputError, MagusAnharmonicError
 from magus_anharmonic.labelers import get_labeler
-from magus_anharmonic.labelers.scheduled import ScheduledLabeler
-from magus_anharmonic.potential.relax import relax
-from magus_anharmonic.potential.remote import relax_on, serialised
+from magus_anharmonic.labelers.pool import ScheduledLabeler
+from magus_anharmonic.potential.relax import relax, relax_on, serialised
 from magus_anharmonic.ranking.jobs import Job, run_jobs
-from magus_anharmonic.scheduler import close_clusters, open_scheduler
-from magus_anharmonic.scheduler.base import MAX_DEATHS, SerialScheduler, changed, packed, unpack
+from magus_anharmonic.scheduler import (
+    MAX_DEATHS,
+    LocalScheduler,
+    SerialScheduler,
+    changed,
+    close_clusters,
+    open_scheduler,
+    packed,
+    unpack,
+)
 from magus_anharmonic.scheduler.cluster import DaskScheduler, _is_here
-from magus_anharmonic.scheduler.local import LocalScheduler
 from magus_anharmonic.search.relaxation import Relaxer, build_relaxer
 from magus_anharmonic.settings import LabelerSettings, WorkerSettings, parse_settings
 from magus_anharmonic.sscha import free_energy
@@ -201,7 +207,7 @@ def test_a_local_worker_that_ends_takes_the_programs_of_its_tasks_along(tmp_path
 def test_a_search_that_is_killed_takes_the_programs_of_its_tasks_along(tmp_path):
     file = tmp_path / "program"
     code = (
-        "import scheduler_tasks as tasks; from magus_anharmonic.scheduler.local import"
+        "import scheduler_tasks as tasks; from magus_anharmonic.scheduler import"
         " LocalScheduler\nif __name__ == '__main__':"
         f" list(LocalScheduler(1).map(tasks.leaves_a_program, [({str(file)!r}, 'hang')]))"
     )
@@ -505,7 +511,7 @@ def test_relaxations_with_a_checkpoint_that_travels_are_bitwise_those_made_here(
 
 def relax_in_both_places(dask, potential, structures, monkeypatch):
     options = {"pressure": 100.0, "max_steps": 5}
-    monkeypatch.setattr("magus_anharmonic.potential.remote.CHUNK", {"cpu": 2, "cuda": 2})
+    monkeypatch.setattr("magus_anharmonic.potential.relax.CHUNK", {"cpu": 2, "cuda": 2})
     seen = []
     found = relax_on(
         dask, potential, structures, on_relaxed=lambda index, result: seen.append(index), **options

@@ -157,6 +157,18 @@ def test_every_number_whose_description_names_a_unit_has_it():
     assert not wrong
 
 
+def test_no_key_has_one_limit_twice():
+    """Pydantic takes the inner one of a type (``Count``) and drops that of the field."""
+    wrong = []
+    for model in all_sections():
+        for name, field in model.model_fields.items():
+            kinds = [type(item) for item in field.metadata if hasattr(item, "__slots__")]
+            limits = [kind.__name__ for kind in kinds if kind.__name__ in ("Ge", "Gt", "Le", "Lt")]
+            if len(set(limits)) < len(limits):
+                wrong.append((model.__name__, name, limits))
+    assert not wrong
+
+
 @pytest.mark.parametrize(
     ("option", "said"),
     [

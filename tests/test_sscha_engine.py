@@ -19,8 +19,14 @@ from magus_anharmonic.sscha import python_sscha
 from magus_anharmonic.sscha.engines import ENGINES, engine
 from magus_anharmonic.sscha.ensemble import average
 from magus_anharmonic.sscha.reciprocal import finite_size_term
-from magus_anharmonic.sscha.start import LARGEST_AMPLITUDE_LATER, floor_modes, relative_motion
-from magus_anharmonic.sscha.state import fold, normal_modes, variance
+from magus_anharmonic.sscha.state import (
+    LARGEST_AMPLITUDE_LATER,
+    floor_modes,
+    fold,
+    normal_modes,
+    relative_motion,
+    variance,
+)
 from magus_anharmonic.sscha.symmetry import Symmetry
 from magus_anharmonic.units import BOHR, HBAR, RYDBERG
 

@@ -14,8 +14,13 @@ from magus_anharmonic.errors import InputError
 from magus_anharmonic.paper.ensemble_errors import displacements_of
 from magus_anharmonic.ranking.structures import read_start
 from magus_anharmonic.sscha.ensemble import average
-from magus_anharmonic.sscha.ensemble_checks import require_sampled_from
-from magus_anharmonic.sscha.qe_files import read_ensemble, state_from_dyn, write_dyn, write_ensemble
+from magus_anharmonic.sscha.qe_files import (
+    read_ensemble,
+    require_sampled_from,
+    state_from_dyn,
+    write_dyn,
+    write_ensemble,
+)
 from magus_anharmonic.sscha.state import displaced, fold, sample, sum_rule
 from magus_anharmonic.sscha.symmetry import Symmetry
 

@@ -20,7 +20,10 @@ from magus_anharmonic.sscha import free_energy, python_sscha
 from magus_anharmonic.sscha.hessian import free_energy_hessian
 from magus_anharmonic.sscha.phonons import band_path, bands, dispersion
 from magus_anharmonic.sscha.qe_files import read_ensemble, state_from_dyn, write_dyn, write_ensemble
-from magus_anharmonic.sscha.report import hessian_of_run
+from magus_anharmonic.sscha.report import hessian_of_run, write_phonopy
+from magus_anharmonic.sscha.start import harmonic_force_constants
+from magus_anharmonic.sscha.state import SschaState
+from magus_anharmonic.sscha.supercells import q_points
 from magus_anharmonic.sscha.symmetry import Symmetry
 from magus_anharmonic.sscha.unstable import supported_group
 from magus_anharmonic.units import HBAR, RYDBERG
@@ -284,6 +287,8 @@ def test_the_command_makes_phonons_and_a_verdict_of_a_finished_run(run, tmp_path
         "dispersion.csv",
         "dispersion.png",
         "dispersion.svg",
+        "phonopy.yaml",
+        "band.yaml",
         "hessian.json",
     }
     assert names == files
@@ -301,6 +306,28 @@ def test_the_command_makes_phonons_and_a_verdict_of_a_finished_run(run, tmp_path
     )
     back = state_from_dyn(tmp_path / "dyn_hessian")
     assert back.modes.hbar_omega * 1e3 == pytest.approx(np.sort(optical), rel=1e-6)
+
+
+@pytest.mark.parametrize("supercell_matrix", [(1, 2, 1), ((1, 1, 0), (-1, 1, 0), (0, 0, 2))])
+def test_phonopy_reads_the_force_constants_and_has_the_same_frequencies(tmp_path, supercell_matrix):
+    import phonopy
+    import yaml
+
+    atoms = bulk("Al", "fcc", a=4.0, cubic=True)
+    atoms.symbols[1], atoms.positions[2, 0] = "Cu", 0.1
+    symmetry = Symmetry(atoms, supercell_matrix)
+    compact = harmonic_force_constants(atoms, supercell_matrix, symmetry, EV)
+    state, path = SschaState(atoms, supercell_matrix, compact, 0.0), band_path(atoms)
+    write_phonopy(state, path, tmp_path)
+    read = phonopy.load(tmp_path / "phonopy.yaml", log_level=0)
+    q = np.concatenate([q_points(supercell_matrix), [[0.1, 0.2, -0.3]]])
+    theirs = np.sort(read.run_qpoints(q).frequencies, axis=1) * 4.135667696e-3
+    ours = bands(state, compact, q)
+    squares = np.sign(ours) * ours**2
+    assert np.sign(theirs) * theirs**2 == pytest.approx(squares, abs=2e-6 * squares.max())
+    with (tmp_path / "band.yaml").open() as file:
+        written = yaml.safe_load(file)
+    assert len(written["phonon"]) == len(path.q) and written["labels"][0][0] == path.ticks[0][1]
 
 
 def test_more_configurations_are_drawn_from_the_final_state(run, tmp_path):

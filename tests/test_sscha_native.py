@@ -18,7 +18,7 @@ from magus_anharmonic.sscha.ensemble import average
 from magus_anharmonic.sscha.reciprocal import Reciprocal, Spectrum, without_translations
 from magus_anharmonic.sscha.result import RunFolder
 from magus_anharmonic.sscha.run import SschaRun
-from magus_anharmonic.sscha.sampling import sample_ensemble
+from magus_anharmonic.sscha.start import sample_ensemble
 from magus_anharmonic.sscha.state import SschaState, inverse_fourier
 from magus_anharmonic.sscha.symmetry import Symmetry
 from magus_anharmonic.sscha.task import Task
@@ -288,7 +288,8 @@ def test_a_run_is_advanced_as_long_as_somebody_wants_and_then_finished(tmp_path)
     while not run.converged:
         run.advance()
     error, state = run.averages.helmholtz_error, run.state
-    result = run.finish(1600)
+    run.advance(1600)
+    result = run.finish()
     assert result.status == "converged" and result.n_evaluations >= spent + 1600
     assert np.array_equal(result.force_constants, state.force_constants), (
         "the numbers are of the state that was found"

@@ -12,28 +12,29 @@ from sscha_models import EV, LatticeSprings, QuarticPair, cu3au, evaluated, harm
 
 from magus_anharmonic.evaluator import as_evaluator
 from magus_anharmonic.sscha.cell import LARGEST_STRAIN, CellStiffness, static_response_to_strain
-from magus_anharmonic.sscha.ensemble import average, gamma_matrix
-from magus_anharmonic.sscha.initial_state import interpolate
-from magus_anharmonic.sscha.reciprocal import (
-    finite_size_term,
-    interpolated_squares,
-    nearest_images,
-    reference_mesh,
-)
+from magus_anharmonic.sscha.ensemble import average
+from magus_anharmonic.sscha.reciprocal import finite_size_term, interpolated_squares, reference_mesh
 from magus_anharmonic.sscha.start import (
-    LARGEST_AMPLITUDE,
-    displacements_of,
-    floor_modes,
     harmonic_force_constants,
     harmonic_start,
-    nearest_neighbour,
+    interpolate,
     relax_in_symmetry,
     relaxed_primitive,
 )
-from magus_anharmonic.sscha.state import SschaState, expand, fourier, sample, variance
+from magus_anharmonic.sscha.state import (
+    LARGEST_AMPLITUDE,
+    SschaState,
+    expand,
+    floor_modes,
+    fourier,
+    nearest_neighbour,
+    sample,
+    variance,
+)
 from magus_anharmonic.sscha.symmetry import (
     Symmetry,
     choose_supercell_matrix,
+    displacements_of,
     statistical_tolerance,
     symmetric_primitive,
 )
@@ -163,7 +164,7 @@ def test_interpolation_gives_back_the_force_constants_on_the_points_of_the_super
     state = harmonic_state(cu3au(), (2, 2, 2))
     q = np.array(list(np.ndindex(2, 2, 2))) / 2.0
     root = np.sqrt(np.repeat(state.atoms.get_masses(), 3))
-    ours = interpolated_squares(state, *nearest_images(state), q)
+    ours = interpolated_squares(state, q)
     matrices = fourier(state.force_constants, (2, 2, 2), q) / np.outer(root, root)
     assert ours == pytest.approx(np.linalg.eigvalsh(matrices), abs=1e-10)
     calculator = as_evaluator(LatticeSprings())
@@ -253,9 +254,7 @@ def test_strain_by_the_stiffness_brings_a_static_crystal_to_the_pressure():
     state = harmonic_state(atoms, (1, 1, 1))
 
     def stiffness(pressure):
-        return CellStiffness.of(
-            response, gamma_matrix(state), atoms.get_volume(), symmetry, pressure
-        )
+        return CellStiffness.of(response, state.gamma, atoms.get_volume(), symmetry, pressure)
 
     cell = stiffness(target)
     assert cell.strains.shape == (1, 3, 3), "cubic: the volume alone"
@@ -282,7 +281,7 @@ def test_the_stiffness_learns_from_what_a_step_did():
     symmetry = Symmetry(atoms, (1, 1, 1))
     state = harmonic_state(atoms, (1, 1, 1))
     cell = CellStiffness.of(
-        static_response_to_strain(atoms, EV), gamma_matrix(state), atoms.get_volume(), symmetry, 0.0
+        static_response_to_strain(atoms, EV), state.gamma, atoms.get_volume(), symmetry, 0.0
     )
     step, noise = np.array([0.01]), np.eye(1) * 1e-10
     truth = 0.7 * cell.matrix

@@ -15,8 +15,8 @@ from magus_anharmonic.cli import app
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.io.files import write_json
 from magus_anharmonic.runs import status as status_module
-from magus_anharmonic.runs.failures import record_failure
 from magus_anharmonic.runs.lock import NAME, locked
+from magus_anharmonic.runs.record import record_failure
 from magus_anharmonic.runs.status import status
 from magus_anharmonic.search import run
 from magus_anharmonic.settings import parse_settings

@@ -19,10 +19,15 @@ from magus_anharmonic.errors import InputError
 from magus_anharmonic.evaluator import CalculatorEvaluator
 from magus_anharmonic.labelers import CallableLabeler, available, get_labeler
 from magus_anharmonic.ranking.fitness import third_party_fitness
-from magus_anharmonic.ranking.structures import evaluator_of
+from magus_anharmonic.ranking.structures import _relaxation_block, evaluator_of, ranking_evaluator
 from magus_anharmonic.search import run
 from magus_anharmonic.search.keys import parse_host_keys
-from magus_anharmonic.settings import LabelerSettings, parse_settings
+from magus_anharmonic.settings import (
+    AseCalculatorSettings,
+    LabelerSettings,
+    parse_settings,
+    rank_settings,
+)
 from magus_anharmonic.testing import check_evaluator, check_labeler
 
 PAGE = (Path(__file__).parents[1] / "docs" / "write-your-own.md").read_text(encoding="utf-8")
@@ -85,6 +90,11 @@ def test_a_search_uses_the_names_of_another_package(site, tmp_path):
     changed = {**SEARCH["MainCalculator"], "arguments": {"depth": 0.4}}
     evaluator, _ = evaluator_of(parse_settings({**SEARCH, "MainCalculator": changed}))
     assert evaluator.model_id == "morse-0.4-2.7-1.4"
+    named = parse_settings({**SEARCH, "sscha": {"evaluator": changed}})
+    assert ranking_evaluator(named).model_id == "morse-0.4-2.7-1.4"
+    asked = rank_settings(None, {}, calculator={"calculator": "morse"}, sscha={})
+    assert ranking_evaluator(asked).model_id == "morse-0.35-2.7-1.4"
+    assert isinstance(_relaxation_block(asked), AseCalculatorSettings)
     changed["arguments"] = {"deep": 0.4}
     with pytest.raises(InputError, match="'morse': cannot be made with arguments"):
         evaluator_of(parse_settings({**SEARCH, "MainCalculator": changed}))
@@ -137,6 +147,7 @@ def test_a_broken_part_is_named_and_stops_only_who_uses_it(site, tmp_path, monke
     assert seen["evaluator morse"].detail == "morse_parts.evaluator:Morse of morse-parts 1.0"
     assert seen["labeler broken"].ok is None and why.format("Lost") in seen["labeler broken"].detail
     assert seen["fitness Broken"].ok is False and doctor.exit_code(seen.values()) == 1
+    assert checks(sscha={"evaluator": "broken"})["evaluator broken"].needed
     assert doctor.exit_code(checks().values()) == 0
 
 

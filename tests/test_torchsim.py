@@ -8,8 +8,8 @@ import torch
 from ase.build import bulk, fcc111
 
 from magus_anharmonic.errors import InputError
-from magus_anharmonic.potential import torchsim
-from magus_anharmonic.potential.torchsim import torchsim_model
+from magus_anharmonic.potential import calculator as torchsim
+from magus_anharmonic.potential.calculator import torchsim_model
 
 
 @pytest.fixture

@@ -135,7 +135,7 @@ def test_estimates_are_finite_and_not_negative_for_everything(potential):
     for values in (found.energy_error, found.force_error):
         assert values.shape == (5,) and np.isfinite(values).all() and (values >= 0).all()
     assert potential.uncertainty([]).energy_error.shape == (0,)
-    with pytest.raises(InputError, match="structure 1 has no atoms"):
+    with pytest.raises(InputError, match="structure 1: has no atoms"):
         potential.uncertainty([strange[0], Atoms()])
 
 

@@ -29,8 +29,8 @@ from magus_anharmonic.io.tables import table_rows, write_table
 from magus_anharmonic.labelers import get_labeler
 from magus_anharmonic.labelers.base import Failure, Label, Labeler, k_points
 from magus_anharmonic.learning.dataset import label_digest, labelled, read_labels, with_digest
-from magus_anharmonic.runs.failures import record_failure
 from magus_anharmonic.runs.lock import locked
+from magus_anharmonic.runs.record import record_failure
 from magus_anharmonic.settings import LabelerSettings
 from magus_anharmonic.units import ev_per_a3_to_gpa
 

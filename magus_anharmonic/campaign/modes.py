@@ -37,7 +37,6 @@ from magus_anharmonic.sscha.phonons import (
     Dispersion,
     Level,
     dispersion,
-    levels_by_displacing,
     levels_by_irrep,
     lowest_levels,
 )
@@ -206,7 +205,7 @@ class Point:
                     raise MagusAnharmonicError(f"DFT relaxation failed: {relaxed.reason}")
                 atoms = symmetric_primitive(relaxed.atoms, SYMPREC)
                 counting = CountingEvaluator(LabelerEvaluator(labeler))
-                levels = harmonic_levels(atoms, counting, irreps)
+                levels = harmonic_levels(atoms, counting)
                 record = {
                     "key": key,
                     "levels": [[level.irrep, level.square] for level in levels],
@@ -273,11 +272,8 @@ class Point:
             log.info("  %s: %.0f%s cm^-2", told, square, shown)
 
 
-def harmonic_levels(atoms: Atoms, evaluator: Any, wanted: Sequence[str] = ()) -> list[Level]:
-    """Harmonic levels at Gamma (eV/A^2/amu) of a relaxed primitive cell: the wanted
-    representations, or all."""
-    if wanted:
-        return levels_by_displacing(atoms, evaluator, wanted)
+def harmonic_levels(atoms: Atoms, evaluator: Any) -> list[Level]:
+    """Harmonic levels at Gamma (eV/A^2/amu) of a relaxed primitive cell."""
     once = (1, 1, 1)
     compact = harmonic_force_constants(atoms, once, Symmetry(atoms, once), evaluator)
     return levels_by_irrep(

@@ -177,7 +177,7 @@ def _relaxed_at(
     """Relaxations in the order of ``structures``; kept on disk per pressure, so that a killed step
     goes on."""
     from magus_anharmonic.potential.relax import relax as relax_all
-    from magus_anharmonic.potential.remote import relax_options
+    from magus_anharmonic.potential.relax import relax_options
 
     if not structures:
         return []

@@ -241,7 +241,7 @@ def _check(context: Context, root: Path) -> None:
             settings_hash = labeler.settings_hash
     model_id = context.foundation.model_id
     if record_file(root).is_file():
-        earlier = read_run_record(root).get("labeler_settings_hash")
+        earlier = read_run_record(root).labeler_settings_hash
         if earlier and settings_hash and earlier != settings_hash and _holds_labels(root):
             raise InputError(
                 f"labeler: {root} holds results of other DFT settings ({earlier}, now"

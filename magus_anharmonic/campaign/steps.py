@@ -14,19 +14,20 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ase import Atoms
 
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.io.digests import digest, safe_name, versions
-from magus_anharmonic.io.files import read_as, reading_table, remove, replacing_table, write_json
+from magus_anharmonic.io.files import reading_table, remove, replacing_table, write_json
 from magus_anharmonic.io.tables import write
 from magus_anharmonic.labelers import get_labeler
-from magus_anharmonic.runs.record import CampaignFolder
+from magus_anharmonic.runs.record import CampaignFolder, read_steps
+from magus_anharmonic.runs.record import StepRecord as StepRecord
 from magus_anharmonic.settings.campaign import CampaignSettings
 from magus_anharmonic.structures import stripped
 from magus_anharmonic.units import GPa
@@ -248,40 +249,13 @@ def foundation_digest(name: str) -> str | None:
     return file_digest(str(shipped if shipped.is_file() else name))
 
 
-Status = Literal["open", "running", "done", "failed"]
-
-
-@dataclass(frozen=True)
-class StepRecord:
-    """One step. ``wall_s`` sums up all sittings; ``key`` is the hash of what the result holds for;
-    ``output`` identifies the result."""
-
-    status: Status
-    kind: str
-    pressure_GPa: float | None = None
-    started: str = ""
-    finished: str = ""
-    wall_s: float = 0.0
-    n_structures: int = 0
-    n_evaluations: int = 0
-    n_labels: int = 0
-    reason: str = ""
-    key: str = ""
-    output: str = ""
-
-    def changed(self, **values: Any) -> StepRecord:
-        """A copy with other values."""
-        return replace(self, **values)
-
-
 def read_records(folder: Path) -> dict[str, StepRecord]:
     """The records in ``folder`` by step, in the order of the campaign; none when it has not begun.
     Raises ``InputError``."""
     file = CampaignFolder(folder).steps
     if not file.is_file():
         return {}
-    mend = "move it away and run the campaign again"
-    return read_as(dict[str, StepRecord], file, mend)
+    return read_steps(file)
 
 
 def write_records(folder: Path, records: dict[str, StepRecord]) -> None:

@@ -25,14 +25,14 @@ from magus_anharmonic.errors import InputError, MagusAnharmonicError
 from magus_anharmonic.gate import read_structures
 from magus_anharmonic.io.digests import digest
 from magus_anharmonic.io.files import readable, replacing
-from magus_anharmonic.learning.dataset import LabelStore, read_dataset
-from magus_anharmonic.learning.families import (
+from magus_anharmonic.learning.choose import (
     SIDES,
     Families,
     Fingerprint,
     fingerprint,
     sides_of_families,
 )
+from magus_anharmonic.learning.dataset import LabelStore, read_dataset
 from magus_anharmonic.paper.tables import Enthalpy
 from magus_anharmonic.settings.campaign_blocks import PhaseSettings
 from magus_anharmonic.structures import (

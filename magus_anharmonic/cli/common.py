@@ -229,7 +229,8 @@ Checkpoint = Annotated[
 Calculator = Annotated[
     str | None,
     typer.Option(
-        help="Instead of MatterSim: import path of an ASE calculator, e.g. ase.calculators.emt.EMT;"
+        help="Instead of MatterSim: a name of an installed package, or the import path of an ASE"
+        " calculator, e.g. ase.calculators.emt.EMT;"
         " its arguments in the file of -i."
     ),
 ]

@@ -80,7 +80,7 @@ def hessian(
     The model is needed for a structure, and for more configurations than the folder of a run holds.
     """
     from magus_anharmonic.ranking.jobs import free_energy_on
-    from magus_anharmonic.ranking.structures import evaluator_of
+    from magus_anharmonic.ranking.structures import ranking_evaluator
     from magus_anharmonic.settings import rank_settings
     from magus_anharmonic.sscha.report import DEFAULTS, hessian_of_run, hessian_of_structure
 
@@ -100,13 +100,13 @@ def hessian(
     more: dict[str, Any] = {"include_v4": v4, "seed": settings.seed or 0}
     if atoms is None:
         named = any((checkpoint, calculator, input_file))
-        evaluator = evaluator_of(settings)[0] if named else None
+        evaluator = ranking_evaluator(settings) if named else None
         report = hessian_of_run(source, output, evaluator=evaluator, n_configs=n_configs, **more)
     else:
         report = hessian_of_structure(
             atoms,
             output,
-            evaluator_of(settings)[0],
+            ranking_evaluator(settings),
             run=free_energy_on(settings),
             n_configs=(settings.sscha or DEFAULTS).n_configs,
             **more,
@@ -350,7 +350,7 @@ def errors(
     )
     from magus_anharmonic.paper.ensemble_labels import WHAT, check_number
     from magus_anharmonic.ranking.jobs import free_energy_on
-    from magus_anharmonic.ranking.structures import evaluator_of
+    from magus_anharmonic.ranking.structures import ranking_evaluator
     from magus_anharmonic.runs.lock import locked
     from magus_anharmonic.settings import rank_settings
 
@@ -371,7 +371,7 @@ def errors(
             get_labeler(labels, output / "labeling", settings if input_file else None)
         ) as labeler,
     ):
-        model = evaluator_of(settings)[0]
+        model = ranking_evaluator(settings)
         found = find_source(
             source, model, output / "sscha", settings, phase=phase, run=free_energy_on(settings)
         )

@@ -23,6 +23,8 @@ RENAMED = {
     "decrease": "predicted_decrease",
     "decrease_eV_per_atom": "predicted_decrease_eV_per_atom",
     "far": "burn_in",
+    "hessian_lowest": "hessian_deciding",
+    "hessian_lowest_cm1": "hessian_deciding_cm1",
     "n_became_best": "n_transformed_best",
     "odds": "probability",
     "odds_inside": "probability_inside",

@@ -67,7 +67,7 @@ def get_labeler(
     except LabelerError as error:
         raise InputError(str(error)) from None
     if scheduling is not None and is_remote(scheduling.scheduler):
-        from magus_anharmonic.labelers.scheduled import ScheduledLabeler
+        from magus_anharmonic.labelers.pool import ScheduledLabeler
 
         return ScheduledLabeler(recipe, Path(directory), scheduling, timeout=settings.timeout)
     usable, message = code.available(recipe.execution)
@@ -84,7 +84,7 @@ def get_labeler(
 
 def __getattr__(name: str) -> object:
     if name == "CallableLabeler":
-        from magus_anharmonic.labelers.scheduled import CallableLabeler
+        from magus_anharmonic.labelers.pool import CallableLabeler
 
         return CallableLabeler
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

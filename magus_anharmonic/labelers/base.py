@@ -23,7 +23,7 @@ import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Self
 
 import numpy as np
 from ase import Atoms
@@ -241,19 +241,19 @@ class Failure:
 OnResult = Callable[[int, "Label | Failure"], None]
 
 
-class Labeler(Protocol):
+class Labeler:
     """DFT single points and relaxations; ``settings_hash`` (12 hex digits) names the energy
     surface."""
 
-    @property
-    def settings_hash(self) -> str: ...
-
-    @property
-    def description(self) -> str: ...
+    settings_hash: str
+    description: str
 
     def label(
         self, structures: Sequence[Atoms], on_result: OnResult | None = None
-    ) -> list[Label | Failure]: ...
+    ) -> list[Label | Failure]:
+        """Single points in the order of the input; ``on_result(index, result)`` is called here as
+        each one finishes."""
+        raise NotImplementedError
 
     def relax(
         self,
@@ -262,9 +262,23 @@ class Labeler(Protocol):
         *,
         force_tolerance: float = 0.05,
         max_steps: int = 300,
-    ) -> list[Relaxation]: ...
+    ) -> list[Relaxation]:
+        """Relax positions and cell at ``pressure`` (GPa) by BFGS until forces are below
+        ``force_tolerance`` (eV/A).
 
-    def close(self) -> None: ...
+        A structure that fails comes back as it was given, with ``failed=True`` and the reason.
+        Raises ``LabelerError`` where single points are all that is made.
+        """
+        raise LabelerError(f"{self.description}: makes single points only")
+
+    def close(self) -> None:
+        """End what the labeler has started; it cannot be used afterwards."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
 
 
 @dataclass(frozen=True)

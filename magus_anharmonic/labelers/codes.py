@@ -18,7 +18,7 @@ from ase import Atoms
 from ase.calculators.calculator import BaseCalculator
 
 from magus_anharmonic import third_party
-from magus_anharmonic.errors import InputError, LabelerError, is_machine_error, typed_line
+from magus_anharmonic.errors import InputError, LabelerError, is_machine_error, one_line, typed_line
 from magus_anharmonic.evaluator import Evaluator
 from magus_anharmonic.labelers.base import (
     Code,
@@ -29,7 +29,7 @@ from magus_anharmonic.labelers.base import (
     program_of,
 )
 from magus_anharmonic.labelers.espresso import Espresso
-from magus_anharmonic.settings import AseCalculatorSettings, LabelerSettings
+from magus_anharmonic.settings import AseCalculatorSettings, LabelerSettings, import_path
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +37,6 @@ PROGRAMS = re.compile(
     r"command|(^|_)(profile|exe|bin|executable|binary|launcher|mpi)$|cmds$", re.IGNORECASE
 )
 """Names of arguments in which calculators expect the program to start, or commands for it."""
-SHORT_NAMES = {"emt": "ase.calculators.emt.EMT", "lj": "ase.calculators.lj.LennardJones"}
 
 
 class Gpaw(Code):
@@ -311,10 +310,7 @@ def load_class(path: str) -> Callable[..., Any]:
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
-        raise LabelerError(
-            f"{error}; install the package that brings {module_name}, "
-            "or take the open default: calculator: gpaw after pip install 'magus-anharmonic[gpaw]'"
-        ) from None
+        raise LabelerError(f"{error}; install the package that brings {module_name}") from None
     except Exception as error:  # a module may raise anything while it is imported
         raise LabelerError(f"{module_name} cannot be imported: {typed_line(error)}") from None
     found = getattr(module, name, None)
@@ -332,19 +328,12 @@ def load_class(path: str) -> Callable[..., Any]:
     return found
 
 
-def import_path(name: str) -> str | None:
-    """Of the ASE calculator that ``MainCalculator`` names, in full or short; None where the name is
-    one that MAGUS alone knows."""
-    path = SHORT_NAMES.get(name, name)
-    return path if path.rpartition(".")[0] else None
-
-
-def make_calculator(block: AseCalculatorSettings) -> Any:
-    """The calculator of ``MainCalculator``, or another package's evaluator; raises ``InputError``
-    that names its key where an input may not make it or cannot."""
-    where = f"MainCalculator.calculator: {block.calculator!r}"
+def make_calculator(block: AseCalculatorSettings, at: str) -> Any:
+    """The calculator of the block at the key ``at``, or another package's evaluator; raises
+    ``InputError`` that names its key where an input may not make it or cannot."""
+    where = f"{at}.calculator: {block.calculator!r}"
     if block.calculator in third_party.declared("evaluators"):
-        made = _made(third_party.load("evaluators", block.calculator), block, where)
+        made = _made(third_party.load("evaluators", block.calculator), block, at)
         if not isinstance(made, Evaluator) and not callable(getattr(made, METHODS[0], None)):
             raise InputError(
                 f"{where}: makes {made!r}, which is no evaluator (model_id, evaluate) and no ASE"
@@ -369,20 +358,21 @@ def make_calculator(block: AseCalculatorSettings) -> Any:
     module = path.rpartition(".")[0]
     if commands and module not in allowed_modules():
         raise InputError(
-            f"MainCalculator.{commands[0]}: an input cannot start programs here; if you trust it,"
+            f"{at}.{commands[0]}: an input cannot start programs here; if you trust it,"
             f" allow the calculator's module outside of the input: export {ALLOW}={module}"
         )
-    return _made(calculator, block, where)
+    return _made(calculator, block, at)
 
 
-def _made(calculator: Callable[..., Any], block: AseCalculatorSettings, where: str) -> Any:
+def _made(calculator: Callable[..., Any], block: AseCalculatorSettings, at: str) -> Any:
     try:
         return calculator(**block.arguments)
     except (TypeError, ValueError, OSError, RuntimeError) as error:
         if is_machine_error(error):
             raise
         raise InputError(
-            f"{where}: cannot be made with arguments {block.arguments}: {error}"
+            f"{at}.calculator: {block.calculator!r}: cannot be made with arguments"
+            f" {block.arguments}: {one_line(error)}; give its arguments as {at}.arguments"
         ) from None
 
 

@@ -1,185 +1,106 @@
-"""One worker process per slot: labels run side by side, and no crash or hang of a DFT code reaches
-the search."""
+"""Labels side by side, in processes here or on the workers of a scheduler, so that no crash or hang
+of a DFT code reaches the search; and labels by any function, e.g. MAGUS's own MainCalculator."""
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import queue
-import secrets
-import selectors
 import shutil
-import signal
-import subprocess
-import sys
+import tempfile
 import threading
 import time
 import weakref
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Generator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import closing
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from ase import Atoms
 
-from magus_anharmonic.errors import MachineError
+from magus_anharmonic.errors import LabelerError, MachineError
 from magus_anharmonic.evaluator import Relaxation
-from magus_anharmonic.io.digests import from_json, to_json
 from magus_anharmonic.io.files import replacing
-from magus_anharmonic.labelers.base import Failure, Label, OnResult, Recipe
-from magus_anharmonic.labelers.worker import READY, atoms_from_json, atoms_to_json
-from magus_anharmonic.processes import MARK, descendants, end_processes, new_mark
-from magus_anharmonic.runs.progress import Progress
-from magus_anharmonic.structures import structure_id
+from magus_anharmonic.labelers.base import Failure, Label, Labeler, OnResult, Recipe, settings_hash
+from magus_anharmonic.labelers.worker import begin
+from magus_anharmonic.processes import Worker, descendants, end_processes
+from magus_anharmonic.runs.record import Progress
+from magus_anharmonic.scheduler import THREAD_VARIABLES, Scheduling, open_scheduler, packed, unpack
+from magus_anharmonic.structures import change_of, stripped, structure_id
 from magus_anharmonic.units import GPa
 
 log = logging.getLogger(__name__)
 
-# The parent's module search path travels as an argument: no environment variable that the DFT code
-# would inherit.
-_BOOTSTRAP = (
-    "import sys; sys.path[:] = sys.argv.pop(1).split(chr(10)); from"
-    " magus_anharmonic.labelers.worker import main; main()"
-)
 START_TIMEOUT = 300.0
 """Seconds for a worker to import what it needs (a busy file system can be slow); not part of a
 label's own time."""
+ENDING = 10.0
+"""Seconds that a crash may take until its exit code is known."""
 LOG_LIMIT = 1 << 20
 """Bytes of a worker's log above which the next job begins a new one; as much of the end of one
 earlier log is kept."""
-_ONE_THREAD = {
-    name: "1"
-    for name in (
-        "OMP_NUM_THREADS",
-        "OPENBLAS_NUM_THREADS",
-        "MKL_NUM_THREADS",
-        "NUMEXPR_NUM_THREADS",
-    )
-}
+_ONE_THREAD = dict.fromkeys(THREAD_VARIABLES, "1")
 
 
-class WorkerDied(Exception):
-    """The worker process ended or was ended before it answered; the message is the reason.
-
-    ``machine_error`` : it was killed, as the kernel does where memory runs out, and not by its own
-    fault or a time limit of ours.
-    """
-
-    machine_error = False
+def _failed(reason: str, machine_error: bool = False) -> dict[str, Any]:
+    """The answer to a job that has none."""
+    return {"ok": False, "reason": reason, "machine_error": machine_error}
 
 
-class Worker:
-    """One persistent worker process; started at the first job and again after a crash or a hang."""
+class DftProcess:
+    """The process of a DFT code; started at the first job and again after a crash or a hang."""
 
     def __init__(self, log_file: Path) -> None:
         self.log_file = log_file
-        self._process: subprocess.Popen[bytes] | None = None
-        self._mark = new_mark()
-        self._buffer = b""
+        self._worker: Worker | None = None
         self._closed = False
 
     def run(self, job: dict[str, Any], timeout: float) -> dict[str, Any]:
-        """Send one job and wait for its result; raises ``WorkerDied`` on a crash or after
-        ``timeout`` seconds."""
+        """The answer to one job (`worker.run_job`), or why there is none: a crash, or more than
+        ``timeout`` seconds.
+
+        A process that was killed, as the kernel does where memory runs out, and not by its own
+        fault or a time limit of ours, is a ``machine_error``.
+        """
         bound_log(self.log_file)
-        process = self._start()
-        assert process.stdin is not None
-        number = secrets.token_hex(8)
-        try:
-            process.stdin.write(to_json({**job, "job": number}).encode() + b"\n")
-            process.stdin.flush()
-        except (BrokenPipeError, OSError):
-            raise self._end_of(process) from None
-        answer = self._read_reply(process, number, timeout, "no answer (learning.labeler.timeout)")
-        if not answer["ok"]:
+        worker, answer = self._worker, None
+        if self._closed:
+            return _failed("the labeler was closed")
+        if worker is None or not worker.alive:
+            self.stop()
+            self.log_file.parent.mkdir(parents=True, exist_ok=True)
+            worker = self._worker = Worker(begin, variables=_ONE_THREAD, output=self.log_file)
+            answer = self._ask(worker, None, START_TIMEOUT, "the labeler's process did not start")
+        if answer is None:
+            what = "no answer (learning.labeler.timeout)"
+            answer = self._ask(worker, job, timeout, what)
+        if not answer["ok"] and self._worker is worker:
             # A launcher that failed may have left its ranks behind.
-            end_processes(descendants(process.pid), self._mark, spare=[process.pid])
+            end_processes(descendants(worker.pid), worker.mark, spare=[worker.pid])
         return answer
 
-    def _start(self) -> subprocess.Popen[bytes]:
-        if self._closed:
-            raise WorkerDied("the labeler was closed")
-        if self._process is not None and self._process.poll() is None:
-            return self._process
+    def _ask(self, worker: Worker, job: Any, timeout: float, what: str) -> Any:
+        try:
+            worker.send(job)
+            if worker.connection.poll(timeout):
+                return worker.connection.recv()
+        except Exception:  # also what a code wrote into the pipe
+            log.debug("no answer of a labeler's process", exc_info=True)
+            how = worker.end(ENDING)
+            if self._closed:
+                return _failed("the labeler was closed")
+            reason = f"the labeler's process ended: {how} (see {self.log_file})"
+            return _failed(reason, machine_error=how.endswith("SIGKILL"))
         self.stop()
-        self.log_file.parent.mkdir(parents=True, exist_ok=True)
-        paths = [os.path.abspath(path or ".") for path in sys.path]
-        with self.log_file.open("ab") as output:
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", "-c", _BOOTSTRAP, "\n".join(paths)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=output,
-                start_new_session=True,
-                env={**os.environ, **_ONE_THREAD, MARK: self._mark},
-            )
-        self._read_reply(self._process, READY, START_TIMEOUT, "the labeler's process did not start")
-        return self._process
-
-    def _read_reply(
-        self, process: subprocess.Popen[bytes], number: str, timeout: float, what: str
-    ) -> dict[str, Any]:
-        """The answer to the job ``number``; whatever else comes through the pipe (from the code,
-        from a copy of the process) is dropped."""
-        deadline = time.monotonic() + timeout
-        while True:
-            line = self._read_line(process, deadline, f"{what} within {timeout:g} s")
-            try:
-                answer = from_json(line) if line else None
-            except ValueError:
-                answer = None
-            if (
-                isinstance(answer, dict)
-                and answer.get("job") == number
-                and isinstance(answer.get("ok"), bool)
-            ):
-                return answer
-            if line:
-                log.warning(
-                    "a line that answers no job came from the labeler's process and is dropped: %s",
-                    ascii(line[:60])[2:-1],
-                )
-
-    def _read_line(self, process: subprocess.Popen[bytes], deadline: float, what: str) -> bytes:
-        assert process.stdout is not None
-        with selectors.DefaultSelector() as selector:
-            selector.register(process.stdout, selectors.EVENT_READ)
-            while b"\n" not in self._buffer:
-                if not selector.select(max(0.0, deadline - time.monotonic())):
-                    self.stop()
-                    raise WorkerDied(f"{what}; the process was ended")
-                chunk = os.read(process.stdout.fileno(), 1 << 16)
-                if not chunk:
-                    raise self._end_of(process)
-                self._buffer += chunk
-        line, _, self._buffer = self._buffer.partition(b"\n")
-        return line
-
-    def _end_of(self, process: subprocess.Popen[bytes]) -> WorkerDied:
-        code = process.wait()
-        self.stop()
-        if self._closed:
-            return WorkerDied("the labeler was closed")
-        how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-        died = WorkerDied(f"the labeler's process ended: {how} (see {self.log_file})")
-        died.machine_error = code == -signal.SIGKILL
-        return died
+        return _failed(f"{what} within {timeout:g} s; the process was ended")
 
     def stop(self) -> None:
         """End the process and everything that it started."""
-        process, self._process, self._buffer = self._process, None, b""
-        if process is None:
-            return
-        known = descendants(process.pid)
-        process.kill()
-        process.wait()
-        end_processes(known, self._mark)
-        for pipe in (process.stdin, process.stdout):
-            if pipe is not None:
-                with contextlib.suppress(OSError):
-                    pipe.close()
+        worker, self._worker = self._worker, None
+        if worker is not None:
+            worker.end(0.0)
 
     def close(self) -> None:
         """End the process for good."""
@@ -199,53 +120,32 @@ def bound_log(file: Path, limit: int = LOG_LIMIT) -> None:
         log_file.truncate(0)
 
 
-class JobLabeler:
-    """What labelers that run one `Recipe` as jobs share; `_run` says where the jobs run."""
+class JobLabeler(Labeler):
+    """What labelers that run one `Recipe` as jobs share; `_answers` says where the jobs run, and
+    ``timeout`` (s) is that of one structure."""
 
     def __init__(self, recipe: Recipe, directory: Path, *, timeout: float) -> None:
         self.recipe = recipe
         self.directory = Path(directory).absolute()
         self.timeout = timeout
-
-    @property
-    def settings_hash(self) -> str:
-        """Names the energy surface, see `Recipe`."""
-        return self.recipe.settings_hash
-
-    @property
-    def description(self) -> str:
-        """One line: code, arguments, k-point spacing."""
-        arguments = ", ".join(f"{key}={value}" for key, value in self.recipe.arguments.items())
-        spacing = (
-            ""
-            if self.recipe.k_spacing is None
-            else f", k spacing 2 pi x {self.recipe.k_spacing:g} / A"
-        )
-        return f"{self.recipe.code} ({arguments}{spacing})"
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
+        self.settings_hash = recipe.settings_hash
+        arguments = ", ".join(f"{key}={value}" for key, value in recipe.arguments.items())
+        if recipe.k_spacing is not None:
+            arguments += f", k spacing 2 pi x {recipe.k_spacing:g} / A"
+        self.description = f"{recipe.code} ({arguments})"
 
     def label(
         self, structures: Sequence[Atoms], on_result: OnResult | None = None
     ) -> list[Label | Failure]:
-        """Single points in the order of the input; ``on_result(index, result)`` is called here as
-        each one finishes."""
-        jobs = [{"task": "label", "atoms": atoms_to_json(atoms)} for atoms in structures]
-        results: list[Any] = [None] * len(jobs)
-        progress = _Progress("label", len(jobs))
+        """See `Labeler`."""
 
-        def accept(index: int, answer: dict[str, Any]) -> None:
-            results[index] = self._as_label(structures[index], answer)
-            progress.finished(results[index].ok)
-            if on_result is not None:
-                on_result(index, results[index])
+        def made(atoms: Atoms, answer: dict[str, Any], reason: str | None) -> Label | Failure:
+            if reason:
+                return Failure(atoms, reason, self.settings_hash)
+            numbers = (answer[name] for name in ("energy", "free_energy", "forces", "stress"))
+            return Label(atoms, *numbers, self.settings_hash, answer["seconds"])
 
-        self._run(jobs, structures, accept)
-        return results
+        return self._all("label", {}, structures, made, on_result)
 
     def relax(
         self,
@@ -255,53 +155,47 @@ class JobLabeler:
         force_tolerance: float = 0.05,
         max_steps: int = 300,
     ) -> list[Relaxation]:
-        """Relax positions and cell at ``pressure`` (GPa) by BFGS until forces are below
-        ``force_tolerance`` (eV/A).
+        """See `Labeler`."""
 
-        A structure that fails comes back as it was given, with ``failed=True`` and the reason.
-        ``timeout`` is per structure.
-        """
-        common = {
-            "task": "relax",
-            "pressure": pressure,
-            "force_tolerance": force_tolerance,
-            "max_steps": max_steps,
-        }
-        jobs = [{**common, "atoms": atoms_to_json(atoms)} for atoms in structures]
+        def made(atoms: Atoms, answer: dict[str, Any], reason: str | None) -> Relaxation:
+            if reason:
+                return Relaxation.without_result(atoms.copy(), reason)
+            numbers = (answer[name] for name in ("atoms", "energy", "enthalpy", "forces", "stress"))
+            said = "" if answer["converged"] else f"not converged after {max_steps} steps"
+            return Relaxation(*numbers, answer["converged"], False, answer["n_steps"], said)
+
+        options = {"pressure": pressure, "force_tolerance": force_tolerance, "max_steps": max_steps}
+        return self._all("relaxation", options, structures, made)
+
+    def _all(
+        self,
+        what: str,
+        options: dict[str, Any],
+        structures: Sequence[Atoms],
+        made: Callable[[Atoms, dict[str, Any], str | None], Any],
+        on_result: OnResult | None = None,
+    ) -> list[Any]:
+        """What is ``made`` of the answers, or of the reasons why there is none."""
+        task = {"task": what, "recipe": self.recipe, **options}
+        jobs = [{**task, "atoms": stripped(atoms)} for atoms in structures]
         results: list[Any] = [None] * len(jobs)
-        progress = _Progress("relaxation", len(jobs))
-
-        def accept(index: int, answer: dict[str, Any]) -> None:
-            results[index] = _as_relaxation(structures[index], answer, max_steps)
-            progress.finished(not results[index].failed)
-
-        self._run(jobs, structures, accept)
+        progress, n_failed = Progress(len(jobs)), 0
+        with closing(self._answers(jobs, structures)) as answers:
+            for done, (index, answer) in enumerate(answers, start=1):
+                atoms = structures[index]
+                reason = problem(answer, len(atoms))
+                n_failed += reason is not None
+                left = progress.left(done, separator=", ")
+                log.info("%s %d of %d, %d failed%s", what, done, len(jobs), n_failed, left)
+                results[index] = made(atoms, answer, reason)
+                if on_result is not None:
+                    on_result(index, results[index])
         return results
 
-    def _as_label(self, atoms: Atoms, answer: dict[str, Any]) -> Label | Failure:
-        reason = problem(answer, len(atoms))
-        if reason:
-            return Failure(atoms, reason, self.settings_hash)
-        return Label(
-            atoms,
-            answer["energy"],
-            answer["free_energy"],
-            np.array(answer["forces"]),
-            np.array(answer["stress"]),
-            self.settings_hash,
-            answer["seconds"],
-        )
-
-    def _run(
-        self,
-        jobs: list[dict[str, Any]],
-        structures: Sequence[Atoms],
-        accept: Callable[[int, dict[str, Any]], None],
-    ) -> None:
-        raise NotImplementedError
-
-    def close(self) -> None:
-        """End what the labeler has started; it cannot be used afterwards."""
+    def _answers(
+        self, jobs: Sequence[dict[str, Any]], structures: Sequence[Atoms]
+    ) -> Generator[tuple[int, dict[str, Any]]]:
+        """Places and answers of the jobs as they end."""
         raise NotImplementedError
 
 
@@ -318,64 +212,48 @@ class WorkerLabeler(JobLabeler):
     ) -> None:
         super().__init__(recipe, directory, timeout=timeout)
         self.n_workers = n_workers
-        self._workers = [Worker(self.directory / f"worker{slot}.log") for slot in range(n_workers)]
+        self._workers = [
+            DftProcess(self.directory / f"worker{slot}.log") for slot in range(n_workers)
+        ]
         self._finalizer = weakref.finalize(self, _close_all, self._workers)
 
     def close(self) -> None:
         """End all worker processes; the labeler cannot be used afterwards."""
         self._finalizer()
 
-    def _run(
-        self,
-        jobs: list[dict[str, Any]],
-        structures: Sequence[Atoms],
-        accept: Callable[[int, dict[str, Any]], None],
-    ) -> None:
-        waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
-        for index in range(len(jobs)):
-            waiting.put(index)
-        answers: queue.SimpleQueue[tuple[int, dict[str, Any] | BaseException]] = queue.SimpleQueue()
-        stopping = threading.Event()
+    def _answers(
+        self, jobs: Sequence[dict[str, Any]], structures: Sequence[Atoms]
+    ) -> Generator[tuple[int, dict[str, Any]]]:
+        free: queue.SimpleQueue[int] = queue.SimpleQueue()
+        for slot in range(self.n_workers):
+            free.put(slot)
 
-        def serve(slot: int) -> None:
-            while not stopping.is_set():
-                try:
-                    index = waiting.get_nowait()
-                except queue.Empty:
-                    return
-                try:
-                    answers.put((index, self._one(slot, jobs[index], structures[index])))
-                except BaseException as error:  # handed to the calling thread, which raises it
-                    answers.put((index, error))
-                    return
+        def one(job: dict[str, Any], atoms: Atoms) -> dict[str, Any]:
+            slot = free.get()
+            try:
+                return self._one(slot, job, atoms)
+            finally:
+                free.put(slot)
 
-        threads = [
-            threading.Thread(target=serve, args=(slot,), daemon=True)
-            for slot in range(min(self.n_workers, len(jobs)))
-        ]
-        for thread in threads:
-            thread.start()
-        try:
-            for _ in jobs:
-                index, answer = answers.get()
-                if isinstance(answer, BaseException):
-                    raise answer
-                accept(index, answer)
-        except BaseException:
-            stopping.set()
-            for worker in self._workers:
-                worker.stop()
-            raise
+        with ThreadPoolExecutor(self.n_workers) as pool:
+            places = {
+                pool.submit(one, job, atoms): index
+                for index, (job, atoms) in enumerate(zip(jobs, structures, strict=True))
+            }
+            try:
+                for future in as_completed(places):
+                    yield places[future], future.result()
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                for worker in self._workers:
+                    worker.stop()
+                raise
 
     def _one(self, slot: int, job: dict[str, Any], atoms: Atoms) -> dict[str, Any]:
         scratch = self.directory / f"slot{slot}"
         # A code that dies early must not find the output of the structure before.
         shutil.rmtree(scratch, ignore_errors=True)
-        job = {**job, "recipe": asdict(self.recipe), "directory": str(scratch)}
-        try:
-            answer = self._workers[slot].run(job, self.timeout)
-        except WorkerDied as error:
-            answer = {"ok": False, "reason": str(error), "machine_error": error.machine_error}
+        answer = self._workers[slot].run({**job, "directory": str(scratch)}, self.timeout)
         if not answer["ok"] and scratch.is_dir():
             kept = self.directory / "failed" / structure_id(atoms)
             shutil.rmtree(kept, ignore_errors=True)
@@ -384,7 +262,7 @@ class WorkerLabeler(JobLabeler):
         return answer
 
 
-def _close_all(workers: list[Worker]) -> None:
+def _close_all(workers: list[DftProcess]) -> None:
     for worker in workers:
         worker.close()
 
@@ -417,38 +295,139 @@ def problem(answer: dict[str, Any], n_atoms: int) -> str | None:
     return None
 
 
-def _as_relaxation(atoms: Atoms, answer: dict[str, Any], max_steps: int) -> Relaxation:
-    reason = problem(answer, len(atoms))
-    if reason:
-        return Relaxation.without_result(atoms.copy(), reason)
-    return Relaxation(
-        atoms_from_json(answer["atoms"]),
-        answer["energy"],
-        answer["enthalpy"],
-        np.array(answer["forces"]),
-        np.array(answer["stress"]),
-        answer["converged"],
-        False,
-        answer["n_steps"],
-        "" if answer["converged"] else f"not converged after {max_steps} steps",
-    )
+LARGEST = 1_000_000
+"""Bytes; larger files of a failed label (wave functions, densities) are not returned."""
 
 
-class _Progress:
-    """Logs ``label 7 of 100, 2 failed, about 3 min left``."""
+class ScheduledLabeler(JobLabeler):
+    """Labeler that runs one `Recipe` on the workers of ``scheduling``; nothing is read or written
+    by them in ``directory``.
 
-    def __init__(self, what: str, total: int) -> None:
-        self.what, self.total, self.done, self.failed = what, total, 0, 0
-        self.pace = Progress(total)
+    The files of a failed label come back (those up to a megabyte) and are kept in ``directory`` as
+    ``failed/<structure id>``.
+    """
 
-    def finished(self, ok: bool) -> None:
-        self.done += 1
-        self.failed += not ok
-        log.info(
-            "%s %d of %d, %d failed%s",
-            self.what,
-            self.done,
-            self.total,
-            self.failed,
-            self.pace.left(self.done, separator=", "),
+    def __init__(
+        self, recipe: Recipe, directory: Path, scheduling: Scheduling, *, timeout: float = 3600.0
+    ) -> None:
+        super().__init__(recipe, directory, timeout=timeout)
+        self.scheduling = scheduling
+
+    def _answers(
+        self, jobs: Sequence[dict[str, Any]], structures: Sequence[Atoms]
+    ) -> Generator[tuple[int, dict[str, Any]]]:
+        with (
+            open_scheduler(self.scheduling) as scheduler,
+            closing(scheduler.map(label_on_worker, ((job, self.timeout) for job in jobs))) as ends,
+        ):
+            for end in ends:
+                answer, files = end.value or (_failed(end.reason, end.died), {})
+                if files:
+                    kept = self.directory / "failed" / structure_id(structures[end.index])
+                    shutil.rmtree(kept, ignore_errors=True)
+                    unpack(files, kept)
+                yield end.index, answer
+
+
+_THREAD = threading.local()
+
+
+def label_on_worker(
+    item: tuple[dict[str, Any], float], shared: None = None
+) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """Run one job; its answer, and the files of a failed one. The process of the DFT code is kept
+    for the next job."""
+    job, timeout = item
+    with tempfile.TemporaryDirectory(prefix="label-", ignore_cleanup_errors=True) as scratch:
+        folder = Path(scratch) / "run"
+        worker = _warm_worker()
+        answer = worker.run({**job, "directory": str(folder)}, timeout)
+        files = {} if answer["ok"] else packed(folder, largest=LARGEST)
+        if not answer["ok"] and worker.log_file.is_file():
+            files["worker.log"] = worker.log_file.read_bytes()[-LARGEST:]
+        return answer, files
+
+
+def _warm_worker() -> DftProcess:
+    """The process of this thread; its log is in a temporary folder of the node."""
+    if not hasattr(_THREAD, "worker"):
+        _THREAD.folder = tempfile.TemporaryDirectory(prefix="labeler-")
+        _THREAD.worker = DftProcess(Path(_THREAD.folder.name) / "worker.log")
+    return _THREAD.worker
+
+
+class CallableLabeler(Labeler):
+    """Labels made by ``function(structures) -> results``, one result per structure, in order.
+
+    A result is a mapping with ``energy`` (eV), ``forces`` (N, 3) eV/A, ``stress`` (6,) or (3, 3)
+    eV/A^3 in ASE's sign and, if known, ``free_energy`` (eV); or a string, the reason why there is
+    none. ``settings`` is whatever defines the energy surface; it is hashed.
+    """
+
+    def __init__(
+        self,
+        function: Callable[[list[Atoms]], Sequence[Mapping[str, Any] | str]],
+        *,
+        description: str,
+        settings: Mapping[str, Any],
+    ) -> None:
+        self._function = function
+        self.description = description
+        self.settings_hash = settings_hash("main", settings, None)
+
+    def label(
+        self, structures: Sequence[Atoms], on_result: OnResult | None = None
+    ) -> list[Label | Failure]:
+        """See `Labeler`; raises ``LabelerError`` when the function returns another number of
+        results."""
+        started = time.monotonic()
+        given = [atoms.copy() for atoms in structures]
+        found = list(self._function(given))
+        if len(found) != len(structures):
+            raise LabelerError(
+                f"{self.description}: {len(structures)} structures given, {len(found)} results came"
+                " back"
+            )
+        seconds = (time.monotonic() - started) / max(1, len(structures))
+        changes = [change_of(*pair) for pair in zip(structures, given, strict=True)]
+        results: list[Label | Failure] = [
+            (
+                Failure(
+                    atoms,
+                    f"{self.description} {changed}: its results are those of another structure",
+                    self.settings_hash,
+                )
+                if changed and not isinstance(item, str)
+                else self._result(atoms, item, seconds)
+            )
+            for atoms, item, changed in zip(structures, found, changes, strict=True)
+        ]
+        if on_result is not None:
+            for index, result in enumerate(results):
+                on_result(index, result)
+        return results
+
+    def _result(
+        self, atoms: Atoms, found: Mapping[str, Any] | str, seconds: float
+    ) -> Label | Failure:
+        from ase.stress import voigt_6_to_full_3x3_stress
+
+        if isinstance(found, str):
+            return Failure(atoms, found, self.settings_hash)
+        stress = np.asarray(found["stress"], dtype=float)
+        stress = voigt_6_to_full_3x3_stress(stress) if stress.shape == (6,) else stress
+        forces = np.asarray(found["forces"], dtype=float)
+        reason = problem(
+            {"ok": True, "energy": found["energy"], "forces": forces, "stress": stress}, len(atoms)
+        )
+        if reason:
+            return Failure(atoms, reason, self.settings_hash)
+        return Label(
+            atoms,
+            float(found["energy"]),
+            found.get("free_energy"),
+            forces,
+            stress,
+            self.settings_hash,
+            seconds,
         )

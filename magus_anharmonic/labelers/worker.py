@@ -1,4 +1,4 @@
-"""The process in which a DFT code runs: reads jobs and writes results as JSON lines.
+"""The process in which a DFT code runs.
 
 It is a process of its own so that a crash, a hang or the code's printing cannot harm the search.
 """
@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-import queue
-import threading
 import time
 import traceback
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 from ase import Atoms
@@ -24,36 +24,14 @@ from magus_anharmonic.errors import (
     one_line,
     typed_line,
 )
-from magus_anharmonic.io.digests import from_json, to_json
 from magus_anharmonic.labelers.base import Code, Recipe, no_shell
 from magus_anharmonic.labelers.codes import code_of
-from magus_anharmonic.processes import MARK, adopt_orphans, descendants, end_processes
-from magus_anharmonic.structures import change_of
+from magus_anharmonic.structures import change_of, stripped
 from magus_anharmonic.units import gpa_to_ev_per_a3
-
-READY = "ready"
-"""Number of the answer that comes before any job."""
-
-
-def atoms_to_json(atoms: Atoms) -> dict[str, Any]:
-    """Species, positions and cell of a bulk structure as plain lists."""
-    return {
-        "numbers": atoms.numbers.tolist(),
-        "positions": atoms.positions.tolist(),
-        "cell": atoms.cell.array.tolist(),
-        "pbc": [bool(flag) for flag in atoms.pbc],
-    }
-
-
-def atoms_from_json(data: dict[str, Any]) -> Atoms:
-    """Inverse of `atoms_to_json`."""
-    return Atoms(
-        numbers=data["numbers"], positions=data["positions"], cell=data["cell"], pbc=data["pbc"]
-    )
 
 
 def run_job(job: dict[str, Any]) -> dict[str, Any]:
-    """Run one job (``task``: label or relax) and return its result as plain data.
+    """Run one job (``task``: label or relaxation) and return its result as plain data.
 
     No shell is started, whatever the calculator asks for. Anything that the DFT code raises becomes
     ``{"ok": False, "reason": ...}``, with ``machine_error`` where it speaks of the machine and not
@@ -61,11 +39,15 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
     """
     started = time.monotonic()
     try:
-        atoms = atoms_from_json(job["atoms"])
-        recipe = Recipe(**_absolute(job["recipe"]))
+        atoms = job["atoms"].copy()
+        recipe = replace(
+            job["recipe"],
+            arguments=_absolute(job["recipe"].arguments),
+            execution=_absolute(job["recipe"].execution),
+        )
         directory = Path(job["directory"]).absolute()
         directory.mkdir(parents=True, exist_ok=True)
-        task = {"label": _label, "relax": _relax}[job["task"]]
+        task = {"label": _label, "relaxation": _relax}[job["task"]]
         # What a code writes beside its own files (restart files, cores) belongs to the label, not
         # to the user's folder.
         with no_shell(), contextlib.chdir(directory):
@@ -136,8 +118,8 @@ def _results(atoms: Atoms, code: Code) -> dict[str, Any]:
     return {
         "energy": energy,
         "free_energy": None if free_energy is None else float(free_energy),
-        "forces": forces.tolist(),
-        "stress": stress.tolist(),
+        "forces": forces,
+        "stress": stress,
     }
 
 
@@ -161,51 +143,14 @@ def _relax(atoms: Atoms, recipe: Recipe, directory: Path, job: dict[str, Any]) -
     enthalpy = (results["energy"] + pressure * atoms.get_volume()) / len(atoms)
     return {
         **results,
-        "atoms": atoms_to_json(atoms),
+        "atoms": stripped(atoms),
         "enthalpy": enthalpy,
         "converged": converged,
         "n_steps": int(optimizer.nsteps),
     }
 
 
-def main() -> None:
-    """Serve jobs from standard input until it is closed.
-
-    The first answer says that the process is ready; every other one carries the number of its job.
-    Standard input and output are taken away from the DFT code (its prints go to standard error, a
-    log file), so that only jobs and results travel on the pipes.
-    """
-    adopt_orphans()
-    myself = os.getpid()
+def begin() -> Callable[[dict[str, Any] | None], dict[str, Any] | None]:
+    """What the process of a labeler does with a job; None is answered with None."""
     _absolute_variables()
-    replies, given = (
-        os.fdopen(os.dup(1), "w", encoding="utf-8"),
-        os.fdopen(os.dup(0), encoding="utf-8"),
-    )
-    os.dup2(2, 1)
-    with open(os.devnull, "rb") as nothing:
-        os.dup2(nothing.fileno(), 0)
-    jobs: queue.Queue[str] = queue.Queue()
-    threading.Thread(target=_read_jobs, args=(given, jobs), daemon=True).start()
-    reply: dict[str, Any] = {"ok": True, "job": READY}
-    while True:
-        if os.getpid() != myself:
-            os._exit(0)  # a copy that the code made of this process and let go on
-        # the first line break ends what the code may have written to this pipe
-        replies.write("\n" + to_json(reply) + "\n")
-        replies.flush()
-        job = from_json(jobs.get())
-        reply = {**run_job(job), "job": job["job"]}
-
-
-def _read_jobs(given: TextIO, jobs: queue.Queue[str]) -> None:
-    for line in given:
-        jobs.put(line)
-    # The search is gone: end at once, together with any program that this process started.
-    if mark := os.environ.get(MARK):
-        end_processes(descendants(os.getpid()), mark)
-    os._exit(0)
-
-
-if __name__ == "__main__":
-    main()
+    return lambda job: None if job is None else run_job(job)

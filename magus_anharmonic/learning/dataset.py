@@ -27,7 +27,7 @@ from magus_anharmonic.io.files import (
     set_aside,
 )
 from magus_anharmonic.labelers.base import Label
-from magus_anharmonic.learning.families import SIDES, Families
+from magus_anharmonic.learning.choose import SIDES, Families
 from magus_anharmonic.potential.labelled import side_of_name
 from magus_anharmonic.structures import stripped, structure_id
 

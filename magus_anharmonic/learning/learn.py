@@ -17,13 +17,12 @@ from ase import Atoms
 from magus_anharmonic.errors import CheckpointError
 from magus_anharmonic.io.files import append_jsonl, read_jsonl, remove, replacing, set_aside
 from magus_anharmonic.labelers.base import Failure, Label, Labeler
-from magus_anharmonic.learning.choose import Contender
+from magus_anharmonic.learning.choose import SIDES, Contender
 from magus_anharmonic.learning.dataset import LabelStore, labelled, on_side, read_dataset
-from magus_anharmonic.learning.families import SIDES
 from magus_anharmonic.learning.round import Purpose, Round
-from magus_anharmonic.potential.label_check import in_words, outliers, without_outliers
+from magus_anharmonic.potential.label_check import outliers, sound
 from magus_anharmonic.potential.labelled import FEW, Scores, score
-from magus_anharmonic.runs.failures import record_failure
+from magus_anharmonic.runs.record import record_failure
 from magus_anharmonic.settings import LearningSettings
 
 if TYPE_CHECKING:
@@ -132,7 +131,7 @@ def learn(
     planned = _plan(now, population, contenders, potential, dataset, folder)
     n_failures = _label(planned, generation, labeler, store, folder)
     n_failures += _quarantine(generation, potential, store, folder)
-    dataset = _sound(dataset, potential)
+    dataset, _ = sound(dataset, potential, "learning.dataset")
     labels = store.labels(generation=generation)
     sets = training_sets(
         labels, store.labels(before=generation), dataset, settings, now.random(Purpose.REPLAY)
@@ -261,14 +260,6 @@ def _quarantine(generation: int, potential: Potential, store: LabelStore, folder
         store.quarantine(str(new[i].info["id"]), reason)
         _record_failure(folder, new[i], str(new[i].info["settings_hash"]), reason)
     return store.n_quarantined(generation)
-
-
-def _sound(dataset: list[Atoms], potential: Potential) -> list[Atoms]:
-    """Labels of earlier work without those that cannot be right."""
-    reasons = outliers(dataset, potential)
-    for i, reason in reasons.items():
-        log.warning("learning.dataset: %s; it is left out", in_words(dataset[i], i + 1, reason))
-    return without_outliers(dataset, reasons)
 
 
 def keep_label(atoms: Atoms, result: Label | Failure, store: LabelStore) -> str | None:

@@ -22,11 +22,12 @@ from magus_anharmonic.learning.choose import (
     choose,
     distort,
     hold_back,
+    parent_name,
     quotas,
     select,
+    sides_of_families,
 )
 from magus_anharmonic.learning.dataset import LabelStore, plan_label, read_labels
-from magus_anharmonic.learning.families import parent_name, sides_of_families
 from magus_anharmonic.settings import LearningSettings
 from magus_anharmonic.structures import stripped
 

@@ -37,10 +37,10 @@ from magus_anharmonic.runs.lock import locked
 from magus_anharmonic.settings import LabelerSettings, Settings
 from magus_anharmonic.settings.section import load_yaml, parse
 from magus_anharmonic.sscha.ensemble import pair_means, standard_error
-from magus_anharmonic.sscha.ensemble_checks import require_sampled_from
 from magus_anharmonic.sscha.gibbs import DEFAULTS
-from magus_anharmonic.sscha.initial_state import read_state
+from magus_anharmonic.sscha.qe_files import require_sampled_from
 from magus_anharmonic.sscha.result import SschaResult, read_population_file
+from magus_anharmonic.sscha.start import read_state
 from magus_anharmonic.sscha.state import SschaState
 from magus_anharmonic.structures import space_group, symbol_of
 from magus_anharmonic.units import GPa, ev_per_a3_to_gpa

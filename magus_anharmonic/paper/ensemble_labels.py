@@ -19,8 +19,8 @@ from magus_anharmonic.io.digests import SCHEMA
 from magus_anharmonic.io.files import read_json, read_whole, replacing, write_json
 from magus_anharmonic.labelers.base import Failure, Label, Labeler
 from magus_anharmonic.learning.dataset import label_digest, labelled, read_labels, with_digest
-from magus_anharmonic.potential.label_check import in_words, outliers, without_outliers
-from magus_anharmonic.runs.failures import read_failures, record_failure
+from magus_anharmonic.potential.label_check import outliers
+from magus_anharmonic.runs.record import read_failures, record_failure
 from magus_anharmonic.sscha.ensemble import Ensemble
 from magus_anharmonic.sscha.state import SschaState, displaced, sample, state_digest
 from magus_anharmonic.structures import structure_id
@@ -211,11 +211,11 @@ def read_labelled(
     ]
     wrong = outliers(frames, model)
     for i, reason in wrong.items():
-        log.warning("%s: %s; it is left out", file, in_words(frames[i], i + 1, reason))
+        log.warning("%s: frame %d: %s; it is left out", file, i + 1, reason)
         record_failure(
             folder, "label", reason, id=frames[i].info["id"], number=frames[i].info["number"]
         )
-    found = {str(atoms.info["id"]): atoms for atoms in without_outliers(frames, wrong)}
+    found = {str(atoms.info["id"]): atoms for i, atoms in enumerate(frames) if i not in wrong}
     centroids, ensemble = structures[0], structures[1:]
     there = np.array([atoms.info["id"] in found for atoms in ensemble])
     whole = np.flatnonzero(np.repeat(there.reshape(-1, 2).all(axis=1), 2))

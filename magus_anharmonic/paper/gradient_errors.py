@@ -29,13 +29,12 @@ import numpy as np
 from magus_anharmonic.paper.ensemble_labels import Labelled
 from magus_anharmonic.paper.tables import GRADIENT_UNITS, GibbsCorrection, GradientError
 from magus_anharmonic.sscha.ensemble import (
-    gamma_matrix,
     matrix_decrease,
     pair_means,
     quadratic_decrease,
     standard_error,
 )
-from magus_anharmonic.sscha.initial_state import SYMMETRY_OF_A_STATE
+from magus_anharmonic.sscha.start import SYMMETRY_OF_A_STATE
 from magus_anharmonic.sscha.state import fold
 from magus_anharmonic.sscha.symmetry import Symmetry
 from magus_anharmonic.units import GPa
@@ -65,7 +64,7 @@ def gibbs_correction(labelled: Labelled) -> Correction:
     difference = -force_differences(labelled)
     n_configs = len(difference)
     cells = difference.reshape(n_configs, state.n_cells, -1, 3).mean(axis=1)
-    compliance = np.linalg.pinv(gamma_matrix(state), rcond=1e-9)
+    compliance = np.linalg.pinv(state.gamma, rcond=1e-9)
     decrease, _ = quadratic_decrease(
         symmetry.vectors(pair_means(cells)).reshape(n_configs // 2, -1), compliance
     )

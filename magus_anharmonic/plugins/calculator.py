@@ -8,15 +8,17 @@ The fitness ``SSCHA`` of MAGUS: reads what the hook stored, computes nothing.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from ase import Atoms
+from ase.calculators.calculator import BaseCalculator
 from ase.io import write
 from ase.stress import full_3x3_to_voigt_6_stress
 from magus.calculators.base import Calculator
@@ -24,11 +26,19 @@ from magus.fitness import FitnessCalculator
 
 from magus_anharmonic import evaluator
 from magus_anharmonic.errors import InputError, MagusAnharmonicError
-from magus_anharmonic.evaluator import set_energy_errors
+from magus_anharmonic.evaluator import (
+    CalculatorEvaluator,
+    Evaluator,
+    LabelerEvaluator,
+    set_energy_errors,
+)
+from magus_anharmonic.io.digests import digest
+from magus_anharmonic.labelers.pool import CallableLabeler
 from magus_anharmonic.plugins.parameters import calculator_settings, settings_of, stop
 from magus_anharmonic.scheduler import is_remote, open_scheduler
+from magus_anharmonic.settings import snake_case
 from magus_anharmonic.sscha.record import INFO_KEYS
-from magus_anharmonic.structures import stripped
+from magus_anharmonic.structures import change_of, stripped
 from magus_anharmonic.units import gpa_to_ev_per_a3
 
 if TYPE_CHECKING:
@@ -42,6 +52,80 @@ logger = logging.getLogger(__name__)
 # once this one starts.
 RESULT_KEYS = ("energy", "energy_error", "forces", "stress", "enthalpy", "trajs", "model")
 FREE_ENERGY_KEYS = (*INFO_KEYS.values(), "gibbs_above_hull", "gibbs_model", "candidate_id")
+
+
+# Keys of a calculator of MAGUS that say how a code is run, not which energy surface it gives.
+_EXECUTION = frozenset(
+    "job_prefix mode queue_name num_core num_parallel pre_processing preprocessing wait_time"
+    " wait_params verbose kill_time memory mem_per_cpu exe_cmd eps max_step max_move max_force"
+    " optimizer relax_lattice fix_symmetry kicks perturbations fix_volume connect".split()
+)
+
+
+def surface_settings(calculator: Any, block: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What defines the energy surface of a calculator of MAGUS: its ``block`` without the keys of
+    execution, and its input files, as trained where it trains them."""
+    chosen = {
+        key: value for key, value in (block or {}).items() if snake_case(str(key)) not in _EXECUTION
+    }
+    last = _last_stage(calculator)
+    given = Path(getattr(last, "input_dir", os.devnull)).glob("*")
+    trained = Path(getattr(last, "ml_dir", os.devnull))
+    files = {}
+    for file in sorted(file for file in given if file.is_file()):
+        own = trained / file.name
+        files[file.name] = digest(own if own.is_file() else file, length=None)
+    return {**chosen, "files": files}
+
+
+def _last_stage(calculator: Any) -> Any:
+    return getattr(calculator, "calclist", [calculator])[-1]
+
+
+def result_in(atoms: Atoms) -> dict[str, Any] | None:
+    """Energy, forces and stress that a calculator of MAGUS has left in ``info``."""
+    if any(key not in atoms.info for key in ("energy", "forces", "stress")):
+        return None
+    return {key: atoms.info[key] for key in ("energy", "forces", "stress")}
+
+
+def evaluator_of_magus(calculator: Any, name: str, parameters: Mapping[str, Any]) -> Evaluator:
+    """What SSCHA asks for energies where MAGUS relaxes with a calculator of its own, the block
+    ``name`` of ``parameters``: the ASE calculator in it, or its single points.
+
+    Jobs of single points share its folders, so that they are made by this process alone.
+    """
+    last = _last_stage(calculator)
+    inside = getattr(last, "scf_calc", None)
+    if isinstance(inside, BaseCalculator):
+        return CalculatorEvaluator(inside, elements=parameters["symbols"])
+    labeler = CallableLabeler(
+        lambda structures: _single_points(last, structures),
+        description=f"{name} ({type(last).__name__})",
+        settings=surface_settings(last, parameters.get(name)),
+    )
+    return LabelerEvaluator(labeler, checked=set())
+
+
+def _single_points(calculator: Any, structures: Sequence[Atoms]) -> list[dict[str, Any] | str]:
+    if not hasattr(calculator, "ml_dir"):
+        calculator.ml_dir = calculator.input_dir  # MAGUS's mtp-noselect looks for pot.mtp there
+    for number, atoms in enumerate(structures):
+        atoms.info["identification"] = number  # of MAGUS, which its files keep
+    with contextlib.chdir(os.getcwd()):  # left elsewhere when it fails
+        found = list(calculator.scf([atoms.copy() for atoms in structures]))
+    by_number = {atoms.info.get("identification", n): atoms for n, atoms in enumerate(found)}
+    results: list[dict[str, Any] | str] = []
+    for number, atoms in enumerate(structures):
+        after = by_number.get(number)
+        result = None if after is None else result_in(after)
+        changed = "" if after is None else change_of(atoms, after)
+        results.append(
+            f"it {changed}: its results are those of another structure"
+            if changed
+            else result or "it gave no energy, forces or stress"
+        )
+    return results
 
 
 class MatterSimCalculator(Calculator):
@@ -154,7 +238,7 @@ class MatterSimCalculator(Calculator):
         return relaxed
 
     def _relaxed(self, starts: list[Atoms]) -> list[Relaxation]:
-        from magus_anharmonic.potential.remote import relax_on, relax_options
+        from magus_anharmonic.potential.relax import relax_on, relax_options
 
         options = relax_options(self.options)
         if not is_remote(self.settings.scheduler):

@@ -33,9 +33,10 @@ from ase.io import read, write
 from magus.search.search import Magus
 
 from magus_anharmonic.errors import InputError
+from magus_anharmonic.evaluator import Evaluator
 from magus_anharmonic.generation import SearchState, after_generation, start
 from magus_anharmonic.io.files import remove, replacing
-from magus_anharmonic.plugins.calculator import MatterSimCalculator
+from magus_anharmonic.plugins.calculator import MatterSimCalculator, evaluator_of_magus
 from magus_anharmonic.plugins.modes import (
     check_input,
     check_installation,
@@ -148,6 +149,7 @@ class Rounds:
     settings: Settings
     ml: bool
     calculator: MatterSimCalculator | None = None
+    """None: one of MAGUS's own relaxes."""
     state: SearchState | None = None
     repeats: bool = False
     """Whether the next round is one that an earlier process began."""
@@ -159,19 +161,32 @@ class Rounds:
     """Members of ``best_pop`` before that round."""
 
     @classmethod
-    def begin(cls, search: Any, settings: Settings, run_dir: Path, *, restart: bool) -> Rounds:
+    def begin(
+        cls,
+        search: Any,
+        settings: Settings,
+        run_dir: Path,
+        named: Evaluator | None,
+        *,
+        restart: bool,
+    ) -> Rounds:
         """After MAGUS has set up its folders and before its first step: load the model and write
-        ``run.json``.
+        ``run.json``; ``named``: what ``sscha.evaluator`` names.
 
         Raises InputError (checkpoint, labeler, results of another version).
         """
         ml = is_mode(search, "MLMagus")
         calculator = search.ml_calculator if ml else search.main_calculator
-        if not isinstance(calculator, MatterSimCalculator):
+        ours = calculator if isinstance(calculator, MatterSimCalculator) else None
+        if ours is None and settings.sscha is None:
             return cls(settings, ml)
         if not restart:
             clear_seeds(search.seed_dir)
-        calculator.begin_round(search.curgen)
+        if ours is not None:
+            ours.begin_round(search.curgen)
+            own = ours.potential
+        else:
+            own = _evaluator_of_magus(search, ml)
         described = {
             "host": "magus",
             "command": (
@@ -179,18 +194,16 @@ class Rounds:
             ),
         }
         state = start(
-            settings,
-            run_dir,
-            restart=restart,
-            learn=not ml,
-            potential=calculator.potential,
-            described=described,
+            settings, run_dir, named or own, restart=restart, learn=not ml, described=described
         )
-        calculator.use(state.potential)
-        calculator.seed = state.seed
-        if ml:
-            calculator.energy_rmse = state.energy_rmse
-        return cls(settings, ml, calculator, state, repeats=restart)
+        if ours is not None:
+            ours.seed = state.seed
+            if ml:
+                ours.energy_rmse = state.energy_rmse
+        elif named is None:
+            # the calculator of MAGUS has relaxed them, and each further step may be a DFT job
+            state.relaxation_steps = 0
+        return cls(settings, ml, ours, state, repeats=restart)
 
     def prepare(self, search: Any) -> None:
         """At the start of a round: tell the calculator which one it is."""
@@ -201,19 +214,19 @@ class Rounds:
         """Before MAGUS builds its good population: learn, re-evaluate, rank, and seed the next
         round."""
         calculator, state = self.calculator, self.state
-        if (
-            calculator is None
-            or state is None
-            or (self.settings.learning is None and self.settings.sscha is None)
-        ):
+        if state is None or (self.settings.learning is None and self.settings.sscha is None):
             return
-        if self.ml:
-            state.potential, state.energy_rmse = calculator.potential, calculator.energy_rmse
+        if self.ml and self.settings.evaluator is None:
+            if calculator is None:
+                state.potential = _evaluator_of_magus(search, ml=True)
+            else:
+                state.potential, state.energy_rmse = calculator.potential, calculator.energy_rmse
         survivors = [*search.good_pop, *search.keep_pop, *search.cur_pop]
         sample = self._relaxed(search) if state.learn else []
         self.ending = self.ending or search.curgen >= (state.n_generations or float("inf"))
         seeds = after_generation(state, sample, survivors, search.curgen, last=self.ending)
-        calculator.use(state.potential)
+        if state.learn:
+            calculator.use(state.potential)
         _renew_derived(survivors)
         for population in (search.good_pop, search.keep_pop):
             keep_better(population, search.cur_pop)
@@ -254,6 +267,13 @@ class Rounds:
         population = search.Population(read(file, index=":"), "raw", search.curgen)
         population.check()
         return list(population)
+
+
+def _evaluator_of_magus(search: Any, ml: bool) -> Evaluator:
+    calculator, name = (
+        (search.ml_calculator, "MLCalculator") if ml else (search.main_calculator, "MainCalculator")
+    )
+    return evaluator_of_magus(calculator, name, search.parameters)
 
 
 def keep_better(known: Any, current: Sequence[Any]) -> None:
@@ -356,20 +376,20 @@ def _start(
         run_dir = _run_dir(keys)
         if is_mode(search, "PaMagus"):
             single_thread()
-        settings = check_installation(settings, run_dir)
+        settings, named = check_installation(settings, run_dir)
         if not ml:
             # A block for `-m` may stand in the same input; here it plays no part.
             settings = settings.model_copy(update={"ml_calculator": {}})
         if restart:
             check_restart(Path("log.txt"))
             check_results_version(run_dir)
-            if is_ours(settings, learner=ml):
+            if is_ours(settings, learner=ml) or settings.sscha is not None:
                 check_continues(run_dir, settings, "magus")
         _lock(search, run_dir, only_check=True)
         _seed_generators(settings, 0)
         original(parameters, restart=restart)
         _lock(search, run_dir)
-        _ROUNDS[search] = Rounds.begin(search, settings, run_dir, restart=restart)
+        _ROUNDS[search] = Rounds.begin(search, settings, run_dir, named, restart=restart)
     except InputError as error:
         stop(error)
 

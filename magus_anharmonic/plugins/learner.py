@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,14 +12,19 @@ from ase import Atoms
 from magus.populations.populations import Population
 
 from magus_anharmonic.generation import validation_rmse
-from magus_anharmonic.io.digests import digest
-from magus_anharmonic.labelers.scheduled import CallableLabeler
+from magus_anharmonic.labelers.pool import CallableLabeler
+from magus_anharmonic.learning.choose import parent_name, sides_of_families
 from magus_anharmonic.learning.dataset import LabelStore, on_side, read_dataset
-from magus_anharmonic.learning.families import parent_name, sides_of_families
 from magus_anharmonic.learning.learn import finished, keep_label, learn
 from magus_anharmonic.learning.round import Purpose, Round
-from magus_anharmonic.plugins.calculator import RESULT_KEYS, MatterSimCalculator, evaluate_each
-from magus_anharmonic.settings import LearningSettings, snake_case
+from magus_anharmonic.plugins.calculator import (
+    RESULT_KEYS,
+    MatterSimCalculator,
+    evaluate_each,
+    result_in,
+    surface_settings,
+)
+from magus_anharmonic.settings import LearningSettings
 from magus_anharmonic.structures import stripped, structure_id
 
 logger = logging.getLogger(__name__)
@@ -28,13 +32,6 @@ logger = logging.getLogger(__name__)
 
 # What identifies a label and its history; a label carries nothing else of MAGUS's info.
 _HISTORY = ("id", "generation", "parent", "family", "side", "kind", "distortion_seed")
-
-# Keys of MainCalculator that say how a code is run, not which energy surface it gives.
-_EXECUTION = frozenset(
-    "job_prefix mode queue_name num_core num_parallel pre_processing preprocessing wait_time"
-    " wait_params verbose kill_time memory mem_per_cpu exe_cmd eps max_step max_move max_force"
-    " optimizer relax_lattice fix_symmetry kicks perturbations fix_volume connect".split()
-)
 
 
 class MatterSimLearner(MatterSimCalculator):
@@ -55,7 +52,7 @@ class MatterSimLearner(MatterSimCalculator):
         super().__init__(**parameters)
         self.energy_rmse: float | None = None
         self._main = parameters["query_calculator"]
-        self._main_settings = main_settings(parameters, self._main)
+        self._main_settings = surface_settings(self._main, parameters.get("MainCalculator"))
         self._selected: list[Atoms] = []
         self._reasons: dict[str, str] = {}
         self._labels: LabelStore | None = None
@@ -94,7 +91,7 @@ class MatterSimLearner(MatterSimCalculator):
 
     def _results(self, structures: Sequence[Atoms]) -> list[Mapping[str, Any] | str]:
         return [
-            _result(atoms)
+            result_in(atoms)
             or self._reasons.get(str(atoms.info.get("id")), "MainCalculator gave no result")
             for atoms in structures
         ]
@@ -229,27 +226,6 @@ class MatterSimLearner(MatterSimCalculator):
         ]
         finite = [error for error in errors if np.isfinite(error)]
         return [float(np.mean(finite)) if finite else 0.0]
-
-
-def main_settings(parameters: Mapping[str, Any], main: Any) -> dict[str, Any]:
-    """What defines the energy surface of ``MainCalculator``: its block without the keys of
-    execution, and its input files."""
-    block = parameters.get("MainCalculator") or {}
-    chosen = {key: value for key, value in block.items() if snake_case(str(key)) not in _EXECUTION}
-    last = getattr(main, "calclist", [main])[-1]
-    folder = Path(getattr(last, "input_dir", "."))
-    files = (
-        sorted(file for file in folder.glob("*") if file.is_file())
-        if hasattr(last, "input_dir")
-        else []
-    )
-    return {**chosen, "files": {file.name: digest(file, length=None) for file in files}}
-
-
-def _result(atoms: Atoms) -> dict[str, Any] | None:
-    if any(key not in atoms.info for key in ("energy", "forces", "stress")):
-        return None
-    return {key: atoms.info[key] for key in ("energy", "forces", "stress")}
 
 
 def _energy(atoms: Atoms) -> float:

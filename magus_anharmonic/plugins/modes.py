@@ -10,6 +10,7 @@ from typing import Any
 from magus.fitness import fit_dict
 
 from magus_anharmonic.errors import InputError
+from magus_anharmonic.evaluator import Evaluator
 from magus_anharmonic.plugins.parameters import calculator_settings, misspelt_blocks, settings_of
 from magus_anharmonic.scheduler import is_remote
 from magus_anharmonic.search.keys import WITHOUT_EFFECT, fold, unknown_to_magus
@@ -28,6 +29,8 @@ _CAMEL_ONLY = (
 
 _OF_OTHER_FILES = ("Ercs", "Age")
 """Fitnesses that MAGUS registers for surfaces and for ``-smfr``."""
+
+NO_POINTS = "espresso of MAGUS reads relaxations only, and every single point would be lost"
 
 _NEEDED_BY = {"XRD": ("waveLength", "targetXrd")}
 
@@ -131,20 +134,23 @@ def is_ours(settings: Settings, *, learner: bool) -> bool:
 
 
 def _calculator_problems(settings: Settings, ml: bool) -> list[str]:
-    if settings.learning is None and settings.sscha is None:
+    if settings.learning is None or is_ours(settings, learner=ml):
+        needs_points = settings.sscha is not None and settings.evaluator is None and not ml
+        if needs_points and stages(settings.main_calculator)[-1:] == ["espresso"]:
+            return [
+                f"MainCalculator.calculator: {NO_POINTS}; name another calculator for SSCHA as"
+                " sscha.evaluator"
+            ]
         return []
-    if ml and not is_ours(settings, learner=True):
-        return [
-            "MLCalculator.calculator: learning and sscha under `magus search -m` need calculator:"
-            " mattersim here"
-        ]
-    if not ml and not is_ours(settings, learner=False):
-        named = settings.main_calculator.get("calculator", "nothing")
-        return [
-            f"MainCalculator.calculator: is {named}; learning and sscha need calculator: mattersim"
-            " here, or in MLCalculator with `magus search -m`"
-        ]
-    return []
+    name, block = (
+        ("MLCalculator", settings.ml_calculator)
+        if ml
+        else ("MainCalculator", settings.main_calculator)
+    )
+    return [
+        f"{name}.calculator: is {block.get('calculator', 'nothing')}; learning: needs calculator:"
+        " mattersim here; without learning: any calculator of MAGUS searches and ranks"
+    ]
 
 
 def _learning_problems(settings: Settings, parameters: Mapping[str, Any], ml: bool) -> list[str]:
@@ -177,8 +183,8 @@ def _learning_problems(settings: Settings, parameters: Mapping[str, Any], ml: bo
         )
     if stages(settings.main_calculator)[-1:] == ["espresso"]:
         problems.append(
-            "MainCalculator.calculator: espresso of MAGUS reads relaxations only, and every single"
-            " point would be lost; search without -m, with learning.labeler: {calculator: espresso}"
+            f"MainCalculator.calculator: {NO_POINTS}; search without -m, with learning.labeler:"
+            " {calculator: espresso}"
         )
     if not loops:
         problems.append(
@@ -262,20 +268,23 @@ def merges_near_phases(parameters: Mapping[str, Any]) -> str:
     )
 
 
-def check_installation(settings: Settings, run_dir: Path) -> Settings:
+def check_installation(settings: Settings, run_dir: Path) -> tuple[Settings, Evaluator | None]:
     """Read the checkpoints and look for labeler and data set before MAGUS touches a folder; raises
     InputError.
 
-    Returns the settings, without ``learning`` where its labeler is not installed and not required.
+    Returns the settings, without ``learning`` where its labeler is not installed and not required,
+    and what ``sscha.evaluator`` names.
     """
     from magus_anharmonic.generation import checked_learning
     from magus_anharmonic.potential import checkpoint
+    from magus_anharmonic.ranking.structures import ranking_evaluator
 
     for learner in (False, True):
         if is_ours(settings, learner=learner):
             checkpoint.describe(
                 checkpoint.resolve(calculator_settings(settings, learner=learner).checkpoint)
             )
-    if settings.learning is None or settings.learning.labeler.calculator == "main":
-        return settings
-    return checked_learning(settings, run_dir)
+    named = ranking_evaluator(settings) if settings.evaluator is not None else None
+    if settings.learning is not None and settings.learning.labeler.calculator != "main":
+        settings = checked_learning(settings, run_dir)
+    return settings, named

@@ -16,11 +16,21 @@ import urllib.request
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveInt,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 
 from magus_anharmonic.errors import CheckpointError, one_line
 from magus_anharmonic.io.digests import digest
-from magus_anharmonic.io.files import raise_machine_error, replacing
+from magus_anharmonic.io.files import raise_machine_error, replacing, seal
 
 if TYPE_CHECKING:
     import torch
@@ -35,13 +45,47 @@ MATTERSIM_URL = "https://raw.githubusercontent.com/microsoft/mattersim/main/pret
 SHIPPED_FOLDER = Path(__file__).resolve().parent.parent / "data"
 FALLBACK = "h3s-gpaw-small"
 
-_REQUIRED_KEYS = ("model_name", "model", "model_args")
-_SUPPORTED_BASIS = {"max_l": 4, "max_n": 4, "max_z": 94}
-_DEFAULT_CUTOFFS = {"cutoff": 5.0, "threebody_cutoff": 4.0}
-_SHORTEST_CUTOFF, _LONGEST_CUTOFF = (
-    1.2,
-    20.0,
-)  # Angstrom; below, no atom of any matter has two neighbours
+MAX_Z = 94
+Cutoff = Annotated[float, Field(ge=1.2, le=20.0)]
+"""Angstrom; below, no atom of any matter has two neighbours."""
+
+
+class _Arguments(BaseModel):
+    """Of the architecture, as far as something else could not be evaluated here."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    max_l: Literal[4] = 4
+    max_n: Literal[4] = 4
+    max_z: Literal[94] = 94
+    units: PositiveInt = 128
+    num_blocks: PositiveInt = 3
+    cutoff: Cutoff = 5.0
+    threebody_cutoff: Cutoff = 4.0
+
+    @field_validator("threebody_cutoff")
+    @classmethod
+    def _within(cls, value: float, info: ValidationInfo) -> float:
+        if value > info.data.get("cutoff", value):
+            raise ValueError(f"is supported up to {info.data['cutoff']} Angstrom, the cutoff")
+        return value
+
+
+class _Content(BaseModel):
+    """What MatterSim or `save` writes into a checkpoint."""
+
+    model_config = ConfigDict(strict=True, extra="allow", protected_namespaces=())
+
+    model: dict[str, Any]
+    model_args: _Arguments
+    metrics: dict[str, Any] | None = None
+    provenance: dict[str, Any] | None = None
+    model_id: str | None = None
+    parent_id: str | None = None
+    species: (
+        Annotated[list[Annotated[int, Field(ge=1, le=MAX_Z, strict=True)]], Field(strict=False)]
+        | None
+    ) = None
 
 
 @dataclass(frozen=True)
@@ -128,23 +172,17 @@ def read(path: str | Path, device: str = "cpu") -> tuple[torch.nn.Module, dict[s
     """
     content = _load(Path(path), device)
     try:
-        _check_entries(content)
-        _check_arguments(content["model_args"])
-    except ValueError as error:
-        raise CheckpointError(f"checkpoint {path}: {error}") from None
+        _Content.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where, value = ".".join(map(str, first["loc"])), one_line(repr(first["input"]), 40)
+        raise CheckpointError(f"checkpoint {path}: {where} = {value}: {first['msg']}") from None
     from mattersim.forcefield.m3gnet.m3gnet import M3Gnet
 
     try:
         module = M3Gnet(device=device, **content["model_args"]).to(device)
         module.load_state_dict(content["model"], strict=True)
-    except (
-        RuntimeError,
-        TypeError,
-        ValueError,
-        KeyError,
-        AttributeError,
-        ArithmeticError,
-    ) as error:
+    except Exception as error:  # torch and MatterSim raise their own for what does not fit
         raise_machine_error(error, path)
         reason = one_line(error, 200)
         raise CheckpointError(
@@ -160,64 +198,6 @@ def read(path: str | Path, device: str = "cpu") -> tuple[torch.nn.Module, dict[s
         )
     _check_identity(path, module, content)
     return module.eval(), content
-
-
-def _check_entries(content: Mapping[str, Any]) -> None:
-    """Raise ValueError that names the entry which is not what MatterSim or `save` writes there."""
-    kinds = {
-        "model": Mapping,
-        "model_args": Mapping,
-        "metrics": Mapping,
-        "provenance": Mapping,
-        "model_id": str,
-        "parent_id": str,
-    }
-    for key, kind in kinds.items():
-        value = content.get(key)
-        if not (isinstance(value, kind) or (value is None and key not in _REQUIRED_KEYS)):
-            wanted = "a text" if kind is str else "a table of names and values"
-            raise ValueError(f"{key} = {one_line(repr(value), 40)} is not {wanted}")
-    species = content.get("species")
-    if not (
-        species is None
-        or (
-            isinstance(species, list | tuple | set | frozenset)
-            and all(map(_is_atomic_number, species))
-        )
-    ):
-        raise ValueError(
-            f"species = {one_line(repr(species), 60)} are not atomic numbers from 1 to"
-            f" {_SUPPORTED_BASIS['max_z']}"
-        )
-
-
-def _is_atomic_number(value: Any) -> bool:
-    return type(value) is int and 1 <= value <= _SUPPORTED_BASIS["max_z"]
-
-
-def _check_arguments(arguments: Mapping[str, Any]) -> None:
-    """Raise ValueError that names the argument of the architecture with which nothing can be
-    evaluated here."""
-    for key, supported in _SUPPORTED_BASIS.items():
-        if arguments.get(key, supported) != supported:
-            raise ValueError(f"{key} = {arguments[key]} is not supported, only {supported}")
-    for key in ("units", "num_blocks"):
-        if key in arguments and not (type(arguments[key]) is int and arguments[key] > 0):
-            raise ValueError(
-                f"{key} = {arguments[key]} is not supported, only whole numbers above 0"
-            )
-    cutoff, threebody_cutoff = (
-        arguments.get(key, value) for key, value in _DEFAULT_CUTOFFS.items()
-    )
-    for key, value, largest in (
-        ("cutoff", cutoff, _LONGEST_CUTOFF),
-        ("threebody_cutoff", threebody_cutoff, cutoff),
-    ):
-        if not (type(value) in (int, float) and _SHORTEST_CUTOFF <= value <= largest):
-            raise ValueError(
-                f"{key} = {value} is not supported, only {_SHORTEST_CUTOFF} up to {largest}"
-                " Angstrom"
-            )
 
 
 def _check_identity(path: str | Path, module: torch.nn.Module, content: Mapping[str, Any]) -> None:
@@ -246,14 +226,9 @@ def _load(path: Path, device: str) -> dict[str, Any]:
         raise CheckpointError(
             f"checkpoint {path} cannot be read (truncated, or no checkpoint at all): {reason}"
         ) from error
-    missing = (
-        _REQUIRED_KEYS
-        if not isinstance(content, dict)
-        else [key for key in _REQUIRED_KEYS if key not in content]
-    )
-    if missing:
+    if not isinstance(content, dict) or not {"model_name", "model", "model_args"} <= {*content}:
         raise CheckpointError(
-            f"checkpoint {path} is not in MatterSim's format: no {', '.join(missing)} in it"
+            f"checkpoint {path} is not in MatterSim's format: no model_name, model or model_args"
         )
     if str(content["model_name"]).lower() != "m3gnet":
         raise CheckpointError(
@@ -359,9 +334,9 @@ def save(
     )
 
 
-def write_torch(path: str | Path, content: Mapping[str, Any]) -> None:
-    """``torch.save`` whole or not at all; the same content gives the same bytes. Raises OSError
-    where the disk is full."""
+def write_torch(path: str | Path, content: Mapping[str, Any], sealed: bool = False) -> None:
+    """``torch.save`` whole or not at all; the same content gives the same bytes. ``sealed``: to be
+    read by `unsealed`. Raises OSError where the disk is full."""
     import torch
 
     # Through memory: torch's own writer hides the disk's error and puts the name of the temporary
@@ -370,6 +345,8 @@ def write_torch(path: str | Path, content: Mapping[str, Any]) -> None:
     torch.save(content, buffer)
     with replacing(path) as temporary:
         temporary.write_bytes(buffer.getbuffer())
+        if sealed:
+            seal(temporary)
 
 
 def _plain(value: Any) -> Any:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import copy
-import functools
 import itertools
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -32,9 +32,8 @@ from magus_anharmonic.potential.m3gnet import FactorisedM3GNet
 from magus_anharmonic.potential.relax import relax
 from magus_anharmonic.potential.resources import (
     SHARE,
-    MemoryModel,
     available_bytes,
-    measure,
+    memory_model,
     run_side_by_side,
 )
 from magus_anharmonic.potential.uncertainty import ErrorModel, Uncertainty
@@ -51,6 +50,9 @@ LEAST_EDGES_OF_A_THREAD = 1_000
 """Fewer, and the time to call torch counts."""
 _CHECKED_FROM = 2e8  # bytes; what is smaller is tried without a look at the free memory
 
+Batch = tuple[list[int], int, Callable[[list[int]], Graph]]
+"""Places of structures, about how many edges they have, and what makes the graph of some."""
+
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
@@ -64,8 +66,6 @@ class Potential:
     edges_per_batch
         Left out, the processor's cache (CPU) and the free memory decide; either way memory that
         runs out halves it.
-    memory_probe, available
-        Replace `magus_anharmonic.potential.resources.peak_bytes` and `available_bytes`, for tests.
     """
 
     def __init__(
@@ -78,8 +78,6 @@ class Potential:
         dtype: str = "float32",
         edges_per_batch: int | None = None,
         error_model: ErrorModel | None = None,
-        memory_probe: Callable[[Graph], float] | None = None,
-        available: Callable[[str], float] = available_bytes,
     ) -> None:
         if dtype not in _DTYPES:
             raise InputError(f"dtype {dtype}: only {' and '.join(_DTYPES)} are possible")
@@ -92,7 +90,7 @@ class Potential:
         self.cutoff = self.model.cutoff
         self.error_model = error_model
         self._edges_per_batch = edges_per_batch
-        self._memory_probe, self._available = memory_probe, available
+        self.memory = memory_model(self.model, self.dtype)
         self._warned: set[int] = set()
         self._said_no_estimate = False
 
@@ -101,11 +99,7 @@ class Potential:
 
     def double(self) -> Potential:
         """The same model in float64, for finite differences: itself if it is, else a copy, made
-        once.
-
-        Every SSCHA run begins with it, and to measure its memory takes as long as fifty evaluations
-        of a small cell.
-        """
+        once."""
         return self if self.dtype == torch.float64 else self._in_double
 
     @cached_property
@@ -121,11 +115,6 @@ class Potential:
             error_model=self.error_model,
         )
 
-    @cached_property
-    def memory(self) -> MemoryModel:
-        """What an evaluation takes, measured at first use on tiny structures."""
-        return measure(self.model, self.dtype, self.device, self._memory_probe)
-
     @property
     def edges_per_batch(self) -> int:
         """Edges that one batch may have."""
@@ -135,7 +124,7 @@ class Potential:
                 MAX_EDGES_PER_BATCH[kind], EDGE_UNITS_PER_BATCH[kind] // self.model.units
             )
             at_once = torch.get_num_threads() if kind == "cpu" else 1
-            fitting = SHARE * self._available(self.device) / (at_once * self.memory.per_edge)
+            fitting = SHARE * available_bytes(self.device) / (at_once * self.memory.per_edge)
             self._edges_per_batch = max(1, int(min(efficient, fitting)))
         return self._edges_per_batch
 
@@ -163,14 +152,14 @@ class Potential:
         share = self._edges_of_a_thread(structures, n_threads)
         if share is None:
             n_threads, share = 1, self.edges_per_batch
-        tasks = itertools.chain(
-            *(
-                self._shared_batches(structures, topology, indices, share, results)
-                for topology, indices in shared
-            ),
-            self._lone_batches(structures, lone, share, results),
+        batches = itertools.chain(
+            *(self._shared(structures, topology, places, share) for topology, places in shared),
+            self._lone(structures, lone, share),
         )
-        run_side_by_side(tasks, n_threads)
+        run_side_by_side(
+            (partial(self._evaluate_batch, structures, results, *batch) for batch in batches),
+            n_threads,
+        )
         return Evaluation(results.energy, results.forces, results.stress, results.energy_error)
 
     def _checked(self, structures: Sequence[Atoms]) -> list[Atoms]:
@@ -188,6 +177,19 @@ class Potential:
             check(atoms, f"structure {index}")
             self._warn_unseen(atoms)
         return structures
+
+    def atomic_energies(self, structures: Sequence[Atoms]) -> list[np.ndarray]:
+        """Energies (N_i,) eV of the atoms of each structure, which add up to its energy; a forward
+        pass of its own.
+
+        Raises InputError as `evaluate` does.
+        """
+        found: list[np.ndarray] = []
+        for graph in self._graphs(structures):
+            with torch.no_grad():
+                atomic = self.model.atomic_energies(graph, self.model.atom_features(graph))
+            found += np.split(atomic.cpu().numpy(), np.cumsum(graph.n_atoms)[:-1])
+        return found
 
     def uncertainty(self, structures: Sequence[Atoms]) -> Uncertainty | None:
         """Expected errors against the model's DFT, without evaluating energies and forces; None
@@ -241,8 +243,8 @@ class Potential:
     def _graphs(self, structures: Sequence[Atoms]) -> Iterator[Graph]:
         """Batches in the order of the input."""
         structures = self._checked(structures)
-        for indices, neighbours in self._batches(structures, range(len(structures))):
-            yield self._join(structures, indices, dict(zip(indices, neighbours, strict=True)))
+        for indices, _, graph_of in self._lone(structures, range(len(structures)), math.inf):
+            yield graph_of(indices)
 
     def _share(
         self, structures: Sequence[Atoms]
@@ -273,69 +275,47 @@ class Potential:
         enough = share >= LEAST_EDGES_OF_A_THREAD and len(structures) >= n_threads
         return min(share, self.edges_per_batch) if enough else None
 
-    def _lone_batches(
-        self, structures: Sequence[Atoms], chosen: Sequence[int], limit: int, results: _Results
-    ) -> Iterator[Callable[[], None]]:
-        """Evaluations of batches of structures each with its own neighbours."""
+    def _lone(
+        self, structures: Sequence[Atoms], chosen: Sequence[int], limit: float
+    ) -> Iterator[Batch]:
+        """Batches of structures each with its own neighbours, in the order of ``chosen``."""
         for indices, neighbours in self._batches(structures, chosen, limit):
             found = dict(zip(indices, neighbours, strict=True))
             n_edges = sum(len(edges.length) for edges in neighbours)
-            yield functools.partial(
-                self._evaluate_batch,
-                structures,
-                indices,
-                n_edges,
-                lambda part, found=found: self._join(structures, part, found),
-                results,
-            )
+            yield indices, n_edges, lambda part, found=found: self._join(structures, part, found)
 
-    def _shared_batches(
-        self,
-        structures: Sequence[Atoms],
-        topology: Topology,
-        indices: list[int],
-        limit: int,
-        results: _Results,
-    ) -> Iterator[Callable[[], None]]:
-        """Evaluations of batches of structures with common neighbours."""
+    def _shared(
+        self, structures: Sequence[Atoms], topology: Topology, indices: list[int], limit: int
+    ) -> Iterator[Batch]:
+        """Batches of structures with common neighbours."""
 
         def graph(part: list[int]) -> Graph:
-            members, names = (
-                [structures[index] for index in part],
-                [f"structure {index}" for index in part],
-            )
-            return topology.graph(
-                members, self.model.threebody_cutoff, self.dtype, self.device, names
-            )
+            members = [structures[index] for index in part]
+            names = [f"structure {index}" for index in part]
+            near = self.model.threebody_cutoff
+            return topology.graph(members, near, self.dtype, self.device, names)
 
-        n_edges = max(1, topology.n_inside)
-        start = 0
+        n_edges, start = max(1, topology.n_inside), 0
         while start < len(indices):
-            size = max(
-                1,
-                min(
-                    min(limit, self.edges_per_batch) // n_edges,
-                    self.atoms_per_batch // len(topology.numbers),
-                ),
-            )
+            # both may fall on the way, where memory runs out
+            by_edges = min(limit, self.edges_per_batch) // n_edges
+            size = max(1, min(by_edges, self.atoms_per_batch // len(topology.reference)))
             part = indices[start : start + size]
-            yield functools.partial(
-                self._evaluate_batch, structures, part, n_edges * len(part), graph, results
-            )
+            yield part, n_edges * len(part), graph
             start += size
 
     def _evaluate_batch(
         self,
         structures: Sequence[Atoms],
+        results: _Results,
         indices: list[int],
         n_edges: int,
         graph_of: Callable[[list[int]], Graph],
-        results: _Results,
     ) -> None:
         """Evaluate a batch; memory that runs out halves it and all batches after it."""
         try:
             needed = self.memory.bytes(n_edges, sum(len(structures[index]) for index in indices))
-            if needed > _CHECKED_FROM and needed > self._available(self.device):
+            if needed > _CHECKED_FROM and needed > available_bytes(self.device):
                 raise MemoryError(f"{needed:.1e} bytes are not free")
             graph = graph_of(indices)
             *values, features = self.model.evaluate(graph)
@@ -365,9 +345,8 @@ class Potential:
             torch.cuda.empty_cache()
         middle = len(indices) // 2
         for part in (indices[:middle], indices[middle:]):
-            self._evaluate_batch(
-                structures, part, max(1, n_edges * len(part) // len(indices)), graph_of, results
-            )
+            rest = max(1, n_edges * len(part) // len(indices))
+            self._evaluate_batch(structures, results, part, rest, graph_of)
 
     def _join(
         self, structures: Sequence[Atoms], indices: list[int], found: dict[int, Neighbours]
@@ -382,7 +361,7 @@ class Potential:
         )
 
     def _batches(
-        self, structures: Sequence[Atoms], chosen: Sequence[int], limit: float = float("inf")
+        self, structures: Sequence[Atoms], chosen: Sequence[int], limit: float
     ) -> Iterator[tuple[list[int], list[Neighbours]]]:
         """Chosen structures in their order whose edges and atoms fit one batch together; at least
         one structure each."""
@@ -444,21 +423,13 @@ class _Results:
         features: torch.Tensor,
     ) -> None:
         """Raises NotFinite, with the index, for a result that is not finite."""
-        by_structure = np.split(forces, np.cumsum(graph.n_atoms)[:-1])
-        for position, index in enumerate(indices):
-            if not (
-                np.isfinite(energy[position])
-                and np.isfinite(by_structure[position]).all()
-                and np.isfinite(stress[position]).all()
-            ):
+        parts = energy, np.split(forces, np.cumsum(graph.n_atoms)[:-1]), stress
+        for index, *numbers in zip(indices, *parts, strict=True):
+            if not all(np.isfinite(part).all() for part in numbers):
                 raise NotFinite(
                     f"structure {index}: the potential gives an energy, force or stress that is not"
                     " finite"
                 )
-            self.energy[index], self.stress[index], self.forces[index] = (
-                energy[position],
-                stress[position],
-                by_structure[position],
-            )
+            self.energy[index], self.forces[index], self.stress[index] = numbers
         if self.error_model is not None and self.energy_error is not None:
             self.energy_error[indices] = self.error_model.predict(features, graph).energy_error

@@ -36,7 +36,7 @@ from magus_anharmonic.potential.trainer import (
     read_state,
     write_state,
 )
-from magus_anharmonic.runs.progress import Progress
+from magus_anharmonic.runs.record import Progress
 from magus_anharmonic.settings import FinetuneSettings, TrainingKeys, parse
 from magus_anharmonic.structures import structure_id
 
@@ -329,7 +329,7 @@ class _Run:
         held_out: LabelledGraphs,
         progress: Callable[[Epoch], None] | None,
     ) -> str:
-        ticker = _Ticker(self.settings.epochs, len(self.history) - 1)
+        ticker = Progress(self.settings.epochs, len(self.history) - 1, LOG_INTERVAL)
         for number in range(len(self.history), self.settings.epochs + 1):
             if (
                 self.settings.patience is not None
@@ -351,21 +351,16 @@ class _Run:
             ):
                 self.best_epoch, self.best_state = number, trainer.averaged_state()
             self._save(trainer)
-            ticker.report(
-                number,
-                number,
-                ": loss %.4g, validation %.4g (%s)",
-                loss,
-                scores.loss,
-                scores,
-                always=number == self.settings.epochs,
-            )
+            if ticker.due() or number == self.settings.epochs:
+                text = "epoch %d/%d: loss %.4g, validation %.4g (%s)%s"
+                left = ticker.left(number)
+                logger.info(text, number, ticker.total, loss, scores.loss, scores, left)
             if progress is not None:
                 progress(epoch)
         return "all epochs done"
 
     def _one_epoch(
-        self, trainer: Trainer, data: LabelledGraphs, number: int, ticker: _Ticker
+        self, trainer: Trainer, data: LabelledGraphs, number: int, ticker: Progress
     ) -> float:
         """Mean loss per structure over one shuffled pass."""
         order = self._order(len(data), number)
@@ -375,10 +370,10 @@ class _Run:
             if not np.isfinite(loss):
                 return loss
             total, seen = total + loss * len(targets.energy), seen + len(targets.energy)
-            part = seen / len(order)
-            ticker.report(
-                number, number - 1 + part, ", %.0f %%: loss %.4g", 100 * part, total / seen
-            )
+            if ticker.due():
+                part = seen / len(order)
+                text, left = "epoch %d/%d, %.0f %%: loss %.4g%s", ticker.left(number - 1 + part)
+                logger.info(text, number, ticker.total, 100 * part, total / seen, left)
         return total / seen
 
     def _order(self, count: int, number: int) -> np.ndarray:
@@ -456,20 +451,6 @@ class _Run:
             "training resumes after epoch %d from %s", len(self.history) - 1, self.state_file
         )
         return True
-
-
-class _Ticker(Progress):
-    """Lines of progress, at most one in `LOG_INTERVAL` seconds, with the time left."""
-
-    def __init__(self, epochs: int, done: int) -> None:
-        super().__init__(epochs, done, LOG_INTERVAL)
-
-    def report(
-        self, number: int, done: float, text: str, *values: Any, always: bool = False
-    ) -> None:
-        """``text % values`` about epoch ``number``, when ``done`` epochs are done."""
-        if self.due() or always:
-            logger.info(f"epoch %d/%d{text}%s", number, self.total, *values, self.left(done))
 
 
 def _device(module: torch.nn.Module) -> torch.device:

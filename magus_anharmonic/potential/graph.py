@@ -22,14 +22,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from ase import Atoms
+from torch import Tensor
 from vesin import NeighborList
 
 from magus_anharmonic.errors import InputError
-from magus_anharmonic.potential.guards import cell_volume, complete_cell, is_skewed, search_cell
+from magus_anharmonic.potential.guards import (
+    cell_volume,
+    complete_cell,
+    is_skewed,
+    search_cell,
+    why_no_structure,
+)
 
 MAX_ATOMIC_NUMBER = 94
 COINCIDENT = 1e-3  # Angstrom
@@ -57,39 +65,26 @@ class Graph:
     has no cell; n_atoms : tuple of n.
     """
 
-    centre: torch.Tensor
-    neighbour: torch.Tensor
-    vector: torch.Tensor
+    centre: Tensor
+    neighbour: Tensor
+    vector: Tensor
     n_near: int
-    edge_structure: torch.Tensor
-    numbers: torch.Tensor
-    structure: torch.Tensor
-    volume: torch.Tensor
+    edge_structure: Tensor
+    numbers: Tensor
+    structure: Tensor
+    volume: Tensor
     n_atoms: tuple[int, ...]
 
 
 def check(atoms: Atoms, where: str = "structure 0") -> None:
     """Raise InputError, naming ``where``, for a structure that no M3GNet model can evaluate."""
-    if len(atoms) == 0:
-        raise InputError(f"{where} has no atoms")
-    wrong = sorted(
-        set(atoms.numbers[(atoms.numbers < 1) | (atoms.numbers > MAX_ATOMIC_NUMBER)].tolist())
-    )
-    if wrong:
+    if reason := why_no_structure(atoms, MIN_VOLUME):
+        raise InputError(f"{where}: {reason}")
+    wrong = atoms.numbers[(atoms.numbers < 1) | (atoms.numbers > MAX_ATOMIC_NUMBER)]
+    if len(wrong):
         raise InputError(
-            f"{where}: atomic number {wrong[0]} is outside 1 to {MAX_ATOMIC_NUMBER}, which"
+            f"{where}: atomic number {wrong.min()} is outside 1 to {MAX_ATOMIC_NUMBER}, which"
             " MatterSim knows"
-        )
-    if not (np.isfinite(atoms.positions).all() and np.isfinite(atoms.cell.array).all()):
-        raise InputError(f"{where}: positions or cell are not finite")
-    if any(atoms.pbc) and abs(complete_cell(atoms).volume) < 1e-3:
-        raise InputError(
-            f"{where}: the cell is flat (volume {complete_cell(atoms).volume:.1e} A^3) but periodic"
-        )
-    if atoms.pbc.all() and atoms.cell.volume < MIN_VOLUME * len(atoms):
-        raise InputError(
-            f"{where}: {atoms.cell.volume / len(atoms):.1e} A^3 per atom; below {MIN_VOLUME} no"
-            " matter is like that"
         )
 
 
@@ -145,36 +140,39 @@ def build_graph(
     n_atoms = np.array([len(atoms) for atoms in structures], dtype=np.int64)
     n_edges = np.array([len(edges.length) for edges in neighbours], dtype=np.int64)
     first = np.repeat(np.cumsum(n_atoms) - n_atoms, n_edges)
-    near = _concatenate([edges.length for edges in neighbours], (0,)) <= threebody_cutoff
+    near = np.concatenate([edges.length for edges in neighbours]) <= threebody_cutoff
     order = np.argsort(~near, kind="stable")
 
-    def edge_tensor(values: np.ndarray, kind: torch.dtype) -> torch.Tensor:
+    def edge_tensor(values: np.ndarray, kind: torch.dtype) -> Tensor:
         return torch.as_tensor(values[order], dtype=kind, device=device)
 
-    volume = [cell_volume(atoms) for atoms in structures]
     return Graph(
         centre=edge_tensor(
-            _concatenate([edges.centre for edges in neighbours], (0,)) + first, torch.long
+            np.concatenate([edges.centre for edges in neighbours]) + first, torch.long
         ),
         neighbour=edge_tensor(
-            _concatenate([edges.neighbour for edges in neighbours], (0,)) + first, torch.long
+            np.concatenate([edges.neighbour for edges in neighbours]) + first, torch.long
         ),
-        vector=edge_tensor(_concatenate([edges.vector for edges in neighbours], (0, 3)), dtype),
+        vector=edge_tensor(np.concatenate([edges.vector for edges in neighbours]), dtype),
         n_near=int(near.sum()),
         edge_structure=edge_tensor(np.repeat(np.arange(len(n_atoms)), n_edges), torch.long),
-        numbers=torch.as_tensor(
-            np.concatenate([atoms.numbers for atoms in structures]), dtype=torch.long, device=device
-        ),
-        structure=torch.as_tensor(
-            np.repeat(np.arange(len(n_atoms)), n_atoms), dtype=torch.long, device=device
-        ),
-        volume=torch.as_tensor(volume, dtype=dtype, device=device),
-        n_atoms=tuple(n_atoms.tolist()),
+        **_atoms_of(structures, dtype, device),
     )
 
 
-def _concatenate(parts: list[np.ndarray], empty_shape: tuple[int, ...]) -> np.ndarray:
-    return np.concatenate(parts) if parts else np.empty(empty_shape)
+def _atoms_of(
+    structures: Sequence[Atoms], dtype: torch.dtype, device: str | torch.device
+) -> dict[str, Any]:
+    """What a `Graph` knows of atoms and cells."""
+    n_atoms = [len(atoms) for atoms in structures]
+    numbers = np.concatenate([atoms.numbers for atoms in structures])
+    volume = [cell_volume(atoms) for atoms in structures]
+    return {
+        "numbers": torch.as_tensor(numbers, dtype=torch.long, device=device),
+        "structure": torch.as_tensor(np.repeat(np.arange(len(n_atoms)), n_atoms), device=device),
+        "volume": torch.as_tensor(volume, dtype=dtype, device=device),
+        "n_atoms": tuple(n_atoms),
+    }
 
 
 SKIN = 0.5
@@ -187,24 +185,17 @@ MAX_GROWTH = 2.5
 
 @dataclass(frozen=True)
 class Topology:
-    """Pairs of a reference structure, with room for displacements and strain.
+    """Pairs of a reference (whose cell is complete), with room for displacements and strain.
 
-    positions (N, 3), cell (3, 3): the reference; radius (N,): how far each atom may move, Angstrom;
-    stretch: smallest singular value of the strain that is allowed; centre, neighbour (E,), vector
-    (E, 3): the pairs, sorted by centre; n_inside: how many of them are within the cutoff in the
-    reference, about as many as each configuration has.
+    centre, neighbour (E,), vector (E, 3): the pairs, sorted by centre; n_inside: how many of them
+    are within the cutoff in the reference, about as many as each configuration has.
     """
 
-    numbers: np.ndarray
-    pbc: np.ndarray
-    positions: np.ndarray
-    cell: np.ndarray
-    radius: np.ndarray
-    stretch: float
+    reference: Atoms
     cutoff: float
-    centre: torch.Tensor
-    neighbour: torch.Tensor
-    vector: torch.Tensor
+    centre: Tensor
+    neighbour: Tensor
+    vector: Tensor
     n_inside: int
 
     def graph(
@@ -218,8 +209,8 @@ class Topology:
         """The graph of configurations that the list covers; InputError, with the name, when two
         atoms coincide."""
         names = names or [f"structure {index}" for index in range(len(structures))]
-        strain, displacement = displacements(self, structures)
-        n, n_atoms = len(structures), len(self.numbers)
+        strain, displacement = displacements(self.reference, structures)
+        n_atoms = len(self.reference)
         centre, neighbour = self.centre.to(device), self.neighbour.to(device)
         moved = torch.as_tensor(displacement, device=device)
         vector = torch.matmul(self.vector.to(device), torch.as_tensor(strain, device=device).mT)
@@ -236,29 +227,20 @@ class Topology:
         chosen = torch.cat([first, second])
         which = torch.div(chosen, len(centre), rounding_mode="floor") if len(centre) else chosen
         pair = chosen - which * len(centre)
-        volume = [cell_volume(atoms) for atoms in structures]
         return Graph(
             centre=centre.index_select(0, pair) + which * n_atoms,
             neighbour=neighbour.index_select(0, pair) + which * n_atoms,
             vector=vector.view(-1, 3).index_select(0, chosen).to(dtype),
             n_near=len(first),
             edge_structure=which,
-            numbers=torch.as_tensor(np.tile(self.numbers, n), dtype=torch.long, device=device),
-            structure=torch.arange(n, device=device).repeat_interleave(n_atoms),
-            volume=torch.as_tensor(volume, dtype=dtype, device=device),
-            n_atoms=(n_atoms,) * n,
+            **_atoms_of(structures, dtype, device),
         )
 
 
-def displacements(
-    reference: Topology | Atoms, structures: Sequence[Atoms]
-) -> tuple[np.ndarray, np.ndarray]:
+def displacements(reference: Atoms, structures: Sequence[Atoms]) -> tuple[np.ndarray, np.ndarray]:
     """Strain F (n, 3, 3) and rest u (n, N, 3) of the module's docstring, without the common shift
     of all atoms (Angstrom)."""
-    if isinstance(reference, Atoms):
-        origin, cell, pbc = reference.positions, complete_cell(reference).array, reference.pbc
-    else:
-        origin, cell, pbc = reference.positions, reference.cell, reference.pbc
+    origin, cell, pbc = reference.positions, complete_cell(reference).array, reference.pbc
     cells = np.array([complete_cell(atoms).array for atoms in structures])
     # rows of the cell are its vectors: h' = h F^T
     strain = (np.linalg.inv(cell) @ cells).transpose(0, 2, 1)
@@ -297,17 +279,7 @@ def find_topology(structures: Sequence[Atoms], cutoff: float) -> Topology | None
     n_inside = int((found.length <= cutoff).sum())
     if kept.sum() > MAX_GROWTH * n_inside:
         return None
-    arrays = (
+    centre, neighbour, vector = (
         torch.as_tensor(values[kept]) for values in (found.centre, found.neighbour, found.vector)
     )
-    return Topology(
-        first.numbers.copy(),
-        first.pbc.copy(),
-        reference.positions,
-        reference.cell.array,
-        radius,
-        stretch,
-        cutoff,
-        *arrays,
-        n_inside,
-    )
+    return Topology(reference, cutoff, centre, neighbour, vector, n_inside)

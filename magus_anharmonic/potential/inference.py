@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.functional import linear, silu
 
 from magus_anharmonic.potential.graph import Graph
@@ -22,7 +22,7 @@ from magus_anharmonic.potential.kernels import add_rows, kernels_for
 _silu_backward = torch.ops.aten.silu_backward
 _sigmoid_backward = torch.ops.aten.sigmoid_backward
 
-_Kept = tuple[torch.Tensor, torch.Tensor]
+_Kept = tuple[Tensor, Tensor]
 
 BLOCK_BYTES = {"cpu": 1 << 20, "cuda": 1 << 40}
 """Size of one array (edges, 2 u) of a block; a GPU works on all edges at once."""
@@ -42,12 +42,12 @@ class _EdgeNetwork:
         self.second_bias = (gate[1].linear.bias, sigma[1].linear.bias)
         self.beside, self.units = beside.weight.T.contiguous(), units
 
-    def atom_tables(self, atom: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def atom_tables(self, atom: Tensor) -> tuple[Tensor, Tensor]:
         """(N, 2 u) each: what v adds to the first layer as centre (with the bias), and as
         neighbour."""
         return torch.addmm(self.bias, atom, self.own.T), atom @ self.other.T
 
-    def second_layer(self, hidden: torch.Tensor, y: torch.Tensor) -> None:
+    def second_layer(self, hidden: Tensor, y: Tensor) -> None:
         """y (B, 2 u) from hidden (B, 2 u), branch by branch."""
         for part, weight, bias in zip(
             (slice(None, self.units), slice(self.units, None)),
@@ -57,7 +57,7 @@ class _EdgeNetwork:
         ):
             torch.addmm(bias, hidden[:, part], weight.T, out=y[:, part])
 
-    def second_layer_backward(self, by_y: torch.Tensor, by_hidden: torch.Tensor) -> None:
+    def second_layer_backward(self, by_y: Tensor, by_hidden: Tensor) -> None:
         """The gradient by hidden from that by y."""
         for part, weight in zip(
             (slice(None, self.units), slice(self.units, None)), self.second, strict=True
@@ -77,7 +77,7 @@ class _Layer:
         self.edge = _EdgeNetwork(block.gated_mlp_edge, block.edge_layer_edge.linear, units)
         self.atom = _EdgeNetwork(block.gated_mlp_atom, block.edge_layer_atom.linear, units)
 
-    def gates(self, atom: torch.Tensor) -> torch.Tensor:
+    def gates(self, atom: Tensor) -> Tensor:
         """(N, 16)"""
         return torch.addmm(self.gate_bias, atom, self.gate_weight.T).sigmoid_()
 
@@ -90,9 +90,9 @@ class Workspace:
     """Bytes; more is given back after the call."""
 
     def __init__(self) -> None:
-        self._free: list[torch.Tensor] = []
+        self._free: list[Tensor] = []
 
-    def take(self, size: int, like: torch.Tensor) -> torch.Tensor:
+    def take(self, size: int, like: Tensor) -> Tensor:
         """A flat tensor of at least ``size`` numbers. It is handed out once, so that two threads
         never share it."""
         try:
@@ -103,7 +103,7 @@ class Workspace:
             return torch.empty(size, dtype=like.dtype, device=like.device)
         return memory
 
-    def give(self, memory: torch.Tensor) -> None:
+    def give(self, memory: Tensor) -> None:
         """Hand it back."""
         if sum(kept.numel() * kept.element_size() for kept in [*self._free, memory]) <= self.LIMIT:
             self._free.append(memory)
@@ -116,8 +116,8 @@ class Inference:
         self,
         module: nn.Module,
         graph: Graph,
-        radial: torch.Tensor,
-        threebody: torch.Tensor,
+        radial: Tensor,
+        threebody: Tensor,
         workspace: Workspace,
     ) -> None:
         self.module, self.graph = module, graph
@@ -132,7 +132,7 @@ class Inference:
         self.blocks = list(_blocks(graph.n_near, len(radial), rows))
         self.kernels = kernels_for(radial)
         self.scratch = [radial.new_empty(min(rows, len(radial)), 2 * self.units) for _ in range(2)]
-        self.gate_values: list[torch.Tensor] = []
+        self.gate_values: list[Tensor] = []
         self.workspace = workspace
         self.memory = workspace.take(
             2 * self.units * (4 * len(radial) + graph.n_near) * len(self.layers), radial
@@ -153,7 +153,7 @@ class Inference:
             "three": (three, three),
         }
 
-    def forward(self) -> torch.Tensor:
+    def forward(self) -> Tensor:
         """Atom features (N, u) after the last block."""
         module = self.module
         atom = module.atom_embedding.mlp[0].linear.weight.T.index_select(0, self.graph.numbers)
@@ -163,8 +163,8 @@ class Inference:
         return atom
 
     def _forward_layer(
-        self, layer: _Layer, kept: dict[str, _Kept], atom: torch.Tensor, edge: torch.Tensor
-    ) -> torch.Tensor:
+        self, layer: _Layer, kept: dict[str, _Kept], atom: Tensor, edge: Tensor
+    ) -> Tensor:
         """New atom features; the edge features change in place."""
         gates = layer.gates(atom)
         self.gate_values.append(gates)
@@ -197,7 +197,7 @@ class Inference:
                     self.kernels.atom_forward(basis, network.beside, y, centre, result)
         return result.to(atom.dtype)
 
-    def backward(self, by_atom: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def backward(self, by_atom: Tensor) -> tuple[Tensor, Tensor]:
         """Gradients by e0 (E, 4) and by B (n_near, 16), from that by the last atom features (N,
         u)."""
         by_atom = by_atom.contiguous()
@@ -223,12 +223,12 @@ class Inference:
         self,
         layer: _Layer,
         kept: dict[str, _Kept],
-        gates: torch.Tensor,
-        by_atom: torch.Tensor,
-        by_edge: torch.Tensor,
-        by_radial: torch.Tensor,
-        by_threebody: torch.Tensor,
-    ) -> torch.Tensor:
+        gates: Tensor,
+        by_atom: Tensor,
+        by_edge: Tensor,
+        by_radial: Tensor,
+        by_threebody: Tensor,
+    ) -> Tensor:
         """Gradient by the atom features before the layer; those by edges, e0 and B change in
         place."""
         by_gates = torch.zeros_like(gates)
@@ -247,7 +247,7 @@ class Inference:
             for name, network in (("atom", layer.atom), ("edge", layer.edge)):
                 before, y = (array[rows] for array in kept[name])
                 if name == "edge":
-                    self.kernels.edge_backward(basis, network.beside, y, e, by_y, by_basis)
+                    self.kernels.edge_backward(basis, network.beside, y, e, None, by_y, by_basis)
                 else:
                     self.kernels.atom_backward(
                         basis, network.beside, y, by_atom, centre, by_y, by_basis

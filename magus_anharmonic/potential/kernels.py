@@ -31,9 +31,9 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn.functional import silu
 
 from magus_anharmonic.errors import one_line
@@ -51,12 +51,12 @@ class Kernels:
 
     def first_forward(
         self,
-        centre: torch.Tensor,
-        neighbour: torch.Tensor,
-        own: torch.Tensor,
-        other: torch.Tensor,
-        before: torch.Tensor,
-        hidden: torch.Tensor,
+        centre: Tensor,
+        neighbour: Tensor,
+        own: Tensor,
+        other: Tensor,
+        before: Tensor,
+        hidden: Tensor,
     ) -> None:
         """before_ += own[centre] + other[neighbour]; hidden_ = silu(before)."""
         before += own.index_select(0, centre)
@@ -65,12 +65,12 @@ class Kernels:
 
     def first_backward(
         self,
-        centre: torch.Tensor,
-        neighbour: torch.Tensor,
-        before: torch.Tensor,
-        by_hidden: torch.Tensor,
-        by_own: torch.Tensor,
-        by_other: torch.Tensor,
+        centre: Tensor,
+        neighbour: Tensor,
+        before: Tensor,
+        by_hidden: Tensor,
+        by_own: Tensor,
+        by_other: Tensor,
     ) -> None:
         """by_hidden_ (gradient by silu(before)) becomes that by ``before``, and is added to
         by_own_[centre] and by_other_[neighbour]."""
@@ -78,69 +78,60 @@ class Kernels:
         add_rows(by_own, centre, by_hidden)
         add_rows(by_other, neighbour, by_hidden)
 
-    def edge_forward(
-        self, basis: torch.Tensor, beside: torch.Tensor, y: torch.Tensor, edge: torch.Tensor
-    ) -> None:
+    def edge_forward(self, basis: Tensor, beside: Tensor, y: Tensor, edge: Tensor) -> None:
         """edge_ (B, u) += the network's output; basis (B, 4), beside (4, u)."""
         edge.addcmul_(basis @ beside, _gated(y))
 
     def atom_forward(
-        self,
-        basis: torch.Tensor,
-        beside: torch.Tensor,
-        y: torch.Tensor,
-        centre: torch.Tensor,
-        atom: torch.Tensor,
+        self, basis: Tensor, beside: Tensor, y: Tensor, centre: Tensor, atom: Tensor
     ) -> None:
         """atom_[centre] += the network's output; atom (N, u) is float64."""
         add_rows(atom, centre, silu(basis @ beside, inplace=True).mul_(_gated(y)).to(atom.dtype))
 
     def edge_backward(
         self,
-        basis: torch.Tensor,
-        beside: torch.Tensor,
-        y: torch.Tensor,
-        gradient: torch.Tensor,
-        by_y: torch.Tensor,
-        by_basis: torch.Tensor,
+        basis: Tensor,
+        beside: Tensor,
+        y: Tensor,
+        gradient: Tensor,
+        index: None,
+        by_y: Tensor,
+        by_basis: Tensor,
     ) -> None:
         """by_y_ (B, 2 u) from the gradient by the output (B, u); by_basis_ (B, 4) grows."""
-        weight = basis @ beside
-        by_weight = _gated_backward(y, weight, gradient, by_y)
+        by_weight = _gated_backward(y, basis @ beside, gradient, by_y)
         by_basis.addmm_(by_weight, beside.T)
 
     def atom_backward(
         self,
-        basis: torch.Tensor,
-        beside: torch.Tensor,
-        y: torch.Tensor,
-        by_atom: torch.Tensor,
-        centre: torch.Tensor,
-        by_y: torch.Tensor,
-        by_basis: torch.Tensor,
+        basis: Tensor,
+        beside: Tensor,
+        y: Tensor,
+        by_atom: Tensor,
+        centre: Tensor,
+        by_y: Tensor,
+        by_basis: Tensor,
     ) -> None:
         """As `edge_backward`, from the gradient by the atom features (N, u)."""
         raw = basis @ beside
         by_weight = _gated_backward(y, silu(raw), by_atom.index_select(0, centre), by_y)
         by_basis.addmm_(_silu_backward(by_weight, raw), beside.T)
 
-    def three_forward(self, y: torch.Tensor, edge: torch.Tensor) -> None:
+    def three_forward(self, y: Tensor, edge: Tensor) -> None:
         """edge_ (B, u) += silu(inner) * sigmoid(gate)."""
         edge += _gated(y)
 
-    def three_backward(self, y: torch.Tensor, gradient: torch.Tensor, by_y: torch.Tensor) -> None:
+    def three_backward(self, y: Tensor, gradient: Tensor, by_y: Tensor) -> None:
         """by_y_ (B, 2 u) from the gradient by the output (B, u)."""
         _gated_backward(y, None, gradient, by_y)
 
 
-def _gated(y: torch.Tensor) -> torch.Tensor:
+def _gated(y: Tensor) -> Tensor:
     inner, gate = y.chunk(2, 1)
     return silu(inner).mul_(gate.sigmoid())
 
 
-def _gated_backward(
-    y: torch.Tensor, weight: torch.Tensor | None, gradient: torch.Tensor, by_y: torch.Tensor
-) -> torch.Tensor:
+def _gated_backward(y: Tensor, weight: Tensor | None, gradient: Tensor, by_y: Tensor) -> Tensor:
     """Gradient by the weight (B, u); by_y is filled."""
     inner, gate = y.chunk(2, 1)
     by_inner, by_gate = by_y.chunk(2, 1)
@@ -152,7 +143,7 @@ def _gated_backward(
     return by_weight.mul_(sigma)
 
 
-def add_rows(target: torch.Tensor, index: torch.Tensor, rows: torch.Tensor) -> None:
+def add_rows(target: Tensor, index: Tensor, rows: Tensor) -> None:
     """``target[index] += rows``; with an expanded index scatter_add is faster than index_add on a
     CPU."""
     target.scatter_add_(0, index[:, None].expand_as(rows), rows)
@@ -176,74 +167,38 @@ _TIMEOUT = 60.0  # s
 _AGREEMENT = 1e-5
 
 
+_SIZED_BY = {
+    "first_forward": (4, 1),
+    "first_backward": (2, 1),
+    **dict.fromkeys(("edge_forward", "atom_forward", "edge_backward", "atom_backward"), (2, 2)),
+    **dict.fromkeys(("three_forward", "three_backward"), (0, 2)),
+}
+"""Of the compiled functions: the argument that has their rows, and into how many widths its columns
+are divided."""
+
+
 class NativeKernels(Kernels):
     """The compiled form; float32 on a CPU, with as many threads as torch uses."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library
+        for name in _SIZED_BY:
+            setattr(self, name, functools.partial(self._call, name))
 
-    def _call(self, name: str, rows: int, width: int, *arrays: torch.Tensor | None) -> None:
+    def _call(self, name: str, *arrays: Tensor | None) -> None:
         if not all(array is None or array.is_contiguous() for array in arrays):
             raise ValueError(f"{name}: an array is not contiguous")
-        pointers = [
-            None if array is None else ctypes.c_void_p(array.data_ptr()) for array in arrays
-        ]
+        place, parts = _SIZED_BY[name]
+        rows, columns = arrays[place].shape  # type: ignore[union-attr]
         getattr(self._library, name)(
             ctypes.c_long(rows),
-            ctypes.c_long(width),
-            *pointers,
+            ctypes.c_long(columns // parts),
+            *(None if one is None else ctypes.c_void_p(one.data_ptr()) for one in arrays),
             ctypes.c_long(torch.get_num_threads()),
         )
 
-    def first_forward(
-        self, centre: Any, neighbour: Any, own: Any, other: Any, before: Any, hidden: Any
-    ) -> None:
-        self._call("first_forward", *before.shape, centre, neighbour, own, other, before, hidden)
 
-    def first_backward(
-        self, centre: Any, neighbour: Any, before: Any, by_hidden: Any, by_own: Any, by_other: Any
-    ) -> None:
-        self._call(
-            "first_backward", *before.shape, centre, neighbour, before, by_hidden, by_own, by_other
-        )
-
-    def edge_forward(self, basis: Any, beside: Any, y: Any, edge: Any) -> None:
-        self._call("edge_forward", *edge.shape, basis, beside, y, edge)
-
-    def atom_forward(self, basis: Any, beside: Any, y: Any, centre: Any, atom: Any) -> None:
-        self._call("atom_forward", len(y), atom.shape[1], basis, beside, y, centre, atom)
-
-    def edge_backward(
-        self, basis: Any, beside: Any, y: Any, gradient: Any, by_y: Any, by_basis: Any
-    ) -> None:
-        self._call(
-            "edge_backward", *gradient.shape, basis, beside, y, gradient, None, by_y, by_basis
-        )
-
-    def atom_backward(
-        self, basis: Any, beside: Any, y: Any, by_atom: Any, centre: Any, by_y: Any, by_basis: Any
-    ) -> None:
-        self._call(
-            "atom_backward",
-            len(y),
-            by_atom.shape[1],
-            basis,
-            beside,
-            y,
-            by_atom,
-            centre,
-            by_y,
-            by_basis,
-        )
-
-    def three_forward(self, y: Any, edge: Any) -> None:
-        self._call("three_forward", *edge.shape, y, edge)
-
-    def three_backward(self, y: Any, gradient: Any, by_y: Any) -> None:
-        self._call("three_backward", *gradient.shape, y, gradient, by_y)
-
-
-def kernels_for(example: torch.Tensor) -> Kernels:
+def kernels_for(example: Tensor) -> Kernels:
     """The fastest kernels for tensors like ``example``."""
     if example.device.type == "cpu" and example.dtype == torch.float32:
         return _native() or Kernels()
@@ -324,49 +279,33 @@ def disagreement(kernels: Kernels, seed: int = 0) -> float:
     for rows, units in ((5, 3), (40, 32)):
         results = [_exercise(form, rows, units, seed) for form in (kernels, Kernels())]
         for ours, theirs in zip(*results, strict=True):
-            difference = (ours - theirs).abs().max().item()
-            worst = max(worst, difference if difference == difference else float("inf"))
+            worst = max(worst, torch.nan_to_num(ours - theirs, torch.inf).abs().max().item())
     return worst
 
 
-def _exercise(kernels: Kernels, rows: int, units: int, seed: int) -> list[torch.Tensor]:
+def _exercise(kernels: Kernels, rows: int, units: int, seed: int) -> list[Tensor]:
     """All that the kernels write, from the same random numbers; some of them far out in the
     tails."""
-    generator = torch.Generator().manual_seed(seed)
+    generator, n_atoms = torch.Generator().manual_seed(seed), 4
 
-    def random(*shape: int, scale: float = 1.0) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator) * scale
+    def random(rows: int, columns: int = 2 * units) -> Tensor:
+        return torch.randn(rows, columns, generator=generator)
 
-    n_atoms = 4
     centre = torch.arange(rows) * n_atoms // rows
     neighbour = torch.randint(0, n_atoms, (rows,), generator=generator)
-    own, other = random(n_atoms, 2 * units), random(n_atoms, 2 * units)
-    before, hidden, y = (
-        random(rows, 2 * units),
-        torch.zeros(rows, 2 * units),
-        random(rows, 2 * units),
-    )
+    before, hidden, y, by_hidden, *by_y = (random(rows) for _ in range(7))
     y[0, ::2], before[0, ::2], before[-1, 1::2] = -60.0, -100.0, 100.0
-    basis, beside = random(rows, 4), random(4, units, scale=0.5)
-    edge, three, atom = (
-        random(rows, units),
-        random(rows, units),
-        torch.zeros(n_atoms, units, dtype=torch.float64),
-    )
-    gradient, by_atom, by_hidden = (
-        random(rows, units),
-        random(n_atoms, units),
-        random(rows, 2 * units),
-    )
-    by_y = [torch.zeros(rows, 2 * units) for _ in range(3)]
-    by_basis = [torch.zeros(rows, 4) for _ in range(2)]
-    by_own, by_other = torch.zeros_like(own), torch.zeros_like(other)
+    own, other, by_own, by_other = (random(n_atoms) for _ in range(4))
+    weights = random(rows, 4), 0.5 * random(4, units)
+    edge, three, gradient = (random(rows, units) for _ in range(3))
+    atom, by_atom = random(n_atoms, units).double(), random(n_atoms, units)
+    by_basis = [random(rows, 4) for _ in range(2)]
     kernels.first_forward(centre, neighbour, own, other, before, hidden)
-    kernels.edge_forward(basis, beside, y, edge)
-    kernels.atom_forward(basis, beside, y, centre, atom)
+    kernels.edge_forward(*weights, y, edge)
+    kernels.atom_forward(*weights, y, centre, atom)
     kernels.three_forward(y, three)
-    kernels.edge_backward(basis, beside, y, gradient, by_y[0], by_basis[0])
-    kernels.atom_backward(basis, beside, y, by_atom, centre, by_y[1], by_basis[1])
+    kernels.edge_backward(*weights, y, gradient, None, by_y[0], by_basis[0])
+    kernels.atom_backward(*weights, y, by_atom, centre, by_y[1], by_basis[1])
     kernels.three_backward(y, gradient, by_y[2])
     kernels.first_backward(centre, neighbour, before, by_hidden, by_own, by_other)
     return [before, hidden, edge, atom, three, *by_y, *by_basis, by_hidden, by_own, by_other]

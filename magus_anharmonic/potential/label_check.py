@@ -8,6 +8,7 @@ share (a sign, a unit) is an error of who made them; what one has alone sets it 
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Sequence
 from itertools import permutations
@@ -20,6 +21,8 @@ from magus_anharmonic.calculator_check import FORCE_FACTORS, NEAR, STRESS_FACTOR
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.potential.labelled import labels_of, name_of
 from magus_anharmonic.units import RYDBERG
+
+log = logging.getLogger(__name__)
 
 Pairs = Sequence[tuple[np.ndarray, np.ndarray]]
 """Label and model, one of each per structure."""
@@ -337,11 +340,16 @@ def _refuse_common(
         )
 
 
-def without_outliers(labelled: Sequence[Atoms], reasons: dict[int, str]) -> list[Atoms]:
-    """The labels that are none of the outliers."""
-    return [atoms for i, atoms in enumerate(labelled) if i not in reasons]
+def sound(labelled: Sequence[Atoms], model: Any, where: object) -> tuple[list[Atoms], list[str]]:
+    """Those that are none of the `outliers`, and a line for each other one, which the log has too.
 
-
-def in_words(atoms: Atoms, number: int | str, reason: str) -> str:
-    """``frame 3, structure g1-... (H3S): reason``."""
-    return f"frame {number}, {name_of(atoms)}: {reason}"
+    where : of the labels, for the log; a label with ``info['_frame']`` has its own.
+    """
+    wrong = outliers(labelled, model)
+    lines = [
+        f"frame {labelled[i].info.get('_frame', i + 1)}, {name_of(labelled[i])}: {reason}"
+        for i, reason in wrong.items()
+    ]
+    for line in lines:
+        log.warning("%s: a label that cannot be right is left out: %s", where, line)
+    return [atoms for i, atoms in enumerate(labelled) if i not in wrong], lines

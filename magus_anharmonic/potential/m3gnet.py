@@ -21,14 +21,13 @@ own gate of v_i.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.functional import linear, silu
 
 from magus_anharmonic.potential.graph import Graph
@@ -38,15 +37,13 @@ _DEGENERACY = (1, 3, 5, 7)
 N_RADIAL = 4
 
 
-def smooth_cutoff(length: torch.Tensor, cutoff: float) -> torch.Tensor:
+def smooth_cutoff(length: Tensor, cutoff: float) -> Tensor:
     """f(r) = 1 - 6 x^5 + 15 x^4 - 10 x^3 with x = r / cutoff, and 0 beyond."""
     x = length / cutoff
     return torch.clamp(1 - x * x * x * (10 - x * (15 - 6 * x)), min=0.0)
 
 
-def radial_functions(
-    coefficients: torch.Tensor, factor: torch.Tensor, x: torch.Tensor
-) -> torch.Tensor:
+def radial_functions(coefficients: Tensor, factor: Tensor, x: Tensor) -> Tensor:
     """R_ln(r) at x = r / cutoff, (E, 16) with column 4 l + n, from the ``coef`` buffer of
     MatterSim's SphericalBasisLayer.
 
@@ -77,7 +74,7 @@ def radial_functions(
     return factor * ((powers @ sine) * torch.sin(angle) + (powers @ cosine) * torch.cos(angle))
 
 
-def spherical_harmonics(unit: torch.Tensor) -> torch.Tensor:
+def spherical_harmonics(unit: Tensor) -> Tensor:
     """Real, orthonormal Y_lm of unit vectors (E, 3) for l = 0 to 3: (E, 16), ordered by l;
     polynomials of the components."""
     factors, first_order, second_order, third_order = (
@@ -92,7 +89,7 @@ def spherical_harmonics(unit: torch.Tensor) -> torch.Tensor:
 
 
 @functools.cache
-def _polynomials() -> tuple[tuple[torch.Tensor, ...], ...]:
+def _polynomials() -> tuple[tuple[Tensor, ...], ...]:
     """Tables that make the monomials of degree 2 and 3 as products, and the coefficients of Y_1m,
     Y_2m and Y_3m in them.
 
@@ -131,7 +128,7 @@ def _polynomials() -> tuple[tuple[torch.Tensor, ...], ...]:
     return factors, (_table("xyz", first),), (_table(pairs, second),), (_table(triples, third),)
 
 
-def _table(names: Sequence[str], columns: list[dict[str, float]]) -> torch.Tensor:
+def _table(names: Sequence[str], columns: list[dict[str, float]]) -> Tensor:
     """(names, columns): the coefficients of each column."""
     return torch.tensor(
         [[column.get(name, 0.0) for column in columns] for name in names], dtype=torch.float64
@@ -139,7 +136,7 @@ def _table(names: Sequence[str], columns: list[dict[str, float]]) -> torch.Tenso
 
 
 @functools.cache
-def _spreading() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _spreading() -> tuple[Tensor, Tensor, Tensor]:
     """From (l, n) and from (l, m) to the 64 columns (l, n, m) as 0 and 1, (16, 64) each; and c_l of
     the 16 columns (l, n)."""
     by_radial, by_harmonic = (
@@ -159,12 +156,8 @@ def _spreading() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 def threebody_sum(
-    centre: torch.Tensor,
-    n_atoms: int,
-    cutoff: torch.Tensor,
-    radial: torch.Tensor,
-    harmonics: torch.Tensor,
-) -> torch.Tensor:
+    centre: Tensor, n_atoms: int, cutoff: Tensor, radial: Tensor, harmonics: Tensor
+) -> Tensor:
     """B (E, 16) of the docstring of `magus_anharmonic.potential.m3gnet`, from f (E,), R_ln (E, 16)
     and Y_lm (E, 16) of the bonds."""
     by_radial, by_harmonic, normal = (table.to(radial) for table in _spreading())
@@ -177,7 +170,7 @@ def threebody_sum(
     return cutoff[:, None] * (total - normal * weighted)
 
 
-def _gated(network: nn.Module, values: torch.Tensor) -> torch.Tensor:
+def _gated(network: nn.Module, values: Tensor) -> Tensor:
     """A GatedMLP: the product of its two branches."""
     return network.g(values) * network.sigma(values)
 
@@ -195,40 +188,19 @@ class FactorisedM3GNet(nn.Module):
         self.threebody_cutoff: float = float(arguments["threebody_cutoff"])
         self._workspace = Workspace()
 
-    @contextlib.contextmanager
-    def fresh_workspace(self) -> Iterator[None]:
-        """Within it, memory that earlier evaluations left is not used: to measure what one
-        takes."""
-        kept, self._workspace = self._workspace, Workspace()
-        try:
-            yield
-        finally:
-            self._workspace = kept
-
-    def forward(
-        self, graph: Graph, create_graph: bool = False
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def forward(self, graph: Graph, create_graph: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """Energy (n,) eV in float64, forces (N, 3) eV/A, stress (n, 3, 3) eV/A^3 in ASE's sign.
 
         With ``create_graph`` the results can be differentiated again, by the parameters.
         """
         if not create_graph:
-            energy, gradient, _ = self._evaluate(graph)
-            return energy, *_forces_and_stress(graph, gradient)
+            return self.evaluate(graph)[:3]
         vector = graph.vector.detach().requires_grad_(True)
         energy = self.energy(graph, vector)
         (gradient,) = torch.autograd.grad(energy.sum(), vector, create_graph=True)
         return energy, *_forces_and_stress(graph, gradient)
 
-    def evaluate(
-        self, graph: Graph
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """As `forward`, and the atom features (N, u) before the readout: what `uncertainty` needs,
-        at no further cost."""
-        energy, gradient, atom = self._evaluate(graph)
-        return energy, *_forces_and_stress(graph, gradient), atom
-
-    def atom_features(self, graph: Graph) -> torch.Tensor:
+    def atom_features(self, graph: Graph) -> Tensor:
         """Atom features (N, u) after the last block, before the readout; the forward pass alone."""
         with torch.no_grad():
             radial, threebody = (
@@ -240,9 +212,9 @@ class FactorisedM3GNet(nn.Module):
             self._workspace.give(inference.memory)
         return atom
 
-    def _evaluate(self, graph: Graph) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Energy, its gradient by the edge vectors, and the last atom features; nothing can be
-        differentiated again.
+    def evaluate(self, graph: Graph) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """As `forward`, and the atom features (N, u) before the readout: what `uncertainty` needs,
+        at no further cost. Nothing can be differentiated again.
 
         R_ln is computed in float64: its closed forms cancel at small r, which costs two digits of
         float32.
@@ -262,9 +234,9 @@ class FactorisedM3GNet(nn.Module):
         with torch.no_grad():
             gradients = inference.backward(by_atom)
         (gradient,) = torch.autograd.grad((radial, threebody), vector, gradients)
-        return energy.detach(), gradient, atom.detach()
+        return energy.detach(), *_forces_and_stress(graph, gradient), atom.detach()
 
-    def energy(self, graph: Graph, vector: torch.Tensor) -> torch.Tensor:
+    def energy(self, graph: Graph, vector: Tensor) -> Tensor:
         """Energies (n,) in eV, float64, as a differentiable function of the edge vectors (E, 3)."""
         module, centre = self.module, graph.centre
         radial, threebody = self.edge_basis(graph, vector)
@@ -284,19 +256,22 @@ class FactorisedM3GNet(nn.Module):
             atom = atom.index_add(0, centre, message)
         return self._readout(graph, atom)
 
-    def _readout(self, graph: Graph, atom: torch.Tensor) -> torch.Tensor:
-        """Sum of the scaled and shifted atomic energies; float64, because shifts are many orders
-        above what matters."""
+    def atomic_energies(self, graph: Graph, atom: Tensor) -> Tensor:
+        """(N,) eV from the last atom features (N, u), scaled and shifted; float64, because shifts
+        are many orders above what matters."""
         normalizer = self.module.normalizer
         atomic = _gated(self.module.final, atom).view(-1).double()
-        atomic = (
+        return (
             normalizer.scale.double()[graph.numbers] * atomic
             + normalizer.shift.double()[graph.numbers]
         )
+
+    def _readout(self, graph: Graph, atom: Tensor) -> Tensor:
+        atomic = self.atomic_energies(graph, atom)
         total = torch.zeros(len(graph.n_atoms), dtype=torch.float64, device=atomic.device)
         return total.index_add(0, graph.structure, atomic)
 
-    def edge_basis(self, graph: Graph, vector: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def edge_basis(self, graph: Graph, vector: Tensor) -> tuple[Tensor, Tensor]:
         """e0 (E, 4), the smooth Bessel functions of all edges, and B (n_near, 16) of the module's
         docstring."""
         kind, n_near = graph.vector.dtype, graph.n_near
@@ -311,9 +286,7 @@ class FactorisedM3GNet(nn.Module):
             graph.centre[:n_near], len(graph.numbers), cutoff, radial, harmonics
         )
 
-    def _edge_network(
-        self, network: nn.Module, atom: torch.Tensor, edge: torch.Tensor, graph: Graph
-    ) -> torch.Tensor:
+    def _edge_network(self, network: nn.Module, atom: Tensor, edge: Tensor, graph: Graph) -> Tensor:
         """GatedMLP of [v_i, v_j, e_ij]; the first layer is split, so that the parts of v_i and v_j
         are per-atom products."""
         branches = []
@@ -330,7 +303,7 @@ class FactorisedM3GNet(nn.Module):
         return branches[0] * branches[1]
 
 
-def _forces_and_stress(graph: Graph, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _forces_and_stress(graph: Graph, gradient: Tensor) -> tuple[Tensor, Tensor]:
     """Forces (N, 3) and stress (n, 3, 3) from dE/d(edge vector) (E, 3); the stress is zero where
     there is no volume."""
     forces = torch.zeros(len(graph.numbers), 3, dtype=gradient.dtype, device=gradient.device)

@@ -21,14 +21,10 @@ from pydantic import (
 from scipy.linalg import LinAlgError, cho_factor, cho_solve, expm, expm_frechet
 
 from magus_anharmonic.errors import InputError
-from magus_anharmonic.potential.symmetrise import SymmetryProjector
+from magus_anharmonic.potential.guards import SymmetryProjector
 from magus_anharmonic.settings.section import MAX_PRESSURE_GPA
 from magus_anharmonic.structures import stripped
 from magus_anharmonic.units import gpa_to_ev_per_a3
-
-START_CURVATURE = 40.0  # eV/A^2, between a soft metal and a bond of hydrogen; ASE has 70
-
-SMALLEST_CURVATURE = 1e-2  # eV/A^2
 
 
 @dataclass(frozen=True)
@@ -52,55 +48,9 @@ class Coordinates:
     patience: float = 40
 
 
-class _Newton:
-    """What rules with a model of the Hessian share."""
-
-    def step(self, gradient: np.ndarray) -> np.ndarray:
-        raise NotImplementedError
-
-    def predicted_decrease(self, gradient: np.ndarray) -> float:
-        """Half of what the Newton step gains at first order."""
-        return -0.5 * float(gradient @ self.step(gradient))
-
-    def shorten(self) -> None:
-        """Nothing to do: what was learnt stays valid."""
-
-
-class Bfgs(_Newton):
-    """Newton steps on a BFGS model of the Hessian B, along |eigenvalues|, so that they go down from
-    saddles too.
-
-    The rule of ASE's BFGS with a smaller first B. B is positive definite nearly always: the step is
-    then found by Cholesky's decomposition, several times faster than by eigenvectors.
-    """
-
-    coordinates: ClassVar[Coordinates] = Coordinates()
-
-    def __init__(self, size: int) -> None:
-        self.hessian = START_CURVATURE * np.eye(size)
-
-    def step(self, gradient: np.ndarray) -> np.ndarray:
-        try:
-            return -cho_solve(cho_factor(self.hessian), gradient)
-        except LinAlgError:
-            values, vectors = np.linalg.eigh(self.hessian)
-            return -vectors @ (
-                (vectors.T @ gradient) / np.maximum(np.abs(values), SMALLEST_CURVATURE)
-            )
-
-    def learn(self, step: np.ndarray, change: np.ndarray) -> None:
-        """The BFGS update; left out where the curvature along the step is lost in rounding."""
-        curvature = float(step @ change)
-        predicted = self.hessian @ step
-        along = float(step @ predicted)
-        if abs(curvature) > 1e-8 * (step @ step) and abs(along) > 1e-12:
-            self.hessian += (
-                np.outer(change, change) / curvature - np.outer(predicted, predicted) / along
-            )
-
-
-class AseBfgs(_Newton):
-    """ASE's ``BFGS``, step for step when the coordinates are those of its ``FrechetCellFilter``.
+class AseBfgs:
+    """ASE's ``BFGS``, step for step when the coordinates are those of its ``FrechetCellFilter``:
+    Newton steps along |eigenvalues| of a BFGS model B of the Hessian, down from saddles too.
 
     It follows ASE's path to the same minimum until rounding decides: where the curvature along a
     step vanishes, and at saddle points, which a symmetric start reaches.
@@ -118,18 +68,50 @@ class AseBfgs(_Newton):
 
     def step(self, gradient: np.ndarray) -> np.ndarray:
         values, vectors = np.linalg.eigh(self.hessian)
-        return -vectors @ (
-            (gradient @ vectors) / np.maximum(np.abs(values), self.SMALLEST_CURVATURE)
-        )
+        curvatures = np.maximum(np.abs(values), self.SMALLEST_CURVATURE)
+        return -vectors @ ((gradient @ vectors) / curvatures)
 
     def learn(self, step: np.ndarray, change: np.ndarray) -> None:
-        """The BFGS update, also with a negative curvature along the step."""
+        """The BFGS update."""
         curvature, predicted = float(step @ change), self.hessian @ step
         along = float(step @ predicted)
-        if np.abs(step).max() >= self.SHORTEST_STEP and curvature and along:
+        if self._tells(step, curvature, along):
             self.hessian += (
                 np.outer(change, change) / curvature - np.outer(predicted, predicted) / along
             )
+
+    def _tells(self, step: np.ndarray, curvature: float, along: float) -> bool:
+        """Whether B can learn of a step; also with a negative curvature along it."""
+        return bool(np.abs(step).max() >= self.SHORTEST_STEP and curvature and along)
+
+    def predicted_decrease(self, gradient: np.ndarray) -> float:
+        """Half of what the Newton step gains at first order."""
+        return -0.5 * float(gradient @ self.step(gradient))
+
+    def shorten(self) -> None:
+        """Nothing to do: what was learnt stays valid."""
+
+
+class Bfgs(AseBfgs):
+    """The same with a smaller first B, in coordinates of its own.
+
+    B is positive definite nearly always: the step is then found by Cholesky's decomposition,
+    several times faster than by eigenvectors.
+    """
+
+    coordinates: ClassVar[Coordinates] = Coordinates()
+    START_CURVATURE = 40.0  # between a soft metal and a bond of hydrogen
+    SMALLEST_CURVATURE = 1e-2
+
+    def step(self, gradient: np.ndarray) -> np.ndarray:
+        try:
+            return -cho_solve(cho_factor(self.hessian), gradient)
+        except LinAlgError:
+            return super().step(gradient)
+
+    def _tells(self, step: np.ndarray, curvature: float, along: float) -> bool:
+        """Not where the curvature along the step is lost in rounding."""
+        return abs(curvature) > 1e-8 * (step @ step) and abs(along) > 1e-12
 
 
 class Fire:
@@ -177,11 +159,7 @@ class Fire:
         self.mixing, self.downhill = self.MIXING, 0
 
 
-OPTIMIZERS: dict[str, type[Bfgs] | type[AseBfgs] | type[Fire]] = {
-    "bfgs": Bfgs,
-    "ase": AseBfgs,
-    "fire": Fire,
-}
+OPTIMIZERS: dict[str, type[AseBfgs] | type[Fire]] = {"bfgs": Bfgs, "ase": AseBfgs, "fire": Fire}
 
 
 def _real(value: Any) -> Any:
@@ -280,23 +258,17 @@ class MinimiserState:
     def __init__(
         self,
         atoms: Atoms,
-        pressure: float,
-        max_move: float,
-        relax_cell: bool,
+        options: Options,
         projector: SymmetryProjector | None,
         optimizer: str = "ase",
         fixed: np.ndarray | None = None,
     ) -> None:
         start = stripped(atoms if projector is None else projector.structure(atoms))
-        self.start, self.projector, self.pressure, self.max_move = (
-            start,
-            projector,
-            pressure,
-            max_move,
-        )
+        self.start, self.projector = start, projector
+        self.pressure, self.max_move = options.pressure, options.max_move
         self.start_lattice = start.cell.array.copy()
         self.periodic = bool(start.pbc.all())
-        self.relax_cell = relax_cell and self.periodic
+        self.relax_cell = options.relax_cell and self.periodic
         rule = OPTIMIZERS[optimizer]
         self.coordinates = rule.coordinates
         self.length = len(start) ** rule.coordinates.cell_power
@@ -306,9 +278,9 @@ class MinimiserState:
         self.mobile[: 3 * len(start)] = np.repeat(self.free, 3)
         self.trial = self.x
         self.rule = rule(len(self.x))
-        self.radius = max_move
+        self.radius = self.max_move
         self.point: Point | None = None
-        self.best: Point | None = None
+        self.best: Any = None  # a Point where there is one
         self.without_progress = 0
         self.downwards = False
 
@@ -373,7 +345,7 @@ class MinimiserState:
             forces,
             stress,
         )
-        if self.point is None or self.best is None:
+        if self.point is None:
             self.point, self.best, self.x = point, point, point.x
             return True
         self.rule.learn(self.trial - self.x, point.gradient - self.point.gradient)
@@ -391,10 +363,9 @@ class MinimiserState:
     def _remember(self, noise: float) -> None:
         """Keep the lowest point; go back to it, and only downwards from there, after ``patience``
         steps without a lower one."""
-        assert self.point is not None and self.best is not None
-        progress = self.point.enthalpy < self.best.enthalpy - noise
+        progress = self.here.enthalpy < self.best.enthalpy - noise
         self.without_progress = 0 if progress else self.without_progress + 1
-        if self.point.enthalpy <= self.best.enthalpy:
+        if self.here.enthalpy <= self.best.enthalpy:
             self.best = self.point
         if self.without_progress >= self.coordinates.patience and not self.downwards:
             self.downwards = True
@@ -422,13 +393,17 @@ class MinimiserState:
 
     def return_to_best(self) -> None:
         """Stand at the lowest point that was visited."""
-        assert self.best is not None
         self.point, self.x = self.best, self.best.x
 
     def shrink(self) -> None:
         """The last trial was bad: the next one is shorter."""
         self.radius = min(self.radius, self._size(self.trial - self.x)) / 3.0
         self.rule.shorten()
+
+    @property
+    def here(self) -> Point:
+        """Where the search stands, once anything was evaluated."""
+        return self.point  # type: ignore[return-value]
 
     @property
     def stuck(self) -> bool:
@@ -449,8 +424,7 @@ class MinimiserState:
     def residual(self) -> tuple[float, float]:
         """Largest force (eV/A) on an atom that is not fixed, and largest component of stress + P
         (eV/A^3; zero when the cell is fixed)."""
-        assert self.point is not None
-        force = float(np.sqrt(((self.free * self.point.forces) ** 2).sum(axis=1).max()))
+        force = float(np.sqrt(((self.free * self.here.forces) ** 2).sum(axis=1).max()))
         return force, float(
-            np.abs(self.point.stress + self.pressure * np.eye(3)).max()
+            np.abs(self.here.stress + self.pressure * np.eye(3)).max()
         ) if self.relax_cell else 0.0

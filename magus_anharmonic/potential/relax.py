@@ -1,23 +1,33 @@
-"""Relaxation of many structures at once, at a pressure, on any `Evaluator`."""
+"""Relaxation of many structures at once, at a pressure, on any `Evaluator`, here or on workers; and
+what a worker needs to have the same evaluator."""
 
 from __future__ import annotations
 
 import logging
+import os
+import pickle
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from ase import Atoms
 from ase.data import chemical_symbols
 
 from magus_anharmonic.calculator_check import check_calculator
+from magus_anharmonic.errors import MachineError, MagusAnharmonicError, one_line
 from magus_anharmonic.evaluator import Evaluator, Relaxation, evaluate_each
+from magus_anharmonic.io.digests import digest
 from magus_anharmonic.potential.guards import why_invalid
 from magus_anharmonic.potential.optimizers import Options, checked
 from magus_anharmonic.potential.relaxation import Result, SingleRelaxation
 from magus_anharmonic.potential.resources import one_thread_for_small_matrices
-from magus_anharmonic.runs.progress import Progress
+from magus_anharmonic.runs.record import Progress
+from magus_anharmonic.scheduler import Done, Scheduler
+from magus_anharmonic.structures import stripped
 from magus_anharmonic.units import GPa
 
 logger = logging.getLogger(__name__)
@@ -96,13 +106,12 @@ def relax(
     )
     _warn_of_open_ones(structures, fix_symmetry)
     results: dict[int, Relaxation] = {}
-    progress = _Progress(len(structures), max_steps)
     with one_thread_for_small_matrices():
         first = next((atoms for atoms in structures if not why_invalid(atoms)), None)
         if first is not None:
             check_calculator(evaluator, first, stress=relax_cell)
         for index, relaxation in _finished(
-            evaluator, structures, options, edges_in_flight or _capacity(evaluator), progress
+            evaluator, structures, options, edges_in_flight or _capacity(evaluator)
         ):
             results[index] = _with_note(relaxation.result(), evaluator)
     return [results[index] for index in range(len(structures))]
@@ -139,16 +148,13 @@ def _capacity(evaluator: Evaluator) -> int:
 
 
 def _finished(
-    evaluator: Evaluator,
-    structures: Sequence[Atoms],
-    options: Options,
-    capacity: int,
-    progress: _Progress,
+    evaluator: Evaluator, structures: Sequence[Atoms], options: Options, capacity: int
 ) -> Iterator[tuple[int, SingleRelaxation]]:
     """Index and end of each relaxation as it finishes; at most ``capacity`` edges, or one
     structure, are in flight at a time."""
     flying: dict[int, SingleRelaxation] = {}
-    waiting, entered = iter(enumerate(structures)), 0
+    waiting, entered, ended, rounds = iter(enumerate(structures)), 0, 0, 0
+    progress = Progress(len(structures), interval=LOG_INTERVAL)
     while flying or entered < len(structures):
         edges = sum(relaxation.n_edges() for relaxation in flying.values())
         while entered < len(structures) and (edges < capacity or not flying):
@@ -162,7 +168,18 @@ def _finished(
             edges += relaxation.n_edges()
         _round(evaluator, list(flying.values()))
         done = [index for index, relaxation in flying.items() if relaxation.done]
-        progress.report(len(done))
+        rounds, ended = rounds + 1, entered - len(flying) + len(done)
+        if ended < len(structures) and progress.due():
+            # until the first one has ended, by the rounds that it may take
+            pace = (
+                (ended, len(structures) - ended)
+                if ended
+                else (rounds, max(options.max_steps - rounds, 1))
+            )
+            logger.info(
+                "relaxed %d of %d structures, %d rounds, %.0f s%s",
+                ended, len(structures), rounds, progress.seconds, progress.left(*pace, ", "),
+            )  # fmt: skip
         for index in done:
             yield index, flying.pop(index)
 
@@ -197,30 +214,160 @@ def _why_invalid_numbers(energy: float, forces: np.ndarray, stress: np.ndarray) 
     return f"{', '.join(absurd)} in eV and A cannot be" if absurd else ""
 
 
-class _Progress:
-    """One log line every ten seconds."""
+CHUNK = {"cpu": 20, "cuda": 500}
+"""Structures that are relaxed together; a GPU needs many at once. Fixed, so that results do not
+depend on the number of workers."""
 
-    def __init__(self, total: int, max_steps: int) -> None:
-        self.total, self.max_steps = total, max_steps
-        self.rounds = self.finished = 0
-        self.pace = Progress(total, interval=LOG_INTERVAL)
 
-    def report(self, newly_finished: int) -> None:
-        self.rounds += 1
-        self.finished += newly_finished
-        remaining = self.total - self.finished
-        if not remaining or not self.pace.due():
-            return
-        done, rest = (
-            (self.finished, remaining)
-            if self.finished
-            else (self.rounds, max(self.max_steps - self.rounds, 1))
+@dataclass(frozen=True)
+class Source:
+    """What a worker needs to make its own evaluator: a checkpoint to load (its bytes where folders
+    are not shared), or the evaluator.
+
+    Of a pickled evaluator ``digest`` tells two with one ``model_id`` apart.
+    """
+
+    model_id: str
+    checkpoint: str = ""
+    content: bytes | None = None
+    device: str | None = None
+    dtype: str = ""
+    evaluator: Evaluator | None = None
+    digest: str = ""
+
+    @property
+    def key(self) -> str:
+        """See `magus_anharmonic.scheduler.Shared`."""
+        return "-".join(filter(None, (self.model_id, self.dtype, self.device, self.digest)))
+
+    def make(self) -> Evaluator:
+        """The evaluator; raises MagusAnharmonicError when the checkpoint is no longer the same
+        model."""
+        if self.evaluator is not None:
+            return self._checked(self.evaluator)
+        from magus_anharmonic.potential import load
+
+        if self.content is None:
+            potential = load(self.checkpoint, self.device, dtype=self.dtype)
+        else:
+            with tempfile.TemporaryDirectory(prefix="model-") as folder:
+                path = Path(folder) / Path(self.checkpoint).name
+                path.write_bytes(self.content)
+                potential = load(path, self.device, dtype=self.dtype)
+        return self._checked(potential)
+
+    def _checked(self, evaluator: Evaluator) -> Evaluator:
+        if evaluator.model_id != self.model_id:
+            what = self.checkpoint or "the evaluator"
+            raise MagusAnharmonicError(
+                f"{what}: holds model {evaluator.model_id}, not {self.model_id}: it was replaced"
+            )
+        return evaluator
+
+
+def serialised(evaluator: Evaluator, *, remote: bool = False) -> Source | None:
+    """None (with a line in the log) when the evaluator cannot be sent to another process;
+    ``remote``: nor can it read our files."""
+    path = getattr(evaluator, "path", None)
+    if path is not None and hasattr(evaluator, "dtype"):
+        dtype = str(evaluator.dtype).removeprefix("torch.")
+        content = Path(path).read_bytes() if remote else None
+        device = None if remote else getattr(evaluator, "device", None)
+        return Source(
+            evaluator.model_id,
+            checkpoint=os.path.abspath(path),
+            content=content,
+            device=device,
+            dtype=dtype,
         )
-        logger.info(
-            "relaxed %d of %d structures, %d rounds, %.0f s, %s",
-            self.finished,
-            self.total,
-            self.rounds,
-            self.pace.seconds,
-            self.pace.left(done, rest, ""),
-        )
+    try:
+        identity = digest(pickle.dumps(evaluator))
+    except (pickle.PicklingError, TypeError, AttributeError) as error:
+        logger.info("the evaluator cannot be sent to another process: %s", one_line(error))
+        return None
+    return Source(evaluator.model_id, evaluator=evaluator, digest=identity)
+
+
+OnRelaxed = Callable[[int, Relaxation], None]
+
+
+def relax_options(keys: Any) -> dict[str, Any]:
+    """Arguments of `relax` and `relax_on` from the keys of a calculator's block, which have MAGUS's
+    names."""
+    return {
+        "force_tolerance": keys.eps,
+        "max_steps": keys.max_step,
+        "max_move": keys.max_move,
+        "optimizer": keys.optimizer,
+        "fix_symmetry": keys.fix_symmetry,
+        "perturbations": keys.perturbations,
+        "relax_cell": keys.relax_lattice,
+    }
+
+
+def relax_on(
+    scheduler: Scheduler,
+    evaluator: Evaluator,
+    structures: Sequence[Atoms],
+    pressure: GPa = 0.0,
+    on_relaxed: OnRelaxed | None = None,
+    **options: Any,
+) -> list[Relaxation]:
+    """As `relax`, on the workers of a remote scheduler; here, with all threads, when it is none or
+    the evaluator cannot travel.
+
+    ``on_relaxed(index, relaxation)`` is called here as structures end, in any order. Raises
+    ``MagusAnharmonicError`` for what is no property of a structure: the workers cannot make the
+    evaluator, or one structure alone has ended several of them.
+    """
+    source = serialised(evaluator, remote=True) if scheduler.remote and structures else None
+    if source is None:
+        results = relax(evaluator, structures, pressure, **options)
+        for index, result in enumerate(results if on_relaxed is not None else ()):
+            on_relaxed(index, result)  # type: ignore[misc]
+        return results
+    size = CHUNK[scheduler.device]
+    copies = [stripped(atoms, constraints=True) for atoms in structures]
+    chunks = [
+        list(range(first, min(first + size, len(copies)))) for first in range(0, len(copies), size)
+    ]
+    found: dict[int, Relaxation] = {}
+    lost: list[list[int]] = []
+
+    def take(chunk: list[int], done: Done) -> None:
+        names = ", ".join(copies[index].get_chemical_formula() for index in chunk[:3])
+        for index, result in zip(chunk, _results(done, names), strict=True):
+            found[index] = result
+            if on_relaxed is not None:
+                on_relaxed(index, result)
+        logger.info("relaxed %d of %d structures", len(found), len(copies))
+
+    for done in scheduler.map(
+        _relax_chunk, (([copies[i] for i in chunk], pressure, options) for chunk in chunks), source
+    ):
+        chunk = chunks[done.index]
+        if done.died and len(chunk) > 1:
+            lost.append(chunk)
+        else:
+            take(chunk, done)
+    # Which structure of a chunk kills workers shows only when each is alone.
+    alone = [index for chunk in lost for index in chunk]
+    ones = (([copies[i]], pressure, options) for i in alone)
+    for done in scheduler.map(_relax_chunk, ones, source) if alone else ():
+        take([alone[done.index]], done)
+    return [found[index] for index in range(len(copies))]
+
+
+def _relax_chunk(
+    item: tuple[list[Atoms], float, dict[str, Any]], evaluator: Evaluator
+) -> list[Relaxation]:
+    structures, pressure, options = item
+    return relax(evaluator, structures, pressure, **options)
+
+
+def _results(done: Done, names: str) -> list[Relaxation]:
+    if done.died:
+        raise MachineError(f"the workers that relax {names} die: {done.reason}")
+    if done.reason:
+        raise MagusAnharmonicError(f"no relaxation on the workers: {done.reason}")
+    return done.value

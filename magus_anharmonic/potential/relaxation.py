@@ -16,23 +16,20 @@ from magus_anharmonic.potential.guards import (
     APART_AT_START,
     BOND_RANGE,
     CellGuard,
+    SymmetryProjector,
     isolated,
     n_pieces,
     overlap,
     why_invalid,
 )
 from magus_anharmonic.potential.optimizers import ENTHALPY_NOISE, MinimiserState, Options, Point
-from magus_anharmonic.potential.symmetrise import SymmetryProjector
 from magus_anharmonic.structures import fixed_atoms, stripped, structure_id
 from magus_anharmonic.units import ev_per_a3_to_gpa
 
 logger = logging.getLogger(__name__)
 
-PERTURBATION_SIZES = (
-    0.2,
-    0.35,
-    0.5,
-)  # Angstrom, in turn; smaller ones fall back where they came from, each mends other starts
+# Angstrom, in turn; smaller ones fall back where they came from, each mends other starts
+PERTURBATION_SIZES = (0.2, 0.35, 0.5)
 NEAR_MINIMUM = 1.0  # eV/A
 FREE_STEPS = 12  # after a perturbation, before its Hessian is believed
 DECREASE_FACTOR = 5.0  # on what a Hessian from few steps expects
@@ -46,13 +43,15 @@ class SingleRelaxation:
     """Relaxation of one structure, a `MinimiserState` for each optimiser, until it has converged,
     failed or run out of steps."""
 
+    minimiser: MinimiserState
+    """Of the present optimiser; not there while `_start` has not found the structure sound."""
+
     def __init__(self, atoms: Atoms, options: Options) -> None:
         self.options = options
         self.atoms = stripped(atoms)
         self.reason = ""
         self.failed = self.done = self.converged = False
         self.n_steps = 0
-        self.minimiser: MinimiserState | None = None
         self.kept: tuple[Point, Atoms] | None = None
         self.waiting = list(options.optimizer)
         self.lowest: Point | None = None
@@ -67,11 +66,8 @@ class SingleRelaxation:
         self.fixed = fixed_atoms(given)
         projected = options.fix_symmetry and self.atoms.pbc.all()
         self.projector = SymmetryProjector(self.atoms, options.symprec) if projected else None
-        self.rng = (
-            np.random.default_rng(int(structure_id(self.atoms), 16))
-            if options.perturbations
-            else None
-        )
+        if options.perturbations:
+            self.rng = np.random.default_rng(int(structure_id(self.atoms), 16))
         self._next_optimizer()
 
     def attempt(self, action: Callable[..., T], *arguments: object) -> T | None:
@@ -84,7 +80,7 @@ class SingleRelaxation:
                 raise
             logger.debug("%s of %s failed", action.__name__, self.atoms, exc_info=True)
             reason = one_line(error)
-            if self.minimiser is None:
+            if not hasattr(self, "minimiser"):
                 self.done, self.reason, self.failed = True, reason, True
             else:
                 self._end(f"the next step fails: {reason}", failed=True)
@@ -92,32 +88,22 @@ class SingleRelaxation:
 
     def _next_optimizer(self) -> None:
         """Begin at the start with the next of the optimisers."""
-        options = self.options
         self.minimiser = MinimiserState(
-            self.atoms,
-            options.pressure,
-            options.max_move,
-            options.relax_cell,
-            self.projector,
-            self.waiting.pop(0),
-            self.fixed,
+            self.atoms, self.options, self.projector, self.waiting.pop(0), self.fixed
         )
         self.isolated = isolated(self.minimiser.start)
         self.n_pieces = n_pieces(self.minimiser.start, APART_AT_START)
         self.guard = CellGuard(self.minimiser.start_lattice, len(self.atoms))
         self.n_perturbations = self.free_until = 0
-        self.reason = ""
-        self.lowest: Point | None = None
+        self.reason, self.lowest = "", None
 
     def n_edges(self) -> float:
         """Pairs of atoms within `BOND_RANGE`, estimated from the density."""
-        assert self.minimiser is not None
         return expected_pairs(self.minimiser.structure(), BOND_RANGE)
 
     def propose(self) -> Atoms | None:
         """The next structure to evaluate; None when the step led to overlapping atoms (the next
         step is shorter)."""
-        assert self.minimiser is not None
         self.n_steps += 1
         atoms = self.minimiser.propose()
         if self.minimiser.point is not None and (reason := overlap(atoms)):
@@ -127,17 +113,13 @@ class SingleRelaxation:
         return atoms
 
     def receive(self, result: Result | str) -> None:
-        assert self.minimiser is not None
-        if (
-            not isinstance(result, str)
-            and self.minimiser.relax_cell
-            and not np.isfinite(result[2]).all()
-        ):
+        if isinstance(result, tuple):
+            if not self.minimiser.relax_cell or np.isfinite(result[2]).all():
+                if self.minimiser.receive(*result):
+                    self.reason = ""
+                return
             result = "there is no stress, which a variable cell needs"
-        if not isinstance(result, str):
-            if self.minimiser.receive(*result):
-                self.reason = ""
-        elif self.minimiser.point is None:
+        if self.minimiser.point is None:
             self._end(result, failed=True)
         else:
             self.minimiser.shrink()
@@ -152,7 +134,6 @@ class SingleRelaxation:
             reason, failed, converged = "", False, True
         if self.n_steps < self.options.max_steps:
             if self.lowest is not None and self.n_perturbations < self.options.perturbations:
-                assert self.minimiser is not None and self.rng is not None
                 self.minimiser.perturb(
                     self.lowest.x,
                     PERTURBATION_SIZES[self.n_perturbations % len(PERTURBATION_SIZES)],
@@ -167,8 +148,7 @@ class SingleRelaxation:
         self.done, self.reason, self.failed, self.converged = True, reason, failed, converged
 
     def _keep_lower(self) -> None:
-        assert self.minimiser is not None and self.minimiser.point is not None
-        point = self.minimiser.point
+        point = self.minimiser.here
         if self.lowest is None or point.enthalpy < self.lowest.enthalpy:
             self.lowest = point
         if self.kept is None or point.enthalpy < self.kept[0].enthalpy:
@@ -177,15 +157,14 @@ class SingleRelaxation:
     def judge(self) -> None:
         """End the relaxation where it has converged, diverged, got stuck or run out of steps."""
         minimiser = self.minimiser
-        if self.done or minimiser is None or minimiser.point is None or minimiser.best is None:
+        if self.done or minimiser.point is None:
             return
         last = minimiser.stuck or self.n_steps >= self.options.max_steps
         if not last and self._to_be_pruned():
             self._end("ends no lower than before the perturbation")
             return
-        higher = minimiser.point.enthalpy > minimiser.best.enthalpy + ENTHALPY_NOISE * len(
-            self.atoms
-        )
+        noise = ENTHALPY_NOISE * len(self.atoms)
+        higher = minimiser.here.enthalpy > minimiser.best.enthalpy + noise
         if higher and (last or self._converged()):
             minimiser.return_to_best()
             minimiser.downwards = True
@@ -201,23 +180,20 @@ class SingleRelaxation:
         """After a perturbation: near a minimum that is not expected to be lower than the
         unperturbed one."""
         minimiser = self.minimiser
-        if self.lowest is None or minimiser is None or minimiser.point is None:
+        if self.lowest is None or self.n_steps < self.free_until:
             return False
-        if self.n_steps < self.free_until or minimiser.residual()[0] > NEAR_MINIMUM:
+        if minimiser.residual()[0] > NEAR_MINIMUM:
             return False
-        expected = minimiser.point.enthalpy - DECREASE_FACTOR * minimiser.rule.predicted_decrease(
-            minimiser.point.gradient
-        )
+        decrease = DECREASE_FACTOR * minimiser.rule.predicted_decrease(minimiser.here.gradient)
+        expected = minimiser.here.enthalpy - decrease
         return expected > self.lowest.enthalpy - SMALLEST_GAIN * len(self.atoms)
 
     def _converged(self) -> bool:
-        assert self.minimiser is not None
         force, stress = self.minimiser.residual()
         return force < self.options.force_tolerance and stress < self.options.stress_tolerance
 
     def _finish(self) -> None:
         """Say how it ended at the point where the search stands."""
-        assert self.minimiser is not None
         atoms = self.minimiser.structure()
         wrong = overlap(atoms) or self._dissolved(atoms)
         if wrong:
@@ -248,7 +224,7 @@ class SingleRelaxation:
         return ""
 
     def result(self) -> Relaxation:
-        minimiser = self.minimiser
+        minimiser = getattr(self, "minimiser", None)
         if self.kept is None and minimiser is not None and minimiser.point is not None:
             self.kept = minimiser.point, minimiser.structure()
         if self.kept is None:

@@ -12,22 +12,17 @@ most of the time.
 from __future__ import annotations
 
 import contextlib
-import os
 import threading
-import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+import psutil
 import torch
-from ase import Atoms
 from threadpoolctl import threadpool_limits
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from magus_anharmonic.errors import InputError
-from magus_anharmonic.potential.graph import build_graph
 
 if TYPE_CHECKING:
     from magus_anharmonic.potential.m3gnet import FactorisedM3GNet
@@ -49,72 +44,15 @@ class MemoryModel:
         return self.per_edge * n_edges + self.per_atom * n_atoms
 
 
-def measure(
-    model: FactorisedM3GNet,
-    dtype: torch.dtype,
-    device: str,
-    probe: Callable[[Any], float] | None = None,
-) -> MemoryModel:
-    """The memory model of ``model``, from the peaks of three small evaluations.
+def memory_model(model: FactorisedM3GNet, dtype: torch.dtype) -> MemoryModel:
+    """An upper bound of what torch allocates, a fifth above it for usual models.
 
-    probe
-        Bytes at the peak of the evaluation of a `Graph`; the default counts what torch allocates.
+    Of each edge: what the backward pass needs of every block (`inference.Inference`), a gradient,
+    and the basis in float64 with its derivatives. Of each atom: tables and gradients of a block.
     """
-    probe = probe or (lambda graph: peak_bytes(model, graph))
-
-    def graph(structures: list[Atoms]) -> Any:
-        return build_graph(
-            structures, model.cutoff, dtype, device, threebody_cutoff=model.threebody_cutoff
-        )
-
-    lone = Atoms("H", cell=[4 * model.cutoff] * 3, pbc=True)
-    # Twice the density of H3S at 150 GPa; most edges within the three-body cutoff, so that the
-    # estimate is a high one.
-    crowded = Atoms("H", cell=[model.threebody_cutoff / 2.9] * 3, pbc=True)
-    few, many = probe(graph([lone] * 100)), probe(graph([lone] * 300))
-    per_atom = max((many - few) / 200, 1.0)
-    small, large = graph([crowded] * 10), graph([crowded] * 30)
-    extra = probe(large) - probe(small) - 20 * per_atom
-    return MemoryModel(max(extra / (len(large.centre) - len(small.centre)), 1.0), per_atom)
-
-
-def peak_bytes(model: FactorisedM3GNet, graph: Any) -> float:
-    """Largest sum of the tensors that live at the same time during an evaluation, on any device."""
-    with model.fresh_workspace(), _Peak() as counter:
-        model(graph)
-    return float(counter.peak)
-
-
-class _Peak(TorchDispatchMode):
-    """Follows the storages that torch's operations make."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self._known: set[int] = set()
-
-    def __torch_dispatch__(
-        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        result = function(*args, **(kwargs or {}))
-        for value in tree_leaves(result):
-            if isinstance(value, torch.Tensor):
-                self._meet(value.untyped_storage())
-        return result
-
-    def _meet(self, storage: torch.UntypedStorage) -> None:
-        key = storage._cdata
-        if key in self._known:
-            return
-        size = storage.nbytes()
-        self._known.add(key)
-        self.live += size
-        self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self._leave, key, size)
-
-    def _leave(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.live -= size
+    units, blocks = model.units, len(model.module.graph_conv)  # type: ignore[arg-type]
+    per_edge = dtype.itemsize * (10 * blocks + 1) * units + 2800
+    return MemoryModel(per_edge, dtype.itemsize * (16 * units + 64))
 
 
 def chosen_device(asked: str | None) -> str:
@@ -136,20 +74,7 @@ def available_bytes(device: str) -> float:
         return float(
             free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         )
-    return min(_available_ram(), _control_group_rest())
-
-
-def _available_ram() -> float:
-    try:
-        for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("MemAvailable:"):
-                return float(line.split()[1]) * 1024
-    except OSError:
-        pass  # not Linux
-    try:
-        return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    except (ValueError, OSError):
-        return float("inf")
+    return min(float(psutil.virtual_memory().available), _control_group_rest())
 
 
 def _control_group_rest() -> float:

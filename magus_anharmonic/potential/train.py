@@ -21,7 +21,7 @@ from magus_anharmonic.io.files import remove, write_json
 from magus_anharmonic.potential import checkpoint
 from magus_anharmonic.potential.evaluate import Potential
 from magus_anharmonic.potential.finetune import FinetuneResult, finetune
-from magus_anharmonic.potential.label_check import in_words, outliers
+from magus_anharmonic.potential.label_check import sound
 from magus_anharmonic.potential.labelled import (
     Scores,
     labels_of,
@@ -380,18 +380,11 @@ def _sound(
     model = None
     if module is not None:
         model = Potential(module, device=str(next(module.parameters()).device))
-    everything = [atoms for part in sets for atoms in part]
-    reasons = outliers(everything, model)
-    wrong = {id(everything[i]) for i in reasons}
-    excluded = [
-        in_words(everything[i], everything[i].info.get("_frame", i + 1), reason)
-        for i, reason in reasons.items()
-    ]
-    for atoms in everything:
+    kept, excluded = sound([atoms for part in sets for atoms in part], model, "training")
+    for atoms in kept:
         atoms.info.pop("_frame", None)
-    for line in excluded:
-        logger.warning("a label that cannot be right is left out: %s", line)
-    train, validation, test = ([atoms for atoms in part if id(atoms) not in wrong] for part in sets)
+    known = set(map(id, kept))
+    train, validation, test = ([atoms for atoms in part if id(atoms) in known] for part in sets)
     if not train:
         raise InputError(
             f"{', '.join(map(str, labels))}: no label for training is left: {excluded[0]}"

@@ -9,8 +9,9 @@ at all.
 from __future__ import annotations
 
 import copy
+import io
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,7 @@ from pydantic import Field
 from torch_ema import ExponentialMovingAverage
 
 from magus_anharmonic.errors import DamagedFile, InputError
-from magus_anharmonic.io.digests import digest
-from magus_anharmonic.io.files import readable
+from magus_anharmonic.io.files import readable, unsealed
 from magus_anharmonic.potential.checkpoint import write_torch
 from magus_anharmonic.potential.graph import Graph
 from magus_anharmonic.potential.labelled import (
@@ -74,8 +74,8 @@ class TrainingState:
 
 def write_state(path: Path, state: TrainingState) -> None:
     """Whole or not at all; raises OSError where the disk is full."""
-    content = {**vars(state), "history": [asdict(epoch) for epoch in state.history]}
-    write_torch(path, {**content, "digest": _digest(content)})
+    history = [asdict(epoch) for epoch in state.history]
+    write_torch(path, {**vars(state), "history": history}, sealed=True)
 
 
 def read_state(path: Path, trainer: Trainer, key: str) -> TrainingState | None:
@@ -86,41 +86,18 @@ def read_state(path: Path, trainer: Trainer, key: str) -> TrainingState | None:
     ``trainer``, which is never changed; disk and memory errors as they are.
     """
     with readable(path, "the state of a training"):
-        content = torch.load(
-            path, map_location=next(trainer.module.parameters()).device, weights_only=True
-        )
-    if not isinstance(content, dict) or "key" not in content:
-        raise DamagedFile("it holds no state of a training")
-    if content["key"] != key:
-        return None
-    # torch loads half a state, or one with changed bits, without an error
-    if content.pop("digest", None) != _digest(content):
-        raise DamagedFile("it is not as it was written")
-    with readable(path, "the state of this training"):
-        state = TrainingState(
-            **{**content, "history": [Epoch.of(epoch) for epoch in content["history"]]}
-        )
-        Trainer(copy.deepcopy(trainer.module), trainer.settings).restore(
-            copy.deepcopy(state.trainer)
-        )
+        # torch loads half a state, or one with changed bits, without an error
+        content = unsealed(path)
+        if len(content) == path.stat().st_size:
+            raise DamagedFile(f"{path}: its seal is gone")
+        device = next(trainer.module.parameters()).device
+        found = torch.load(io.BytesIO(content), map_location=device, weights_only=True)
+        if found["key"] != key:
+            return None
+        state = TrainingState(**found | {"history": [Epoch.of(one) for one in found["history"]]})
+        rehearsal = Trainer(copy.deepcopy(trainer.module), trainer.settings)
+        rehearsal.restore(copy.deepcopy(state.trainer))
     return state
-
-
-def _digest(value: Any) -> str:
-    """The same for equal contents, also after they were saved, loaded and brought to another
-    device."""
-    if isinstance(value, Mapping):
-        text = "mapping " + "".join(
-            sorted(f"{name!r}:{_digest(item)}" for name, item in value.items())
-        )
-    elif isinstance(value, list | tuple):
-        text = "list " + "".join(map(_digest, value))
-    elif isinstance(value, torch.Tensor):
-        array = value.detach().cpu().numpy()
-        return digest(f"{array.dtype} {array.shape}", array, length=None)
-    else:
-        text = f"{type(value).__name__} {value!r}"
-    return digest(text, length=None)
 
 
 GRADIENT_NORM = 1.0
@@ -200,18 +177,14 @@ class Trainer:
     def state(self) -> dict[str, Any]:
         """Everything needed to go on, as tensors and plain containers."""
         return {
-            "module": self.module.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.scheduler.state_dict(),
-            "ema": self.ema.state_dict(),
+            part: getattr(self, part).state_dict()
+            for part in ("module", "optimizer", "scheduler", "ema")
         }
 
     def restore(self, state: dict[str, Any]) -> None:
         """Inverse of `state`."""
-        self.module.load_state_dict(state["module"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
-        self.ema.load_state_dict(state["ema"])
+        for part, content in state.items():
+            getattr(self, part).load_state_dict(content)
 
 
 def copy_state(module: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -281,7 +254,7 @@ as they are."""
 
 
 def refit_shift(
-    module: torch.nn.Module, labelled: Sequence[Atoms], *, batch_size: int = 8
+    module: torch.nn.Module, labelled: Sequence[Atoms], batch_size: int = 8
 ) -> dict[str, float]:
     """Add to ``module.normalizer.shift``, IN PLACE, the change that fits the energy residuals per
     atom best (least squares).
@@ -295,7 +268,12 @@ def refit_shift(
     """
     if not labelled:
         raise InputError("no labels to refit the energy shift on")
-    residual = _energy_residuals(module, labelled, batch_size)
+    model, parts = FactorisedM3GNet(module), []
+    with torch.no_grad():
+        for graph, targets in LabelledGraphs(labelled, module).batches(batch_size):
+            energy = model.energy(graph, graph.vector) / targets.n_atoms
+            parts.append((targets.energy - energy).cpu().numpy())
+    residual = np.concatenate(parts)
     species = sorted({int(number) for atoms in labelled for number in atoms.numbers})
     fractions = np.array(
         [[np.mean(atoms.numbers == number) for number in species] for atoms in labelled]
@@ -318,17 +296,3 @@ def refit_shift(
         ev_to_mev(float(np.sqrt(np.mean(left**2)))),
     )
     return found
-
-
-def _energy_residuals(
-    module: torch.nn.Module, labelled: Sequence[Atoms], batch_size: int
-) -> np.ndarray:
-    """Label minus model, eV/atom (n,)."""
-    model = FactorisedM3GNet(module)
-    parts = []
-    with torch.no_grad():
-        for graph, targets in LabelledGraphs(labelled, module).batches(batch_size):
-            parts.append(
-                (targets.energy - model.energy(graph, graph.vector) / targets.n_atoms).cpu().numpy()
-            )
-    return np.concatenate(parts)

@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 from ase import Atoms
+from torch import Tensor
 
 from magus_anharmonic.potential.graph import Graph
 from magus_anharmonic.potential.labelled import LabelledGraphs
@@ -68,7 +69,7 @@ class ErrorModel:
     n_calibration : structures.
     """
 
-    whitening: torch.Tensor
+    whitening: Tensor
     energy_scale: float
     force_scale: float
     usual_energy_error: float
@@ -77,7 +78,7 @@ class ErrorModel:
     n_training: int
     n_calibration: int
 
-    def predict(self, features: torch.Tensor, graph: Graph) -> Uncertainty:
+    def predict(self, features: Tensor, graph: Graph) -> Uncertainty:
         """Errors of the structures of ``graph`` from the features (N, u) of its atoms."""
         means, force = _whitened(self.whitening.to(features.device), features, graph)
         return Uncertainty(self.energy_scale * means, self.force_scale * force)
@@ -195,9 +196,13 @@ def fit(
         np.concatenate(part) for part in zip(*parts, strict=True)
     )
     scales = _scale(energy, energy_distance), _scale(forces, force_distance)
+    inside = [_whitened(whitening, value, graph) for graph, value in features]
     usual = [
-        _usual(whitening, features, column, (energy_distance, force_distance)[column])
-        for column in (0, 1)
+        np.quantile(np.concatenate(distances), USUAL)
+        for distances in (
+            [*(np.linalg.norm(means, axis=1) for means, _ in inside), energy_distance],
+            [*(local for _, local in inside), force_distance],
+        )
     ]
     numbers = np.array(
         [*scales, *(scale * value for scale, value in zip(scales, usual, strict=True))]
@@ -216,7 +221,7 @@ def mean_features(model: FactorisedM3GNet, graph: Graph) -> np.ndarray:
     return _means(model.atom_features(graph).double(), graph).cpu().numpy()
 
 
-def _whitening(parts: Iterable[torch.Tensor]) -> torch.Tensor:
+def _whitening(parts: Iterable[Tensor]) -> Tensor:
     """A (u, u) with A^T A = (C + ridge)^-1, float64."""
     covariance: Any = 0.0
     for features in parts:
@@ -226,7 +231,7 @@ def _whitening(parts: Iterable[torch.Tensor]) -> torch.Tensor:
     return vectors.T / values.sqrt()[:, None]
 
 
-def _means(values: torch.Tensor, graph: Graph) -> torch.Tensor:
+def _means(values: Tensor, graph: Graph) -> Tensor:
     total = values.new_zeros(len(graph.n_atoms), *values.shape[1:]).index_add(
         0, graph.structure, values
     )
@@ -234,17 +239,7 @@ def _means(values: torch.Tensor, graph: Graph) -> torch.Tensor:
     return total / counts.view(-1, *[1] * (values.dim() - 1))
 
 
-def _distances(
-    whitening: torch.Tensor, features: torch.Tensor, graph: Graph
-) -> tuple[np.ndarray, np.ndarray]:
-    """(n,) |A mean(v)| and (n,) root mean square over the atoms of |A v|."""
-    means, local = _whitened(whitening, features, graph)
-    return np.linalg.norm(means, axis=1), local
-
-
-def _whitened(
-    whitening: torch.Tensor, features: torch.Tensor, graph: Graph
-) -> tuple[np.ndarray, np.ndarray]:
+def _whitened(whitening: Tensor, features: Tensor, graph: Graph) -> tuple[np.ndarray, np.ndarray]:
     """(n, u) A mean(v) and (n,) root mean square over the atoms of |A v|."""
     white = features.double() @ whitening.double().T
     local = _means(white.square().sum(dim=1), graph).sqrt()
@@ -252,7 +247,7 @@ def _whitened(
 
 
 def _errors_and_distances(
-    model: FactorisedM3GNet, whitening: torch.Tensor, graph: Graph, targets: Any
+    model: FactorisedM3GNet, whitening: Tensor, graph: Graph, targets: Any
 ) -> tuple[np.ndarray, ...]:
     """(n,) error of the energy per atom, (n,) root mean square error of the forces, and both
     distances."""
@@ -261,19 +256,10 @@ def _errors_and_distances(
     square = (
         _means((forces - targets.forces).double().square().mean(dim=1), graph).sqrt().cpu().numpy()
     )
-    return difference, square, *_distances(whitening, features, graph)
+    means, local = _whitened(whitening, features, graph)
+    return difference, square, np.linalg.norm(means, axis=1), local
 
 
 def _scale(errors: np.ndarray, distances: np.ndarray) -> float:
     """alpha of greatest likelihood for Gaussian errors of width alpha * distance."""
     return float(np.sqrt(np.mean((errors / np.maximum(distances, 1e-12)) ** 2)))
-
-
-def _usual(
-    whitening: torch.Tensor,
-    known: Sequence[tuple[Graph, torch.Tensor]],
-    column: int,
-    further: np.ndarray,
-) -> float:
-    of_training = [_distances(whitening, features, graph)[column] for graph, features in known]
-    return float(np.quantile(np.concatenate([*of_training, further]), USUAL))

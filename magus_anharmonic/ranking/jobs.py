@@ -32,15 +32,21 @@ from magus_anharmonic.errors import (
     typed_line,
 )
 from magus_anharmonic.evaluator import Evaluator, as_evaluator
-from magus_anharmonic.potential.remote import serialised
+from magus_anharmonic.potential.relax import serialised
 from magus_anharmonic.ranking.candidate import Candidate
 from magus_anharmonic.ranking.elimination import Standing, Stop
 from magus_anharmonic.ranking.run import Key, Run
 from magus_anharmonic.ranking.uncertainty import EnsembleTrust
-from magus_anharmonic.runs.progress import Progress
-from magus_anharmonic.scheduler import Scheduler, is_remote, open_scheduler
-from magus_anharmonic.scheduler.base import changed, packed, unpack
-from magus_anharmonic.scheduler.local import LocalScheduler
+from magus_anharmonic.runs.record import Progress
+from magus_anharmonic.scheduler import (
+    LocalScheduler,
+    Scheduler,
+    changed,
+    is_remote,
+    open_scheduler,
+    packed,
+    unpack,
+)
 from magus_anharmonic.settings import Settings
 from magus_anharmonic.sscha.record import INFO_KEYS, FreeEnergy
 from magus_anharmonic.sscha.result import SschaResult

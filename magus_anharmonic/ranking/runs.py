@@ -18,7 +18,7 @@ from magus_anharmonic.ranking.matcher import ENERGY_TOLERANCE
 from magus_anharmonic.ranking.run import Key, Run, sscha_hash
 from magus_anharmonic.ranking.store import NAME, FreeEnergyStore
 from magus_anharmonic.ranking.uncertainty import CommonNumbers, ensemble_trust
-from magus_anharmonic.runs.failures import record_failure
+from magus_anharmonic.runs.record import record_failure
 from magus_anharmonic.settings import Settings, SschaSettings
 from magus_anharmonic.sscha.state import SschaState
 from magus_anharmonic.structures import stripped, structure_id

@@ -112,13 +112,9 @@ def hessian_of_folder(folder: Path) -> Hessian | None:
 
 def with_verdict(record: Run, hessian: Hessian) -> Run:
     """The record with status, numbers and reason of a Hessian; undecided leaves the status."""
-    q, mode = hessian.lowest
+    q, mode = hessian.deciding
     lowest = float(hessian.hbar_omega[q, mode] * EV_IN_CM1)
-    error = (
-        None
-        if hessian.hbar_omega_error is None
-        else float(hessian.hbar_omega_error[q, mode] * EV_IN_CM1)
-    )
+    error = None if hessian.errors is None else float(hessian.hbar_omega_error[q, mode] * EV_IN_CM1)
     point = ", ".join(f"{value:g}" for value in hessian.points[q].round(4))
     found = (
         f"{'imaginary ' if lowest < 0 else ''}{abs(lowest):.0f}"
@@ -135,7 +131,7 @@ def with_verdict(record: Run, hessian: Hessian) -> Run:
     return record.updated(
         status=record.status if hessian.status == "undecided" else hessian.status,
         reason=_joined(record.reason, words[hessian.status]),
-        hessian_lowest=lowest,
+        hessian_deciding=lowest,
         hessian_error=error,
         p_stable=float(hessian.probability_stable),
     )

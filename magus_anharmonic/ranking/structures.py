@@ -32,7 +32,7 @@ from magus_anharmonic.evaluator import (
     set_energy_error,
 )
 from magus_anharmonic.gate import check_structures, read_sources
-from magus_anharmonic.labelers.codes import import_path, make_calculator
+from magus_anharmonic.labelers.codes import make_calculator
 from magus_anharmonic.notebook import says_in_notebooks
 from magus_anharmonic.ranking.candidate import RankingTable
 from magus_anharmonic.ranking.jobs import Workers
@@ -47,14 +47,19 @@ from magus_anharmonic.settings import (
     CalculatorSettings,
     RelaxationSettings,
     Settings,
-    parse,
+    is_evaluator,
+    parse_calculator,
 )
 from magus_anharmonic.sscha.engines import effective_number, minimise, reweighted
 from magus_anharmonic.sscha.ensemble import Ensemble, average
 from magus_anharmonic.sscha.qe_files import generating_matrices, read_ensemble, state_from_dyn
 from magus_anharmonic.sscha.result import SschaResult
-from magus_anharmonic.sscha.start import LARGEST_AMPLITUDE_LATER, floor_modes
-from magus_anharmonic.sscha.state import SschaState, state_digest
+from magus_anharmonic.sscha.state import (
+    LARGEST_AMPLITUDE_LATER,
+    SschaState,
+    floor_modes,
+    state_digest,
+)
 from magus_anharmonic.sscha.symmetry import Symmetry
 from magus_anharmonic.structures import stripped, structure_id
 from magus_anharmonic.units import GPa, ev_per_a3_to_gpa, gpa_to_ev_per_a3
@@ -118,38 +123,52 @@ def _evaluate_each(structures: Sequence[Atoms], evaluator: Evaluator) -> list[Ev
     ]
 
 
+def open_evaluator(
+    block: RelaxationSettings, at: str, elements: Sequence[str] = (), checkpoint: Path | None = None
+) -> Evaluator:
+    """The potential or the ASE calculator that a block of the input at the key ``at`` names.
+
+    ``elements``: symbols of the compound; ``checkpoint``: instead of the block's, where learning
+    made one. Raises ``InputError`` when it cannot be used.
+    """
+    if isinstance(block, CalculatorSettings):
+        from magus_anharmonic.potential import load
+
+        return load(checkpoint or block.checkpoint, device=block.device)
+    assert isinstance(block, AseCalculatorSettings)
+    made = make_calculator(block, at)
+    return made if isinstance(made, Evaluator) else CalculatorEvaluator(made, elements=elements)
+
+
 def evaluator_of(
     settings: Settings, checkpoint: Path | None = None
 ) -> tuple[Evaluator, RelaxationSettings]:
-    """What ``MLCalculator`` or ``MainCalculator`` names, with ``checkpoint`` where learning made
-    one, and its block.
-
-    Raises ``InputError`` when it cannot be used.
-    """
-    own = settings.calculator
-    if own is not None:
-        from magus_anharmonic.potential import load
-
-        return load(checkpoint or own.checkpoint, device=own.device), own
-    if settings.ml_calculator:
+    """What ``MLCalculator`` or ``MainCalculator`` names, and its block; see `open_evaluator`."""
+    block, at = settings.calculator, "MainCalculator"
+    if block is None and settings.ml_calculator:
         raise InputError(
             f"MLCalculator.calculator: {settings.ml_calculator.get('calculator')!r}: without MAGUS"
             " it is mattersim"
         )
-    block = parse(AseCalculatorSettings, settings.main_calculator, "MainCalculator")
-    made = make_calculator(block)
-    if not isinstance(made, Evaluator):
-        made = CalculatorEvaluator(made, elements=settings.symbols)
-    return made, block
+    block = block or parse_calculator(settings.main_calculator, at)
+    return open_evaluator(block, at, settings.symbols, checkpoint), block
+
+
+def ranking_evaluator(settings: Settings, own: Evaluator | None = None) -> Evaluator:
+    """Whose energies are ranked: what ``sscha.evaluator`` names, else ``own``, the search's, else
+    what `evaluator_of` makes."""
+    if settings.evaluator is not None:
+        return open_evaluator(settings.evaluator, "sscha.evaluator", settings.symbols)
+    return own or evaluator_of(settings)[0]
 
 
 def _relaxation_block(settings: Settings) -> RelaxationSettings:
-    """Where it is said how to relax: the block of the calculator, or the defaults."""
-    if settings.calculator is not None:
-        return settings.calculator
-    if import_path(str(settings.main_calculator.get("calculator", ""))) is not None:
-        return parse(AseCalculatorSettings, settings.main_calculator, "MainCalculator")
-    return parse(CalculatorSettings, {})
+    """Where it is said how to relax with what is ranked by: the block of the calculator, or the
+    defaults where it is one of MAGUS's own."""
+    block = settings.evaluator or settings.calculator
+    if block is None and is_evaluator(str(settings.main_calculator.get("calculator", ""))):
+        block = parse_calculator(settings.main_calculator, "MainCalculator")
+    return block or CalculatorSettings()
 
 
 def relax_inplace(
@@ -164,7 +183,7 @@ def relax_inplace(
     Returns one reason per structure, empty where it went well; a structure that dissolves, overlaps
     or runs away stays as it was.
     """
-    from magus_anharmonic.potential.remote import relax_on, relax_options
+    from magus_anharmonic.potential.relax import relax_on, relax_options
 
     options = relax_options(_relaxation_block(settings))
     if max_steps is not None:
@@ -356,13 +375,9 @@ def rank_alone(
     with locked(output, "magus-anharmonic rank"):
         check_results_version(output)
         begun = (Path(output) / "run.json").is_file()
-        if (
-            "start" in sources
-            and begun
-            and read_run_record(output).get("start") != sources["start"]
-        ):
+        if "start" in sources and begun and read_run_record(output).start != sources["start"]:
             raise InputError(f"{output}: holds a ranking with another start; give another folder")
-        evaluator = as_evaluator(evaluator_of(settings)[0], structures)
+        evaluator = as_evaluator(ranking_evaluator(settings), structures)
         seed = settings.seed or 0
         write_run_record(output, settings, seed=seed, model_id=evaluator.model_id, extra=sources)
         return rank_structures(structures, evaluator, settings, output, seed=seed, **options)

@@ -261,7 +261,7 @@ def _saddles(rows: Sequence[Candidate]) -> list[str]:
     lines = []
     for row in (row for row in rows if row.status == "saddle"):
         below = next((other for other in rows if other.parent == row.id), None)
-        lowest, error = row.free_energy.hessian_lowest, row.free_energy.hessian_error or 0.0
+        lowest, error = row.free_energy.hessian_deciding, row.free_energy.hessian_error or 0.0
         mode = "" if lowest is None else f", mode at {lowest:.0f} ± {error:.0f} cm⁻¹"
         found = "nothing was found" if below is None else f"{below.label} ({below.spg_quantum})"
         if below is not None and below.status == "unconverged":

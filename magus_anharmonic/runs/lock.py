@@ -24,16 +24,19 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
-from magus_anharmonic.errors import InputError, LostLock, MachineError
-from magus_anharmonic.io.digests import to_json
-from magus_anharmonic.runs.owner import NAME, Owner, born, machine, read_owner
+from magus_anharmonic.errors import InputError, LostLock, MachineError, one_line
+from magus_anharmonic.io.digests import from_json, to_json
 
 log = logging.getLogger(__name__)
 
+NAME = "lock.json"
+"""The lock of a whole folder. One of many things in a folder, a checkpoint, has its own:
+``<stem>.lock.json``."""
 TEMPORARY = ".magus-anharmonic.tmp"
 """How the names of our temporary files and folders end, which begin with a dot; nobody else's
 do."""
@@ -50,6 +53,98 @@ itself, and that a start waits for a process which is writing."""
 
 _CLAIMS: dict[tuple[Path, str], str] = {}
 """Folder and name of the locks that this process holds, or works for -> token."""
+
+
+@dataclass(frozen=True)
+class Owner:
+    """Who holds a lock. ``machine`` : boot and process namespace, in which ``pid`` and ``born``
+    (clock ticks) mean something; ``beat`` : counts signs of life, from 1."""
+
+    host: str
+    pid: int
+    machine: str
+    born: int
+    what: str
+    since: str
+    token: str
+    beat: int = 1
+
+    @property
+    def here(self) -> bool:
+        """Whether the owner's process id can be looked up from this process."""
+        return self.machine == machine()
+
+    @property
+    def alive(self) -> bool | None:
+        """Whether the owner runs; None when it is on another machine and only its heartbeat can
+        tell."""
+        return born(self.pid) == self.born if self.here else None
+
+    def described(self) -> str:
+        """``magus-anharmonic search, process 4711 on node7, since 2026-11-25T01:02:03+00:00 (3.2
+        h)``."""
+        what, host, since = (one_line(text, 100) for text in (self.what, self.host, self.since))
+        return f"{what}, process {self.pid} on {host}, since {since}{_age(self.since)}"
+
+
+def read_owner(folder: str | Path, name: str = NAME) -> Owner | None:
+    """The owner that the lock in ``folder`` names, dead or alive; None without a lock, or when it
+    holds no owner.
+
+    Fields of a later version are left out. Raises ``OSError`` when a lock that is there cannot be
+    read.
+    """
+    try:
+        found = from_json((Path(folder) / name).read_bytes())
+        owner = Owner(**{one.name: found[one.name] for one in fields(Owner) if one.name in found})
+    except (FileNotFoundError, NotADirectoryError, ValueError, TypeError, RecursionError):
+        return None
+    # not by pydantic: the heartbeat must not need memory for it
+    whole = all(type(getattr(owner, one.name)).__name__ == one.type for one in fields(Owner))
+    return owner if whole else None
+
+
+_HERE = uuid.uuid4().hex
+"""Where this process is, as far as others can know."""
+
+
+def machine() -> str:
+    """Names boot and process namespace: host names are not unique, and process ids mean nothing in
+    another container."""
+    parts = []
+    with contextlib.suppress(OSError):
+        # /proc of another namespace: no process can be looked up
+        if int(os.readlink("/proc/self")) != os.getpid():
+            return f"{socket.gethostname()} {_HERE} {os.getpid()}"
+    with contextlib.suppress(OSError):
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
+    with contextlib.suppress(OSError):
+        parts.append(os.readlink("/proc/self/ns/pid"))
+    return " ".join(parts) if len(parts) == 2 else f"{socket.gethostname()} {uuid.getnode():x}"
+
+
+def born(pid: int) -> int | None:
+    """When a process started, in ticks since boot (process ids are used again); None when there is
+    none, 0 when nothing tells."""
+    try:
+        parts: Any = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    except (OSError, IndexError):
+        if Path("/proc/self/stat").exists():
+            return None
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, 0)
+            return 0
+        return None
+    return None if parts[0] in "ZX" else int(parts[19])
+
+
+def _age(since: str) -> str:
+    # TypeError: without a time zone
+    with contextlib.suppress(ValueError, TypeError, OverflowError):
+        seconds = (datetime.now(UTC) - datetime.fromisoformat(since)).total_seconds()
+        if seconds >= 0:
+            return f" ({seconds / 3600:.1f} h)" if seconds > 5400 else f" ({seconds / 60:.0f} min)"
+    return ""
 
 
 def check_free(folder: str | Path, name: str = NAME) -> Owner | None:
@@ -273,20 +368,9 @@ def _covers(folder: Path, name: str, target: Path) -> bool:
 
 
 def _is_locked_by(folder: Path, name: str, token: str) -> bool:
-    """Whether the lock has this token; given up as gone or damaged, or its error raised, after
-    several attempts only."""
-    for attempt in range(ATTEMPTS):
-        if attempt:
-            time.sleep(PAUSE)
-        try:
-            owner = read_owner(folder, name)
-        except OSError:
-            if attempt == ATTEMPTS - 1:
-                raise
-            continue
-        if owner is not None:
-            return owner.token == token
-    return False
+    """Whether the lock has this token; given up as gone or damaged after several attempts only."""
+    owner = _found(folder, name, gone=True)
+    return owner is not None and owner.token == token
 
 
 def _lost(folder: Path, name: str) -> str:
@@ -313,19 +397,19 @@ def _write(folder: Path, name: str, owner: Owner, beat: int = 1) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _found(folder: Path, name: str) -> Owner | None:
-    """As `read_owner`, but a lock that is there is given up as damaged, or its error raised, after
-    several attempts only."""
-    for attempt in range(ATTEMPTS):
-        if attempt:
-            time.sleep(PAUSE)
+def _found(folder: Path, name: str, gone: bool = False) -> Owner | None:
+    """As `read_owner`, but a lock that is there (``gone``: or not) is given up as damaged, or its
+    error raised, after several attempts only."""
+    for left in reversed(range(ATTEMPTS)):
         try:
             owner = read_owner(folder, name)
-            if owner is not None or not (folder / name).exists():
+            if owner is not None or not (gone or (folder / name).exists()):
                 return owner
         except OSError:
-            if attempt == ATTEMPTS - 1:
+            if not left:
                 raise
+        if left:
+            time.sleep(PAUSE)
     return None
 
 

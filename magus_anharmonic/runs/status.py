@@ -5,22 +5,31 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from magus_anharmonic.errors import DamagedFile, InputError, one_line, reason_of
-from magus_anharmonic.io.files import read_json, read_jsonl
-from magus_anharmonic.runs.failures import read_failures
-from magus_anharmonic.runs.lock import HEARTBEAT, lives
-from magus_anharmonic.runs.owner import NAME, Owner, read_owner
-from magus_anharmonic.runs.record import CampaignFolder
+from magus_anharmonic.io.files import read_as, read_jsonl
+from magus_anharmonic.runs.lock import HEARTBEAT, NAME, Owner, lives, read_owner
+from magus_anharmonic.runs.record import (
+    CampaignFolder,
+    RecordedSettings,
+    RunRecord,
+    SearchState,
+    StepRecord,
+    read_failures,
+    read_steps,
+)
 from magus_anharmonic.units import duration
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 LAST_ERRORS = 5
 RECENT = 3600.0
@@ -102,43 +111,39 @@ def status(folder: str | Path) -> Status:
 
 
 def _search(ours: Path) -> Status:
-    results, record = ours.parent, _json(ours / "run.json")
-    settings = record.get("settings")
-    settings = settings if isinstance(settings, dict) else {}
-    history = read_jsonl(ours / "generations.jsonl", ("generation",)) or _rounds(results)
-    last = max((_number(line["generation"]) or 0 for line in history), default=0)
-    finished = _number(_json(ours / "search.json").get("finished")) or last
-    total = _number(settings.get("num_gen")) or 0
-    done = total > 0 and finished >= total
-    owner, state = holder(ours, done)
-    generation = finished + 1
+    results, record = ours.parent, _read(RunRecord, ours / "run.json") or RunRecord(version="")
+    state = _read(SearchState, ours / "search.json")
+    settings, total = record.settings, record.settings.num_gen or 0
+    history = read_jsonl(ours / "generations.jsonl", {"generation": int}) or _rounds(results)
+    last = max((line["generation"] for line in history), default=0)
+    finished = (state.finished if state else 0) or last
+    seconds = _numbers(line.get("seconds") for line in history[-5:])
+    done = 0 < total <= finished
+    owner, word = holder(ours, done)
     if done:
         where, waits = f"all {total} generations are done", "nothing"
     else:
-        step, waits = _step(results, ours, generation, settings)
-        where = f"generation {generation} of {total or '?'}: {step}"
+        step, waits = _step(results, ours, finished + 1, settings)
+        where = f"generation {finished + 1} of {total or '?'}: {step}"
     errors, counts = _errors(ours)
+    # the embedded host has always said that it is the host
+    embedded = record.host == "embedded" or not record.version
+    command = "magus-anharmonic search" if embedded else one_line(record.command, 80)
+    worked = [pace for pace in seconds if pace > 0]
     return Status(
         results.parent if results.name == "results" else ours,
         "search",
-        state,
+        word,
         where,
         waits,
         owner,
-        _rates(ours, history),
-        _left(history, total - finished),
+        _rates(ours, seconds),
+        sum(worked) / len(worked) * (total - finished) if worked and total > finished else None,
         errors,
         counts,
         _since_change(ours, results),
-        _command(record),
+        f"{command} -r",
     )
-
-
-def _command(record: dict[str, Any]) -> str:
-    """What goes on with a search; the embedded one has always said that it is the host."""
-    if record.get("host", "magus") == "embedded" or not record:
-        return "magus-anharmonic search -r"
-    return f"{one_line(str(record.get('command', 'magus search')), 80)} -r"
 
 
 def _rounds(results: Path) -> list[dict[str, Any]]:
@@ -156,7 +161,9 @@ def _rounds(results: Path) -> list[dict[str, Any]]:
     return sorted(found, key=lambda line: line["generation"])
 
 
-def _step(results: Path, ours: Path, generation: int, settings: dict[str, Any]) -> tuple[str, str]:
+def _step(
+    results: Path, ours: Path, generation: int, settings: RecordedSettings
+) -> tuple[str, str]:
     """What a generation is at, and what it needs to go on, by the files that it has."""
     if not (results / f"init{generation}.traj").exists():
         return "making structures", "random structures and offspring"
@@ -165,10 +172,10 @@ def _step(results: Path, ours: Path, generation: int, settings: dict[str, Any]) 
             return "relaxing", "the relaxations of this generation"
         chunks = len(list((ours / "relax" / str(generation)).glob("chunk-*.traj")))
         return f"relaxing, {chunks} chunks done", "the next chunk of relaxations"
-    learning = settings.get("learning")
-    if isinstance(learning, dict) and not (ours / "checkpoints" / f"gen{generation}.pth").exists():
-        return _learning_step(ours, generation, learning)
-    if isinstance(settings.get("sscha"), dict):
+    learned = ours / "checkpoints" / f"gen{generation}.pth"
+    if settings.learning is not None and not learned.exists():
+        return _learning_step(ours, generation, settings.learning)
+    if settings.sscha is not None:
         folders = [path for path in (ours / "sscha").glob("*") if path.is_dir()]
         open_runs = [path for path in folders if not (path / "result.json").exists()]
         populations = sum(len(list(path.glob("population_*.npz"))) for path in open_runs)
@@ -181,103 +188,75 @@ def _step(results: Path, ours: Path, generation: int, settings: dict[str, Any]) 
 
 
 def _learning_step(ours: Path, generation: int, learning: dict[str, Any]) -> tuple[str, str]:
-    wanted = (_number(learning.get("n_sample")) or 0) * (_number(learning.get("n_perturb")) or 0)
+    wanted = math.prod(_numbers(learning.get(key) for key in ("n_sample", "n_perturb")))
     pending = len(list((ours / "labels" / "pending" / f"gen{generation:03d}").glob("*.xyz")))
-    batches = list((ours / "labels").glob(f"gen{generation:03d}*.xyz"))
     failed = sum(
         record.get("stage") == "label" and record.get("generation") == generation
         for record in read_failures(ours)
     )
-    if not batches:
+    if not any((ours / "labels").glob(f"gen{generation:03d}*.xyz")):
         return (
             f"labelling, {pending} of at most {wanted} labels done, {failed} failed",
             "the labeler (learning.labeler)",
         )
     epoch = (
         "a checkpoint of its epochs is there"
-        if list((ours / "training").glob(f"gen{generation}.pth*"))
+        if any((ours / "training").glob(f"gen{generation}.pth*"))
         else "no epoch done yet"
     )
     return f"training, {epoch}", "the next epoch of finetuning"
 
 
-def _rates(ours: Path, history: Sequence[dict[str, Any]]) -> tuple[str, ...]:
-    """Labels and SSCHA populations of the last hour, from the times of their files."""
-    now = time.time()
-    found = []
-    labels = [_changed(path) for path in (ours / "labels").glob("pending/*/*.xyz")]
-    populations = [_changed(path) for path in (ours / "sscha").glob("*/population_*.npz")]
-    for what, times in (("labels", labels), ("SSCHA populations", populations)):
+def _rates(ours: Path, seconds: Sequence[float]) -> tuple[str, ...]:
+    """Labels and SSCHA populations of the last hour, from the times of their files, and the
+    ``seconds`` of the last generations."""
+    now, found = time.time(), []
+    for what, pattern in (
+        ("labels", "labels/pending/*/*.xyz"),
+        ("SSCHA populations", "sscha/*/population_*.npz"),
+    ):
         # a clock that was set back makes times of the future: they count as now
-        recent = [min(moment, now) for moment in times if moment > now - RECENT]
+        times = [min(_changed(path), now) for path in ours.glob(pattern)]
+        recent = [moment for moment in times if moment > now - RECENT]
         span = now - min(recent, default=now)
         if len(recent) > 1 and span > 1:
             found.append(f"{3600 * len(recent) / span:.0f} {what} per hour")
-    seconds = [
-        value for line in history[-5:] if isinstance(value := line.get("seconds"), int | float)
-    ]
     if seconds:
-        found.append(
-            f"{duration(sum(seconds) / len(seconds))} per generation (last {len(seconds)})"
-        )
+        mean = duration(sum(seconds) / len(seconds))
+        found.append(f"{mean} per generation (last {len(seconds)})")
     return tuple(found)
-
-
-def _left(history: Sequence[dict[str, Any]], generations: int) -> float | None:
-    seconds = [
-        value
-        for line in history[-5:]
-        if isinstance(value := line.get("seconds"), int | float) and value > 0
-    ]
-    return sum(seconds) / len(seconds) * generations if seconds and generations > 0 else None
 
 
 # --- a campaign -----------------------------------------------------------------------------------
 
 
 def _campaign(file: Path) -> Status:
-    steps = {name: step for name, step in _json(file).items() if isinstance(step, dict)}
+    steps = read_steps(file)
     if not steps:
         raise InputError(f"{file}: damaged: holds no step of a campaign")
-    states = Counter(str(step.get("status")) for step in steps.values())
-    running = [name for name, step in steps.items() if step.get("status") == "running"]
-    waiting = [name for name, step in steps.items() if step.get("status") == "open"]
-    failed = {
-        name: one_line(str(step.get("reason") or "no reason given"))
-        for name, step in steps.items()
-        if step.get("status") == "failed"
-    }
-    done = states["done"] == len(steps)
-    owner, state = holder(file.parent, done)
-    where = f"{states['done']} of {len(steps)} steps done, {states['failed']} failed"
-    if running:
-        where += f"; in {', '.join(running)}"
+
+    def of(status: str) -> dict[str, StepRecord]:
+        return {name: step for name, step in steps.items() if step.status == status}
+
+    running, waiting, failed, done = map(of, ("running", "open", "failed", "done"))
+    owner, state = holder(file.parent, len(done) == len(steps))
+    where = f"{len(done)} of {len(steps)} steps done, {len(failed)} failed"
+    where += f"; in {', '.join(running)}" if running else ""
     inner = None
     for name in running:
         with contextlib.suppress(InputError):
             inner = status(file.parent / name)
             where += f" ({inner.where})"
-    waits = (
-        "nothing"
-        if done
-        else (
-            inner.waits_for
-            if inner is not None
-            else (running or waiting or ["a failed step to be mended"])[0]
-        )
+    errors = tuple(
+        f"{name}: {one_line(step.reason or 'no reason given')}" for name, step in failed.items()
     )
-    spent = [
-        value
-        for step in steps.values()
-        if step.get("status") == "done" and isinstance(value := step.get("wall_s"), int | float)
-    ]
-    left = sum(spent) / len(spent) * (len(running) + len(waiting)) if spent else None
-    errors = tuple(f"{name}: {reason}" for name, reason in failed.items())[-LAST_ERRORS:]
-    counts = {"step": len(failed)} if failed else {}
-    if inner is not None:
-        errors, counts = (*errors, *inner.errors)[-LAST_ERRORS:], {**inner.counts, **counts}
-    rates = inner.rates if inner is not None else ()
-    age = time.time() - _changed(file)
+    if len(done) == len(steps):
+        waits = "nothing"
+    elif inner is not None:
+        waits = inner.waits_for
+    else:
+        waits = [*running, *waiting, "a failed step to be mended"][0]
+    wall = [step.wall_s for step in done.values()]
     return Status(
         file.parent,
         "campaign",
@@ -285,11 +264,11 @@ def _campaign(file: Path) -> Status:
         where,
         waits,
         owner,
-        rates,
-        left,
-        errors,
-        counts,
-        age,
+        () if inner is None else inner.rates,
+        sum(wall) / len(wall) * (len(running) + len(waiting)) if wall else None,
+        (errors if inner is None else (*errors, *inner.errors))[-LAST_ERRORS:],
+        ({} if inner is None else inner.counts) | ({"step": len(failed)} if failed else {}),
+        time.time() - _changed(file),
         "magus-anharmonic campaign campaign.yaml",
     )
 
@@ -373,14 +352,15 @@ def _changed(path: Path) -> float:
         return 0.0
 
 
-def _json(file: Path) -> dict[str, Any]:
-    """A JSON file, or nothing: a running search may be about to write it, and a damaged one must
-    not hide the rest."""
+def _read(kind: type[T], file: Path) -> T | None:
+    """A record, or None: a running search may be about to write it, and a damaged one must not hide
+    the rest."""
     try:
-        return read_json(file)
+        return read_as(kind, file)
     except DamagedFile:
-        return {}
+        return None
 
 
-def _number(value: Any) -> int | None:
-    return int(value) if isinstance(value, int | float) and abs(value) < 1e9 else None
+def _numbers(values: Iterable[Any]) -> list[float]:
+    """Those that are numbers."""
+    return [value for value in values if isinstance(value, int | float) and abs(value) < 1e9]

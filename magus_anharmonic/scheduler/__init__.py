@@ -2,7 +2,7 @@
 workers anywhere.
 
 A piece is a *task*, a function of one item that returns data. Only the process that calls `map`
-writes tables and databases.
+writes tables and databases: workers return what they wrote as bytes.
 """
 
 from __future__ import annotations
@@ -12,18 +12,37 @@ import contextlib
 from collections.abc import Iterator
 from typing import Protocol
 
-from magus_anharmonic.scheduler.base import MAX_DEATHS, Done, Scheduler, Shared, available_cores
+from magus_anharmonic.scheduler.base import (
+    MAX_DEATHS,
+    THREAD_VARIABLES,
+    Done,
+    LocalScheduler,
+    Scheduler,
+    SerialScheduler,
+    Shared,
+    available_cores,
+    changed,
+    packed,
+    unpack,
+)
 from magus_anharmonic.settings import WorkerSettings
 
 __all__ = [
     "MAX_DEATHS",
+    "THREAD_VARIABLES",
     "Done",
+    "LocalScheduler",
     "Scheduler",
     "Scheduling",
+    "SerialScheduler",
     "Shared",
     "available_cores",
+    "changed",
     "close_clusters",
+    "is_remote",
     "open_scheduler",
+    "packed",
+    "unpack",
 ]
 
 _CLUSTERS: dict[str, Scheduler] = {}
@@ -52,12 +71,8 @@ def open_scheduler(scheduling: Scheduling, *, device: str = "cpu") -> Iterator[S
         yield _cluster(name, workers)
         return
     if name == "serial":
-        from magus_anharmonic.scheduler.base import SerialScheduler
-
         yield SerialScheduler()
         return
-    from magus_anharmonic.scheduler.local import LocalScheduler
-
     with contextlib.closing(
         LocalScheduler(workers.count, threads=workers.cores, device=device)
     ) as local:
@@ -78,11 +93,9 @@ def _cluster(name: str, workers: WorkerSettings) -> Scheduler:
     return _CLUSTERS[key]
 
 
+@atexit.register
 def close_clusters() -> None:
     """Leave every Dask scheduler and end the jobs that were sent for one; called when the process
     ends."""
     while _CLUSTERS:
         _CLUSTERS.popitem()[1].close()
-
-
-atexit.register(close_clusters)

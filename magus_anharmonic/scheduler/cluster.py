@@ -17,8 +17,7 @@ from typing import Any
 
 import magus_anharmonic
 from magus_anharmonic.errors import InputError, MagusAnharmonicError, one_line, typed_line
-from magus_anharmonic.scheduler.base import MAX_DEATHS, Done, Shared, Task, attempt
-from magus_anharmonic.scheduler.local import limit_torch
+from magus_anharmonic.scheduler.base import MAX_DEATHS, Done, Shared, Task, attempt, limit_torch
 from magus_anharmonic.settings import WorkerSettings
 
 log = logging.getLogger(__name__)

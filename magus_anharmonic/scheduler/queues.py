@@ -23,6 +23,7 @@ from typing import Any
 
 from magus_anharmonic.errors import InputError, one_line
 from magus_anharmonic.runs.lock import guarded
+from magus_anharmonic.scheduler.base import THREAD_VARIABLES
 from magus_anharmonic.settings import QUEUES, WorkerSettings
 
 COMMANDS = {"slurm": ("sbatch", "scancel"), "lsf": ("bsub", "bkill"), "pbs": ("qsub", "qdel")}
@@ -199,10 +200,7 @@ def arguments(name: str, workers: WorkerSettings) -> dict[str, Any]:
     """Keyword arguments of dask-jobqueue's cluster class: one worker that runs one task at a time
     per job (per GPU with several)."""
     cores = workers.cores or 1
-    exports = [
-        f"export {variable}={cores}"
-        for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
-    ]
+    exports = [f"export {variable}={cores}" for variable in THREAD_VARIABLES]
     exports += [f"export {dask_variable(key)}={value}" for key, value in QUIET.items()]
     common: dict[str, Any] = {
         "queue": workers.queue,

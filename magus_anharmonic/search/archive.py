@@ -15,7 +15,7 @@ from magus_anharmonic.errors import DamagedFile, InputError
 from magus_anharmonic.gate import check_structures, isotope_hint
 from magus_anharmonic.io.files import (
     append_jsonl,
-    read_json,
+    read_as,
     read_jsonl,
     read_whole,
     readable,
@@ -27,6 +27,7 @@ from magus_anharmonic.io.files import (
     write_json,
 )
 from magus_anharmonic.runs.lock import forget_dead
+from magus_anharmonic.runs.record import SearchState
 from magus_anharmonic.search.population import copied, select_best
 from magus_anharmonic.structures import structure_id
 
@@ -152,13 +153,11 @@ class Archive:
         last = max(found, default=0)
         if file.exists():
             try:
-                state = read_json(file)
-                last = int(state["finished"])
-                found.setdefault(last, float(state["volume_ratio"]))
-            except (DamagedFile, KeyError, TypeError, ValueError) as error:
-                log.warning(
-                    "%s is damaged (%s); %s says how far the search came", file, error, HISTORY
-                )
+                state = read_as(SearchState, file)
+                last = state.finished
+                found.setdefault(last, state.volume_ratio)
+            except DamagedFile as error:
+                log.warning("%s; %s says how far the search came", error, HISTORY)
         return {generation: ratio for generation, ratio in found.items() if generation <= last}
 
     def finish(self, generation: int, volume_ratio: float, seconds: float = 0.0) -> None:

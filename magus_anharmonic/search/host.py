@@ -31,14 +31,15 @@ from magus_anharmonic.generation import (
     start,
 )
 from magus_anharmonic.io.files import read_jsonl
-from magus_anharmonic.ranking.structures import reevaluate
+from magus_anharmonic.ranking.structures import ranking_evaluator, reevaluate
 from magus_anharmonic.report import report_at_end
-from magus_anharmonic.runs.failures import record_failure
 from magus_anharmonic.runs.lock import check_free, guarded, locked, remove_unfinished
 from magus_anharmonic.runs.record import (
+    RunRecord,
     check_continues,
     check_results_version,
     read_run_record,
+    record_failure,
     write_run_record,
 )
 from magus_anharmonic.search import population as pops
@@ -111,6 +112,7 @@ def run(settings: Settings, directory: str | Path = ".", restart: bool = False) 
             settings,
             newest_checkpoint(archive.anharmonic, archive.finished()[0]) if restart else None,
         )
+        evaluator = ranking_evaluator(settings, relaxer.evaluator)
         if not restart:
             archive.directory.mkdir(parents=True, exist_ok=True)
             with guarded(
@@ -127,7 +129,7 @@ def run(settings: Settings, directory: str | Path = ".", restart: bool = False) 
                 settings,
                 archive.anharmonic,
                 restart=restart,
-                potential=relaxer.evaluator,
+                potential=evaluator,
                 seed=settings.seed,
                 record=False,
             )
@@ -167,7 +169,9 @@ def _open(
     known = record is None or _check_model(archive, relaxer, record)
     seed = settings.seed
     if seed is None:
-        seed = secrets.randbits(31) if record is None else record["seed"]
+        seed = record.seed if record else None
+    if seed is None:
+        seed = secrets.randbits(31)
     settings = settings.model_copy(update={"seed": seed})
     write_run_record(
         archive.anharmonic,
@@ -180,7 +184,7 @@ def _open(
     return settings, known
 
 
-def _check_model(archive: Archive, relaxer: Relaxer, record: dict[str, Any]) -> bool:
+def _check_model(archive: Archive, relaxer: Relaxer, record: RunRecord) -> bool:
     """Refuse to go on with another model than the one that the search had: a checkpoint or a
     parameter was replaced meanwhile.
 
@@ -194,11 +198,7 @@ def _check_model(archive: Archive, relaxer: Relaxer, record: dict[str, Any]) -> 
         models = {f"gen{line['generation']}": line["new_model"] for line in lines}
         file, known = str(own), models.get(own.stem)
     else:
-        starts = [
-            start.get("model")
-            for start in [*(record.get("earlier_starts") or ()), record]
-            if isinstance(start, dict)
-        ]
+        starts = [*(start.get("model") for start in record.earlier_starts), record.model]
         # a search that learns records later starts with the models that it made; one with another
         # calculator has one model
         named = [one for one in (starts[0], starts[-1]) if one and not is_unnamed(one)]
@@ -296,7 +296,8 @@ class Search:
 
     def _evaluate_again(self) -> None:
         survivors = {id(atoms): atoms for atoms in [*self.good, *self.keep, *self.current]}
-        reevaluate(list(survivors.values()), self.relaxer.evaluator, self.settings)
+        evaluator = self.state.potential if self.state else self.relaxer.evaluator
+        reevaluate(list(survivors.values()), evaluator, self.settings)
         self._keep_usable()
 
     def _step(self, generation: int) -> None:
@@ -390,7 +391,8 @@ class Search:
         survivors = [*self.good, *self.keep, *self.current]
         last = generation == self.num_gen
         seeds = after_generation(self.state, relaxed, survivors, generation, last=last)
-        self.relaxer.evaluator = self.state.potential
+        if self.state.learn:
+            self.relaxer.evaluator = self.state.potential
         self.archive.write_seeds(generation + 1, seeds)
         self._keep_usable()
 

@@ -18,7 +18,7 @@ from magus_anharmonic.errors import MagusAnharmonicError
 from magus_anharmonic.evaluator import Evaluator, set_energy_errors
 from magus_anharmonic.io.files import remove
 from magus_anharmonic.ranking.structures import evaluator_of
-from magus_anharmonic.runs.failures import record_failures
+from magus_anharmonic.runs.record import record_failures
 from magus_anharmonic.scheduler import Scheduling, is_remote, open_scheduler
 from magus_anharmonic.search.archive import read_frames, whole_frames, write_frames
 from magus_anharmonic.search.population import reduce_cell
@@ -49,7 +49,7 @@ class Relaxer:
 
         Finished chunks lie in ``folder`` (removed by `forget`) and are not computed again.
         """
-        from magus_anharmonic.potential.remote import CHUNK
+        from magus_anharmonic.potential.relax import CHUNK
 
         on_gpu = str(getattr(self.evaluator, "device", "cpu")).startswith("cuda")
         size = CHUNK["cuda" if on_gpu else "cpu"]
@@ -95,7 +95,7 @@ class Relaxer:
                 chunk = [population[index] for index in members]
                 write_frames(file, self._described_all(chunk, [found.pop(i) for i in members]))
 
-        from magus_anharmonic.potential.remote import relax_on, relax_options
+        from magus_anharmonic.potential.relax import relax_on, relax_options
 
         with open_scheduler(self.scheduling) as scheduler:
             starts = [_start(population[index]) for index in wanted]
@@ -109,8 +109,7 @@ class Relaxer:
             )
 
     def _relax_chunk(self, chunk: Sequence[Atoms]) -> list[Atoms]:
-        from magus_anharmonic.potential.relax import relax
-        from magus_anharmonic.potential.remote import relax_options
+        from magus_anharmonic.potential.relax import relax, relax_options
 
         return self._described_all(
             chunk,

@@ -13,11 +13,13 @@ from magus_anharmonic.settings.calculators import (
     RelaxationSettings,
     WorkerSettings,
     as_magus_reads,
+    import_path,
+    is_evaluator,
+    parse_calculator,
     stages,
 )
 from magus_anharmonic.settings.search import (
     OF_A_RANKING,
-    LearningSettings,
     Settings,
     SschaSettings,
     load_settings,
@@ -43,7 +45,7 @@ from magus_anharmonic.settings.section import (
     parse,
     snake_case,
 )
-from magus_anharmonic.settings.training import FinetuneSettings, TrainingKeys
+from magus_anharmonic.settings.training import FinetuneSettings, LearningSettings, TrainingKeys
 
 __all__ = [
     "OF_A_RANKING",
@@ -74,10 +76,13 @@ __all__ = [
     "as_magus_reads",
     "check_pressure",
     "fields_at",
+    "import_path",
+    "is_evaluator",
     "load_settings",
     "load_yaml",
     "nearest",
     "parse",
+    "parse_calculator",
     "parse_settings",
     "rank_settings",
     "snake_case",

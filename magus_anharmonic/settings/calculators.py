@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from magus_anharmonic import third_party
 from magus_anharmonic.settings.section import (
     Count,
+    Device,
     Force,
     In,
     InsidePath,
@@ -16,6 +19,7 @@ from magus_anharmonic.settings.section import (
     Seconds,
     Section,
     Spacing,
+    parse,
     snake_case,
 )
 
@@ -34,7 +38,8 @@ class RelaxationSettings(Section):
     old_names = {"kicks": "perturbations"}
 
     calculator: str = Field(
-        description="mattersim, emt, lj or the import path of an ASE calculator"
+        description="mattersim, emt, lj, a name of an installed package, or the import path of an"
+        " ASE calculator"
     )
     job_prefix: str | list[str] = Field(
         "ASE", description="MAGUS's folder name; the embedded host makes no such folder"
@@ -69,9 +74,7 @@ class CalculatorSettings(RelaxationSettings):
         "mattersim-v1.0.0-1M",
         description="a name MatterSim knows, a path, or a checkpoint this package ships",
     )
-    device: Literal["cpu", "cuda"] | None = Field(
-        None, description="cpu or cuda; left out: cuda when there is one"
-    )
+    device: Device = None
 
     @model_validator(mode="after")
     def _perturbations_break_symmetry(self) -> CalculatorSettings:
@@ -87,6 +90,35 @@ class AseCalculatorSettings(RelaxationSettings):
         default_factory=dict, description="keyword arguments of the calculator"
     )
     max_step: Count = Field(100, description="most relaxation steps")
+
+
+SHORT_NAMES = {"emt": "ase.calculators.emt.EMT", "lj": "ase.calculators.lj.LennardJones"}
+IMPORT_PATH = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+")
+
+
+def import_path(name: str) -> str | None:
+    """Of the ASE calculator that a block names, in full or short; None where the name is a
+    checkpoint, or one that MAGUS alone knows."""
+    path = SHORT_NAMES.get(name, name)
+    return path if IMPORT_PATH.fullmatch(path) and not path.endswith(".pth") else None
+
+
+def is_evaluator(name: str) -> bool:
+    """Whether a block's ``calculator`` is one that is made here: an ASE calculator, or another
+    package's evaluator."""
+    return import_path(name) is not None or name in third_party.declared("evaluators")
+
+
+def parse_calculator(
+    named: str | Mapping[str, Any], where: str
+) -> CalculatorSettings | AseCalculatorSettings:
+    """The block of a calculator (mattersim where it does not say), or what a name alone stands for:
+    the import path of an ASE calculator, another package's evaluator, or a checkpoint. Raises
+    ``InputError`` that begins with ``where``."""
+    if isinstance(named, str):
+        named = {"calculator" if is_evaluator(named) else "checkpoint": named}
+    ours = named.get("calculator", "mattersim") == "mattersim"
+    return parse(CalculatorSettings if ours else AseCalculatorSettings, dict(named), where)
 
 
 _PER_STAGE = frozenset(
@@ -135,8 +167,9 @@ class LabelerSettings(Section):
 
     calculator: str = Field(
         description=(
-            "gpaw | vasp | espresso | main (MAGUS's MainCalculator, under magus search -m) | "
-            "import path of an ASE calculator, e.g. ase.calculators.emt.EMT"
+            "gpaw | vasp | espresso | main (MAGUS's MainCalculator, under magus search -m) | an"
+            " installed package's name | import path of an ASE calculator, e.g."
+            " ase.calculators.emt.EMT"
         )
     )
     arguments: dict[str, Any] = Field(

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.settings import section
+from magus_anharmonic.settings.calculators import CalculatorSettings, LabelerSettings
 from magus_anharmonic.settings.campaign_blocks import CampaignLearning as CampaignLearning
 from magus_anharmonic.settings.campaign_blocks import CampaignSscha as CampaignSscha
 from magus_anharmonic.settings.campaign_blocks import DftSettings as DftSettings
@@ -22,14 +23,12 @@ from magus_anharmonic.settings.campaign_blocks import PhaseSettings as PhaseSett
 from magus_anharmonic.settings.campaign_blocks import ProduceSettings as ProduceSettings
 from magus_anharmonic.settings.campaign_blocks import RelaxSettings as RelaxSettings
 from magus_anharmonic.settings.search import (
-    CalculatorSettings,
-    LabelerSettings,
     LearningSettings,
     Settings,
     SschaSettings,
     parse_settings,
 )
-from magus_anharmonic.settings.section import Section, load_yaml, parse
+from magus_anharmonic.settings.section import Device, Section, Seed, load_yaml, parse
 from magus_anharmonic.units import GPa
 
 OWNED_BY_THE_CAMPAIGN = (
@@ -47,16 +46,14 @@ class CampaignSettings(Section):
     """A whole campaign. Blocks that are left out are steps that are not done; `learning` left out:
     the foundation is the final model."""
 
-    seed: int = Field(0, ge=0, description="same campaign file and seed, same result")
+    seed: Seed = 0
     foundation: section.InsidePath = Field(
         "mattersim-v1.0.0-1M",
         description=(
             "a name MatterSim knows, a path relative to the campaign file, or a shipped one"
         ),
     )
-    device: Literal["cpu", "cuda"] | None = Field(
-        None, description="cpu or cuda; left out: cuda when there is one"
-    )
+    device: Device = None
     host: Literal["auto", "magus", "embedded"] = Field(
         "auto", description="who searches; auto: stock MAGUS when it is installed"
     )
@@ -161,20 +158,19 @@ class CampaignSettings(Section):
         blocks = {
             "search": self.search,
             "learning.search": self.learning.search if self.learning else {},
+            "produce.search": self.produce.search if self.produce else {},
         }
-        blocks["produce.search"] = self.produce.search if self.produce else {}
         for where, block in blocks.items():
             problems += [
                 f"{where}.{key}: is set by the campaign itself; leave it out"
                 for key in block
                 if _owned(str(key))
             ]
-        for where, block in (("calculator", self.calculator),):
-            problems += [
-                f"{where}.{key}: is set by the campaign itself; leave it out"
-                for key in block
-                if section.snake_case(str(key)) == "checkpoint"
-            ]
+        problems += [
+            f"calculator.{key}: is set by the campaign itself; leave it out"
+            for key in self.calculator
+            if section.snake_case(str(key)) == "checkpoint"
+        ]
         if not problems:
             for build in (self._check_searches, self._check_sscha):
                 try:
@@ -192,7 +188,8 @@ class CampaignSettings(Section):
 
     def _check_sscha(self) -> None:
         if self.sscha is not None:
-            parse(SschaSettings, self.sscha.settings, "sscha.settings")
+            if parse(SschaSettings, self.sscha.settings, "sscha.settings").evaluator is not None:
+                raise InputError("sscha.settings.evaluator: a campaign ranks by its final model")
 
     def input_yaml(
         self,
@@ -262,15 +259,7 @@ def load_campaign(path: str | Path) -> CampaignSettings:
 
 def parse_campaign(data: dict[str, Any]) -> CampaignSettings:
     """Validate the mapping of a ``campaign.yaml``."""
-    try:
-        return parse(CampaignSettings, data)
-    except InputError as error:
-        lines = [
-            line.removeprefix("input: ")
-            for problem in error.problems
-            for line in problem.splitlines()
-        ]
-        raise InputError(*lines) from None
+    return parse(CampaignSettings, data)
 
 
 def resolved(settings: CampaignSettings, folder: Path) -> CampaignSettings:

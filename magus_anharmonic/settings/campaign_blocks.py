@@ -2,49 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Annotated, Any
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from magus_anharmonic.settings import section
 from magus_anharmonic.settings.section import (
+    Ascending,
     Count,
     Energy,
+    Even,
+    EvenFrom4,
     Force,
     Kelvin,
     Length,
     NonNegative,
+    OfThree,
     Positive,
     PressureGPa,
+    PressuresGPa,
     Section,
+    Three,
 )
 from magus_anharmonic.settings.training import FinetuneSettings
 
-PressuresGPa = Annotated[list[PressureGPa], Field(min_length=1)]
 Share = Annotated[int, Field(ge=0, strict=True)]
-
-
-def in_order(pressures: Sequence[float]) -> Sequence[float]:
-    """The same pressures; ValueError unless they are given once each, ascending."""
-    for first, second in zip(pressures[:-1], pressures[1:], strict=True):
-        if second <= first:
-            raise ValueError(
-                f"pressures out of order: {second:g} GPa comes after {first:g} GPa; give each once,"
-                " ascending"
-            )
-    return pressures
 
 
 class Pressures(Section):
     """Base of the blocks that run at several pressures."""
 
     pressures: PressuresGPa = Field(description="GPa, ascending")
-
-    @field_validator("pressures")
-    @classmethod
-    def _ascending(cls, value: list[float]) -> list[float]:
-        return list(in_order(value))
 
 
 class PhaseSettings(Section):
@@ -119,7 +107,7 @@ def _paper_stages() -> list[StageSettings]:
 class MergeSettings(Section):
     """``merge``: one data set from all searches; the distortions of one phase stay on one side."""
 
-    split: tuple[Count, Share, Share] = Field(
+    split: Annotated[tuple[Count, Share, Share], OfThree] = Field(
         (8, 1, 1), description="train : validation : test, by families of parents"
     )
     dataset: section.InsidePath | None = Field(
@@ -132,11 +120,6 @@ class MergeSettings(Section):
     n_dataset: Count | None = Field(
         None, description="so many of them, drawn at random; left out: all"
     )
-
-    @field_validator("split", mode="before")
-    @classmethod
-    def _three_parts(cls, value: Any) -> Any:
-        return tuple(value) if isinstance(value, list) else value
 
 
 class FinalSettings(Section):
@@ -225,48 +208,31 @@ class HessianSettings(Pressures):
         min_length=1, description="which phases, and which of their modes"
     )
     temperature: Kelvin = Field(0.0, description="K")
-    supercell: tuple[Count, Count, Count] = Field(
-        (3, 3, 3), description="repetitions of the primitive cell"
-    )
-    n_configs: Count = Field(
+    supercell: Three = Field((3, 3, 3), description="repetitions of the primitive cell")
+    n_configs: EvenFrom4 = Field(
         1000, description="configurations per population and of the Hessian, even"
     )
     max_populations: Count = Field(20, description="most populations of one SSCHA relaxation")
-    dispersions: list[PressureGPa] = Field(
+    dispersions: Annotated[list[PressureGPa], Ascending] = Field(
         default_factory=list, description="GPa, of `pressures`: with the dispersion of every phase"
     )
-    dft_harmonic: list[PressureGPa] = Field(
+    dft_harmonic: Annotated[list[PressureGPa], Ascending] = Field(
         default_factory=list,
         description="GPa: harmonic modes by the labeler too, at its own relaxed cell",
     )
-    dft_sscha: list[PressureGPa] = Field(
+    dft_sscha: Annotated[list[PressureGPa], Ascending] = Field(
         default_factory=list,
         description=(
             "GPa, of `pressures`: SSCHA and Hessian by the labeler, from the model's state, fixed"
             " cell"
         ),
     )
-    dft_supercell: tuple[Count, Count, Count] = Field((2, 2, 2), description="of dft_sscha")
-    dft_n_configs: Count = Field(100, description="of dft_sscha, even")
+    dft_supercell: Three = Field((2, 2, 2), description="of dft_sscha")
+    dft_n_configs: EvenFrom4 = Field(100, description="of dft_sscha, even")
     dft_max_populations: Count = Field(3, description="of dft_sscha")
-
-    @field_validator("supercell", "dft_supercell", mode="before")
-    @classmethod
-    def _three(cls, value: Any) -> Any:
-        return tuple(value) if isinstance(value, list) else value
-
-    @field_validator("n_configs", "dft_n_configs")
-    @classmethod
-    def _even(cls, value: int) -> int:
-        if value % 2 or value < 4:
-            raise ValueError("must be even and at least 4: configurations come in +u/-u pairs")
-        return value
 
     @model_validator(mode="after")
     def _subsets(self) -> HessianSettings:
-        in_order(self.dispersions)
-        in_order(self.dft_harmonic)
-        in_order(self.dft_sscha)
         for name in ("dispersions", "dft_sscha"):
             extra = sorted(set(getattr(self, name)) - set(self.pressures))
             if extra:
@@ -282,14 +248,9 @@ class ErrorSettings(Section):
     pressures: PressuresGPa = Field(
         description="GPa, ascending, of hessian.pressures: their ensembles are used"
     )
-    n_configs: Count = Field(
+    n_configs: Even = Field(
         500, description="configurations labelled by DFT per phase and pressure, even"
     )
-
-    @field_validator("pressures")
-    @classmethod
-    def _ascending(cls, value: list[float]) -> list[float]:
-        return list(in_order(value))
 
 
 class FigureSettings(Section):

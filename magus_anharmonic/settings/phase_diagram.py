@@ -5,21 +5,24 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import Field, field_validator, model_validator
 
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.settings.search import OF_A_RANKING, SschaSettings
 from magus_anharmonic.settings.section import (
-    Count,
+    Ascending,
+    Device,
+    Element,
     In,
     InsidePath,
     Kelvin,
     NonNegative,
     Positive,
-    PressureGPa,
+    PressuresGPa,
     Section,
+    Seed,
     absolute_file,
     load_yaml,
     parse,
@@ -43,16 +46,14 @@ class PhaseDiagramSettings(Section):
         "mattersim-v1.0.0-1M",
         description="a name MatterSim knows, a path, or a checkpoint this package ships",
     )
-    device: Literal["cpu", "cuda"] | None = Field(
-        None, description="cpu or cuda; left out: cuda when there is one"
+    device: Device = None
+    pressures: PressuresGPa = Field(
+        description="GPa, rising; the diagram ends at the first and the last"
     )
-    pressures: list[PressureGPa] = Field(
-        min_length=1, description="GPa, rising; the diagram ends at the first and the last"
-    )
-    temperatures: list[Kelvin] = Field(
+    temperatures: Annotated[list[Kelvin], Ascending] = Field(
         [0.0], min_length=1, description="K, rising; each point starts from its neighbour"
     )
-    isotopes: dict[str, dict[str, Annotated[Positive, In("amu")]]] = Field(
+    isotopes: dict[str, dict[Element, Annotated[Positive, Field(lt=500), In("amu")]]] = Field(
         {"natural": {}},
         description=(
             "name: masses in amu by symbol, e.g. {H3S: {}, D3S: {H: 2.014}}; the first is the"
@@ -77,10 +78,10 @@ class PhaseDiagramSettings(Section):
             " the bands"
         ),
     )
-    n_samples: Count = Field(
-        1000, ge=100, description="samples of the fits behind bands and probabilities"
+    n_samples: Annotated[int, Field(ge=100, strict=True)] = Field(
+        1000, description="samples of the fits behind bands and probabilities"
     )
-    seed: int = Field(0, ge=0, description="same input and seed, same result")
+    seed: Seed = 0
 
     @field_validator("phases", mode="before")
     @classmethod
@@ -103,27 +104,6 @@ class PhaseDiagramSettings(Section):
                 "must name at least one set of masses, e.g. {H3S: {}, D3S: {H: 2.014}}"
             )
         return {str(name): {} if masses is None else masses for name, masses in value.items()}
-
-    @field_validator("isotopes")
-    @classmethod
-    def _elements(cls, value: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
-        from ase.data import atomic_numbers
-
-        for name, masses in value.items():
-            for symbol, mass in masses.items():
-                if symbol not in atomic_numbers or symbol == "X":
-                    raise ValueError(f"{name}: {symbol!r} is not a chemical element")
-                if mass >= 500:
-                    raise ValueError(f"{name}: {symbol}: {mass:g}: must be a mass in amu")
-        return value
-
-    @field_validator("pressures", "temperatures")
-    @classmethod
-    def _rising(cls, value: list[float]) -> list[float]:
-        for before, after in zip(value, value[1:], strict=False):
-            if after <= before:
-                raise ValueError(f"must rise without repeats: {after:g} comes after {before:g}")
-        return value
 
     @model_validator(mode="after")
     def _no_ranking_keys(self) -> PhaseDiagramSettings:

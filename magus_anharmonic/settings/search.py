@@ -17,20 +17,23 @@ from pydantic import Field, field_validator, model_validator
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.settings.calculators import (
     QUEUES,
+    AseCalculatorSettings,
     CalculatorSettings,
-    LabelerSettings,
     WorkerSettings,
     as_magus_reads,
+    import_path,
+    parse_calculator,
     stages,
 )
 from magus_anharmonic.settings.section import (
     Count,
+    Element,
     Energy,
+    Even,
     In,
     InsidePath,
     Kelvin,
     Length,
-    NonNegative,
     Positive,
     PressureGPa,
     Section,
@@ -40,74 +43,14 @@ from magus_anharmonic.settings.section import (
     parse,
     snake_case,
 )
-from magus_anharmonic.settings.training import TrainingKeys
+from magus_anharmonic.settings.training import LearningSettings
 from magus_anharmonic.units import quantity
 
 Row = tuple[int, int, int]
 
 
-class LearningSettings(TrainingKeys):
-    """``learning``: choose, distort, label, finetune after each generation (Secs. III A and IV A of
-    the paper)."""
-
-    labeler: LabelerSettings = Field(description="the DFT code and its settings")
-    required: bool = Field(
-        True,
-        description="false: where the labeler is not installed, run without learning and say so",
-    )
-    select: Literal["random", "uncertain", "diverse", "sscha"] = Field(
-        "random",
-        description=(
-            "how structures are chosen. random: duplicates kept, as in the paper; uncertain: of the"
-            " lowest distinct ones (10 n_sample) those with the largest expected error, at random"
-            " while the model has no error estimate; diverse: those farthest from one another and"
-            " from the labels in the model's features; sscha: configurations (n_sample x n_perturb)"
-            " of the SSCHA ensembles of the candidates whose order is undecided, where they narrow"
-            " the differences of G most, and distorted structures for validation and test; at"
-            " random while there are none (needs sscha.when: every_generation)"
-        ),
-    )
-    n_sample: Count = Field(10, description="structures chosen per generation")
-    n_perturb: Count = Field(10, description="distortions of each")
-    atom_displacement: Annotated[NonNegative, In("A")] = Field(
-        0.05, le=1.0, description="Angstrom, random direction, fixed length"
-    )
-    strain: NonNegative = Field(
-        0.05, le=0.3, description="six components uniform in [-strain, +strain]"
-    )
-    n_replay: Annotated[int, Field(ge=0, strict=True)] = Field(
-        100, description="structures drawn from the previous training set"
-    )
-    split: tuple[Count, Count, Count] = Field(
-        (8, 1, 1),
-        description=(
-            "train : validation : test in every generation, by whole phases, at least one structure"
-            " each"
-        ),
-    )
-    target_rmse: Energy | None = Field(
-        None,
-        description=(
-            "eV/atom on the search's own validation labels: the model counts as converged below it"
-        ),
-    )
-    dataset: InsidePath | None = Field(
-        None,
-        description=(
-            "earlier labels of the same DFT settings, for replay: extxyz, or a shipped checkpoint's"
-            " name"
-        ),
-    )
-
-    @field_validator("split", mode="before")
-    @classmethod
-    def _three_parts(cls, value: Any) -> Any:
-        if not isinstance(value, list | tuple) or len(value) != 3:
-            raise ValueError("must be three whole numbers, e.g. [8, 1, 1]")
-        return tuple(value)
-
-
 OF_A_RANKING = (
+    "evaluator",
     "temperature",
     "when",
     "max_candidates",
@@ -126,6 +69,15 @@ those of a run (`SschaSettings.of_a_run`)."""
 class SschaSettings(Section):
     """``sscha``: free energies of the low-enthalpy structures (Secs. II and IV B of the paper)."""
 
+    evaluator: InsidePath | dict[str, Any] | None = Field(
+        None,
+        description=(
+            "whose energies: a checkpoint, the import path of an ASE calculator, a name of an"
+            " installed package, or a block as"
+            " MainCalculator ({calculator: ..., arguments: {...}}); left out: the calculator of the"
+            " search, whatever it is"
+        ),
+    )
     temperature: Kelvin | list[Kelvin] = Field(
         0.0, description="K; a list runs one after the other"
     )
@@ -159,7 +111,7 @@ class SschaSettings(Section):
     cell: Literal["variable", "fixed"] = Field(
         "variable", description="relax the cell at the target pressure, or keep it"
     )
-    n_configs: Count = Field(
+    n_configs: Even = Field(
         1000,
         description=(
             "most configurations of a population, even (+u/-u pairs); fewer far from the minimum"
@@ -199,7 +151,7 @@ class SschaSettings(Section):
             " validation RMSE in a ranking"
         ),
     )
-    n_configs_start: Count | None = Field(
+    n_configs_start: Even | None = Field(
         None,
         description=(
             "of the first population, doubled up to n_configs; left out: n_configs; with"
@@ -271,13 +223,6 @@ class SschaSettings(Section):
             raise problem
         return tuple(value)
 
-    @field_validator("n_configs", "n_configs_start")
-    @classmethod
-    def _even(cls, value: int | None) -> int | None:
-        if value is not None and value % 2:
-            raise ValueError("must be even: configurations come in +u/-u pairs")
-        return value
-
     def of_a_run(self) -> dict[str, Any]:
         """The keys that change what one run gives, and their values."""
         return {
@@ -321,12 +266,13 @@ class Settings(Section):
         ge=0,
         description="same input and seed, same result; left out: drawn once and recorded",
     )
-    symbols: list[str] = Field(default_factory=list, description="MAGUS's key: the elements")
+    symbols: list[Element] = Field(default_factory=list, description="MAGUS's key: the elements")
     formula_type: Literal["fix", "var"] = Field("fix", description="MAGUS's key")
     fitness: list[str] = Field(
         default_factory=list,
         description=(
-            "MAGUS's key; [SSCHA] ranks by free energy, above its hull with formulaType: var"
+            "MAGUS's key, also with names of installed packages; [SSCHA] ranks by free energy,"
+            " above its hull with formulaType: var"
         ),
     )
     num_gen: Count | None = Field(None, description="MAGUS's key: the number of generations")
@@ -375,16 +321,6 @@ class Settings(Section):
             )
         return block
 
-    @field_validator("symbols")
-    @classmethod
-    def _elements(cls, value: list[str]) -> list[str]:
-        from ase.data import atomic_numbers
-
-        for symbol in value:
-            if symbol == "X" or symbol not in atomic_numbers:
-                raise ValueError(f"{symbol!r} is not a chemical element")
-        return value
-
     @model_validator(mode="after")
     def _combinations(self) -> Settings:
         if "SSCHA" in self.fitness and self.sscha is None:
@@ -411,7 +347,12 @@ class Settings(Section):
                 "learning.select: sscha with formulaType: var: it labels what decides between"
                 " phases of one composition; choose another learning.select, or formulaType: fix"
             )
-        _ = self.calculator
+        if self.learning is not None and self.sscha is not None and self.sscha.evaluator:
+            raise ValueError(
+                "sscha.evaluator: with learning the model that learns is the one that ranks; take"
+                " out one of the two"
+            )
+        _ = self.calculator, self.evaluator
         return self
 
     @property
@@ -425,6 +366,12 @@ class Settings(Section):
             if block.get("calculator") == "mattersim":
                 return parse(CalculatorSettings, block, name)
         return None
+
+    @property
+    def evaluator(self) -> CalculatorSettings | AseCalculatorSettings | None:
+        """The block of ``sscha.evaluator``; None: the calculator of the search ranks."""
+        named = None if self.sscha is None else self.sscha.evaluator
+        return None if named is None else parse_calculator(named, "sscha.evaluator")
 
 
 def load_settings(path: str | Path) -> Settings:
@@ -470,9 +417,10 @@ def rank_settings(
     wanted = {key: value for key, value in calculator.items() if value is not None}
     if "checkpoint" in wanted:
         wanted["checkpoint"] = absolute_file(wanted["checkpoint"])
-        if wanted.get("calculator", "mattersim") != "mattersim":
+        if wanted.setdefault("calculator", "mattersim") != "mattersim":
             raise InputError("--calculator, --checkpoint: give one of the two")
-    same = wanted.get("calculator") in (None, block.get("calculator"))
+    asked, there = (str(one.get("calculator", "")) for one in (wanted, block))
+    same = not (asked and there) or (import_path(asked) or asked) == (import_path(there) or there)
     return parse_settings(
         {
             "seed": 0,
@@ -482,6 +430,7 @@ def rank_settings(
             "main_calculator": {"calculator": "mattersim", **(block if same else {}), **wanted},
             "sscha": {
                 **(data.get("sscha") or {}),
+                **({"evaluator": None} if asked else {}),
                 **{key: value for key, value in sscha.items() if value is not None},
             },
         }

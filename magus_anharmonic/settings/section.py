@@ -9,12 +9,20 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from magus_anharmonic.errors import InputError, one_line
 from magus_anharmonic.units import NUMBER, UNITS, dimension_of, quantity
@@ -39,6 +47,49 @@ class In:
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, strict=True)]
+
+
+def ascending(values: list[float]) -> list[float]:
+    """The same values; ValueError unless each is given once, ascending."""
+    for first, second in pairwise(values):
+        if second <= first:
+            raise ValueError(
+                f"out of order: {second:g} comes after {first:g}; give each once, ascending"
+            )
+    return values
+
+
+def element(symbol: str) -> str:
+    """The same symbol; ValueError unless it is that of a chemical element."""
+    from ase.data import atomic_numbers
+
+    if symbol == "X" or symbol not in atomic_numbers:
+        raise ValueError(f"{symbol!r} is not a chemical element")
+    return symbol
+
+
+def _even(number: int) -> int:
+    if number % 2:
+        raise ValueError("must be even: configurations come in +u/-u pairs")
+    return number
+
+
+def _three(value: Any) -> Any:
+    if not isinstance(value, list | tuple) or len(value) != 3:
+        raise ValueError("must be three whole numbers, e.g. [8, 1, 1]")
+    return tuple(value)
+
+
+Even = Annotated[int, Field(ge=2, strict=True), AfterValidator(_even)]
+EvenFrom4 = Annotated[int, Field(ge=4, strict=True), AfterValidator(_even)]
+OfThree = BeforeValidator(_three)
+Three = Annotated[tuple[Count, Count, Count], OfThree]
+Element = Annotated[str, AfterValidator(element)]
+Seed = Annotated[int, Field(ge=0, description="same input and seed, same result")]
+Device = Annotated[
+    Literal["cpu", "cuda"] | None,
+    Field(description="cpu or cuda; left out: cuda when there is one"),
+]
 
 Energy = Annotated[Positive, In("eV/atom")]
 Force = Annotated[Positive, In("eV/A")]
@@ -76,6 +127,8 @@ def check_pressure(value: Any) -> float:
 
 
 PressureGPa = Annotated[float, BeforeValidator(check_pressure), In("GPa")]
+Ascending = AfterValidator(ascending)
+PressuresGPa = Annotated[list[PressureGPa], Field(min_length=1), Ascending]
 
 
 def check_path(value: Any) -> Any:
@@ -130,7 +183,8 @@ def parse(model: type[T], data: Any, path: str = "") -> T:
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        raise InputError(*(_explain(model, item, path) for item in error.errors())) from None
+        lines = (_explain(model, item, path).splitlines() for item in error.errors())
+        raise InputError(*chain.from_iterable(lines)) from None
 
 
 def _explain(model: type[BaseModel], item: dict[str, Any], path: str) -> str:
@@ -143,13 +197,15 @@ def _explain(model: type[BaseModel], item: dict[str, Any], path: str) -> str:
         for index, part in enumerate(item["loc"])
         if "[" not in str(part) or (about_a_key and index == last)
     ]
-    where = ".".join([path, *location] if path else location) or "input"
+    where = ".".join([path, *location] if path else location)
     value = item.get("input")
     if item["type"] == "extra_forbidden":
         return f"{where}: unknown key{nearest(location[-1], fields_at(model, location[:-1]))}"
     if item["type"] == "missing":
-        return f"{where}: is missing ({fields_at(model, location[:-1])[location[-1]]})"
+        return f"{where}: is missing ({fields_at(model, location[:-1]).get(location[-1], '')})"
     text = item["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    if not where:  # what is wrong between blocks names them itself
+        return text
     shown = "" if isinstance(value, dict) else f"{value!r}: "
     return f"{where}: {shown}{text}"
 

@@ -9,25 +9,7 @@ it imports nothing of the others but what every part may import.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from magus_anharmonic.sscha.gibbs import free_energy
-    from magus_anharmonic.sscha.result import SschaResult
+from magus_anharmonic.sscha.gibbs import free_energy
+from magus_anharmonic.sscha.result import SschaResult
 
 __all__ = ["SschaResult", "free_energy"]
-
-_HOME = {
-    "free_energy": "magus_anharmonic.sscha.gibbs",
-    "SschaResult": "magus_anharmonic.sscha.result",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    import importlib
-
-    value = getattr(importlib.import_module(_HOME[name]), name)
-    globals()[name] = value
-    return value

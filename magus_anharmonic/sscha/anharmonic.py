@@ -20,7 +20,6 @@ from scipy.sparse.linalg import LinearOperator, gmres
 
 from magus_anharmonic.errors import SschaError
 from magus_anharmonic.sscha.reciprocal import Representation, Samples, Wavevectors
-from magus_anharmonic.sscha.supercells import cell_offsets
 
 CHUNK = 2**21
 """Numbers in one intermediate array."""
@@ -84,25 +83,6 @@ class ThirdOrder:
             {key: own * block + others * other.blocks[key] for key, block in self.blocks.items()},
         )
 
-    def rows(self) -> np.ndarray:
-        """The tensor in real space, eV/A^3: (3n, 3 n_supercell, 3 n_supercell), first index in the
-        first cell."""
-        modes = self.modes
-        n_q, size = modes.hbar_omega.shape
-        wave = np.exp(2j * np.pi * modes.q @ cell_offsets(modes.supercell_matrix).T)
-        weights = modes.vectors * modes.root_mass[:, None]
-        rows = np.zeros((size, n_q, size, n_q, size))
-        for first in range(n_q):
-            for second in range(n_q):
-                third = modes.third(first, second)
-                block = transformed(
-                    self.block(first, second), [weights[first], weights[second], weights[third]]
-                )
-                rows += np.einsum(
-                    "r,s,xyz->xrysz", wave[second], wave[third], block, optimize=True
-                ).real
-        return rows.reshape(size, n_q * size, n_q * size) / n_q**1.5
-
 
 def canonical(triple: Triple, modes: Wavevectors) -> tuple[Triple, bool]:
     """The name under which a triple is kept, and whether that holds the complex conjugate."""
@@ -127,13 +107,14 @@ def triples(modes: Wavevectors) -> Iterator[Triple]:
                 yield triple
 
 
-def third_order(modes: Wavevectors, ensemble: Samples) -> ThirdOrder:
+def third_order(ensemble: Samples) -> ThirdOrder:
     """The tensor of an ensemble, symmetric in its indices and under translations; see
     `ThirdOrder.symmetrised`."""
-    return ThirdOrder(modes, {triple: _block(modes, ensemble, triple) for triple in triples(modes)})
+    modes = ensemble.modes
+    return ThirdOrder(modes, {triple: _block(ensemble, triple) for triple in triples(modes)})
 
 
-def _block(modes: Wavevectors, ensemble: Samples, triple: Triple) -> np.ndarray:
+def _block(ensemble: Samples, triple: Triple) -> np.ndarray:
     """Minus the average of (f v v + v f v + v v f) / 3 plus the Y terms, by matrix products over
     slices of the second index."""
     v1, v2, v3 = (ensemble.scaled[q] for q in triple)
@@ -149,20 +130,12 @@ def _block(modes: Wavevectors, ensemble: Samples, triple: Triple) -> np.ndarray:
         crossed += v2[:, part, None] * f3[:, None, :]
         right = np.concatenate([pairs, crossed]).reshape(2 * count, -1)
         block[:, part] = (left @ right).reshape(size, -1, size)
-    return _add_mean_force(block, modes, ensemble, triple)
-
-
-def _add_mean_force(
-    block: np.ndarray, modes: Wavevectors, ensemble: Samples, triple: Triple
-) -> np.ndarray:
-    """Add <Y_yz f_x> / 3 for each index at q = 0, where Y is diagonal."""
+    # <Y_yz f_x> / 3 for each index at q = 0, where Y is diagonal
     force = ensemble.even[0].mean(axis=0) / 3.0
     for axis, q in enumerate(triple):
         if q == 0:
-            other = triple[(axis + 1) % 3]
-            stiffness = np.diag(np.where(modes.moving[other], 1.0 / modes.variance[other], 0.0))
-            term = force[:, None, None] * stiffness[None]
-            block += np.moveaxis(term, 0, axis)
+            stiffness = np.diag(ensemble.modes.precision[triple[(axis + 1) % 3]])
+            block += np.moveaxis(force[:, None, None] * stiffness[None], 0, axis)
     return block
 
 
@@ -180,7 +153,6 @@ class FourthOrder:
     places of f.
     """
 
-    modes: Wavevectors
     data: Samples
     representation: Representation
 
@@ -191,7 +163,7 @@ class FourthOrder:
         if len(representation) == 1:
             return self._raw(q, matrix)
         total = np.zeros_like(matrix)
-        seconds = [self.modes.third(q, first) for first in range(len(matrix))]
+        seconds = [self.data.modes.third(q, first) for first in range(len(matrix))]
         for operation in range(len(representation)):
             image = representation.images[operation]
             turns = [representation.matrix(operation, first) for first in range(len(matrix))]
@@ -205,16 +177,11 @@ class FourthOrder:
 
     def _raw(self, q: int, matrix: np.ndarray) -> np.ndarray:
         """The same before the space group."""
-        modes, v, f = self.modes, self.data.scaled, self.data.odd
+        modes, v, f = self.data.modes, self.data.scaled, self.data.odd
         count = len(self.data)
         seconds = [modes.third(q, first) for first in range(len(matrix))]
-        stiffness = np.where(modes.moving, 1.0 / modes.variance, 0.0)
-        with_v = np.stack(
-            [v[second].conj() @ block.T for second, block in zip(seconds, matrix, strict=True)]
-        )
-        with_f = np.stack(
-            [f[second].conj() @ block.T for second, block in zip(seconds, matrix, strict=True)]
-        )
+        stiffness = modes.precision
+        with_v, with_f = (values[seconds].conj() @ matrix.transpose(0, 2, 1) for values in (v, f))
         vv = np.einsum("qci,qci->c", v.conj(), with_v, optimize=True)[:, None]
         vf = np.einsum("qci,qci->c", v.conj(), with_f, optimize=True)[:, None]
         if q == 0:
@@ -239,9 +206,7 @@ class FourthOrder:
         return result
 
 
-def dressed_rows(
-    fourth: FourthOrder, tensor: ThirdOrder, response: np.ndarray, q: int
-) -> np.ndarray:
+def dressed_rows(fourth: FourthOrder, tensor: ThirdOrder, q: int) -> np.ndarray:
     """R (3n, n_q, 3n, 3n) at one q: row, second q, modes there, modes at the third q; in the units
     of L D.
 
@@ -250,7 +215,8 @@ def dressed_rows(
     """
     modes = tensor.modes
     n_q, size = modes.hbar_omega.shape
-    root = np.stack([np.sqrt(-response[first, modes.third(q, first)]) for first in range(n_q)])
+    response = [modes.response[first, modes.third(q, first)] for first in range(n_q)]
+    root = np.sqrt(-np.stack(response))
     shape, dtype = root.shape, modes.vectors.dtype
 
     def action(vector: np.ndarray) -> np.ndarray:
@@ -268,10 +234,8 @@ def dressed_rows(
             operator, right, rtol=TOLERANCE, atol=0.0, restart=60, maxiter=max(1, ITERATIONS // 60)
         )
         if failed:
-            residual = float(np.linalg.norm(action(solution) - right) / np.linalg.norm(right))
             raise SschaError(
-                f"include_v4: the equation of fourth order is not solved (residual {residual:.1e});"
-                " take more configurations"
+                "include_v4: the equation of fourth order is not solved; take more configurations"
             )
         rows[row] = -root * solution.reshape(shape)
     return rows

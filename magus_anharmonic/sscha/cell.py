@@ -15,6 +15,7 @@ from ase import Atoms
 
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.evaluator import Evaluator, has_stress
+from magus_anharmonic.sscha.state import SschaState
 from magus_anharmonic.sscha.symmetry import Symmetry
 from magus_anharmonic.structures import stripped
 from magus_anharmonic.units import GPa, gpa_to_ev_per_a3
@@ -160,14 +161,8 @@ class CellStiffness:
 
     def misfit(self, strain: np.ndarray) -> float:
         """Standard error of 1/2 strain.matrix.strain (eV/A^3) from the covariance of the matrix."""
-        return 0.5 * float(
-            np.sqrt(
-                max(
-                    0.0,
-                    np.einsum("i,j,k,l,ijkl->", strain, strain, strain, strain, self.covariance),
-                )
-            )
-        )
+        square = np.einsum("i,j,k,l,ijkl->", strain, strain, strain, strain, self.covariance)
+        return 0.5 * float(np.sqrt(max(0.0, square)))
 
     def learned(self, step: np.ndarray, change: np.ndarray, noise: np.ndarray) -> CellStiffness:
         """After a ``step`` (k,) changed the excess by ``change`` (k,) with covariance ``noise`` (k,
@@ -195,3 +190,20 @@ def _wishart(scale: np.ndarray) -> np.ndarray:
     sqrt(s_ii s_jj)."""
     one = np.einsum("ik,jl->ijkl", scale, scale)
     return 0.5 * (one + one.transpose(0, 1, 3, 2))
+
+
+@dataclass(frozen=True)
+class Start:
+    """First state, the static answer to strains (None with a fixed cell), evaluations spent."""
+
+    state: SschaState
+    response: StaticResponse | None
+    n_evaluations: int
+
+    def stiffness(self, symmetry: Symmetry, pressure: GPa) -> CellStiffness | None:
+        """Of the cell, for a target ``pressure`` in GPa; None with a fixed cell."""
+        if self.response is None:
+            return None
+        return CellStiffness.of(
+            self.response, self.state.gamma, self.state.atoms.get_volume(), symmetry, pressure
+        )

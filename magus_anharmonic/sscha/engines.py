@@ -237,13 +237,12 @@ def minimise(
     *,
     min_effective_sample: float,
     log: Path | None = None,
-    decrease: float = DECREASE,
     target: SschaState | None = None,
 ) -> Minimised:
     """Minimise F in centroids and force constants at fixed cell on the populations that are of the
     last one's cell.
 
-    Ends where the predicted decrease of a full step is less than ``decrease`` (eV/atom), or where
+    Ends where the predicted decrease of a full step is less than `DECREASE`, or where
     the effective number of configurations falls to ``min_effective_sample`` times the size of the
     last population. ``log`` is not used. ``target``: where to start, perhaps with other masses than
     the populations (default: the last one's state). Raises ``SschaError`` when the averages of the
@@ -258,7 +257,7 @@ def minimise(
             " usable number"
         )
     memory = _Memory(_metric(pool.own.spectrum))
-    n_steps, damping, converged = 1, 1.0, point.predicted_decrease < decrease * len(pool.masses)
+    n_steps, damping, converged = 1, 1.0, point.predicted_decrease < DECREASE * len(pool.masses)
     while not converged and n_steps < STEPS:
         trial, part = _shortened(pool, point.trial, damping * memory.step(point), needed)
         if trial is None and n_steps == 1:
@@ -278,7 +277,7 @@ def minimise(
             memory.forget()
             continue
         point = found
-        converged = point.predicted_decrease < decrease * len(pool.masses)
+        converged = point.predicted_decrease < DECREASE * len(pool.masses)
         if part < 1.0:
             memory.forget()
             if point.averages.effective_sample < 1.1 * needed:

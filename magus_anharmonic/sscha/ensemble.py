@@ -67,12 +67,10 @@ def entropy_with_error(
     ensemble estimates what is left to the self-consistent ones, K = <d2V> - Phi (Eq. 7 of the
     paper), without that noise; to first order S changes by sum_m S'(omega_m^2) K_mm over the modes.
     One value per +u/-u pair gives mean and error. Left out: the answer of K to its own step, and
-    the shift of the centroids, which is of second order. ``weights`` (n,): see `averages.average`.
+    the shift of the centroids, which is of second order. ``weights`` (n,): see `average`.
     """
-    n_configs = len(ensemble.energies)
-    u = ensemble.displacements.reshape(n_configs, -1)
-    residual = ensemble.forces.reshape(n_configs, -1) + u @ state.full
-    vectors = state.modes.vectors / np.sqrt(np.repeat(state.supercell.get_masses(), 3))[:, None]
+    u, residual = ensemble.residual(state)
+    vectors = state.patterns
     curvature = -((u @ state.precision) @ vectors) * (residual @ vectors)
     changes = pair_means(
         curvature @ entropy_slope(state.modes.hbar_omega, state.temperature), weights
@@ -105,6 +103,11 @@ class Ensemble:
     def part(self, chosen: np.ndarray | slice) -> Ensemble:
         """Some of the configurations, in the order of ``chosen``."""
         return Ensemble(*(values[chosen] for values in vars(self).values()))
+
+    def residual(self, state: SschaState) -> tuple[np.ndarray, np.ndarray]:
+        """Displacements (A) and forces beyond the harmonic ones of ``state`` (eV/A), (n, 3N)."""
+        u = self.displacements.reshape(len(self.energies), -1)
+        return u, self.forces.reshape(u.shape) + u @ state.full
 
 
 @dataclass(frozen=True)
@@ -190,38 +193,29 @@ def average(
     """
     n_configs = len(ensemble.energies)
     u = ensemble.displacements.reshape(n_configs, -1)
-    harmonic_forces = -u @ state.full
-    harmonic_energies = -0.5 * np.einsum("ci,ci->c", u, harmonic_forces)
-    excess = pair_means(ensemble.energies - harmonic_energies, weights) / state.n_cells
+    pull = u @ state.full
+    residual = ensemble.forces.reshape(n_configs, -1) + pull
+    harmonic = 0.5 * np.einsum("ci,ci->c", u, pull)
+    excess = pair_means(ensemble.energies - harmonic, weights) / state.n_cells
     volume = state.supercell.get_volume()
     virial = np.einsum("cai,caj->cij", ensemble.forces, ensemble.displacements) / volume
     stresses = symmetry.tensor(
         pair_means(ensemble.stresses + 0.5 * (virial + virial.transpose(0, 2, 1)), weights)
     )
-    residual = ensemble.forces.reshape(n_configs, -1) - harmonic_forces
     centroid = residual.reshape(n_configs, state.n_cells, -1, 3).mean(axis=1)
     forces = symmetry.vectors(pair_means(centroid, weights)).reshape(len(excess), -1)
     compliance = centroid_compliance(state, u, residual, symmetry, weights)
     by_matrix, matrix_influence = matrix_decrease(state, u, residual, symmetry, weights)
     by_centroids, centroid_influence = quadratic_decrease(forces, compliance)
     inner, influence = by_matrix + by_centroids, matrix_influence + centroid_influence
-    by_cell, misfit, parts, noise, strain, strain_error = (
-        0.0,
-        0.0,
-        np.zeros((1, 0)),
-        np.zeros((0, 0)),
-        np.zeros(0),
-        np.zeros(0),
-    )
+    size = state.atoms.get_volume()
+    parts, soft = np.zeros((len(excess), 0)), np.zeros((0, 0))
     if cell is not None:
-        size = state.atoms.get_volume()
-        parts = cell.relaxed_excess(stresses, forces @ compliance, size)
-        by_cell, cell_influence = quadratic_decrease(parts, size * cell.compliance)
-        influence = influence + cell_influence
-        strain = -cell.compliance @ parts.mean(axis=0)
-        strain_error = standard_error(parts @ cell.compliance)
-        noise = covariance_of_mean(parts)
-        misfit = size * cell.misfit(strain)
+        parts, soft = cell.relaxed_excess(stresses, forces @ compliance, size), cell.compliance
+    by_cell, cell_influence = quadratic_decrease(parts, size * soft)
+    influence = influence + cell_influence
+    strain = -soft @ parts.mean(axis=0)
+    misfit = 0.0 if cell is None else size * cell.misfit(strain)
     error = np.linalg.norm([float(standard_error(excess - influence)), MISFIT * inner, misfit])
     return Averages(
         helmholtz=state.harmonic_free_energy + float(excess.mean()),
@@ -235,16 +229,10 @@ def average(
         position_error=standard_error(forces @ compliance).reshape(-1, 3),
         shift_covariance=covariance_of_mean(forces @ compliance),
         excess=parts.mean(axis=0),
-        noise=noise,
+        noise=covariance_of_mean(parts),
         strain=strain,
-        strain_error=strain_error,
+        strain_error=standard_error(parts @ soft),
     )
-
-
-def gamma_matrix(state: SschaState) -> np.ndarray:
-    """Force constants for lattice-periodic displacements, (3n, 3n), eV/A^2 per primitive cell."""
-    n = len(state.atoms)
-    return state.force_constants.sum(axis=0).transpose(0, 2, 1, 3).reshape(3 * n, 3 * n)
 
 
 def quadratic_decrease(gradients: np.ndarray, compliance: np.ndarray) -> tuple[float, np.ndarray]:
@@ -281,10 +269,17 @@ def centroid_compliance(
     size = 3 * len(state.atoms)
     if basis.shape[1] == 0:
         return np.zeros((size, size))
-    stiffness = basis.T @ gamma_matrix(state) @ basis
+    stiffness = basis.T @ state.gamma @ basis
     values, vectors = np.linalg.eigh(stiffness)
     scaled = basis @ vectors / np.sqrt(values)
-    reduction = _bubble(state, u, residual, np.tile(scaled, (state.n_cells, 1)), weights)
+    reduction = np.zeros((scaled.shape[1],) * 2)
+    if len(u) >= 4:
+        tiled = np.tile(scaled, (state.n_cells, 1))
+        halves = _third_orders(state, u, residual, tiled, weights, 2)
+        response = static_response(state.modes.hbar_omega, state.temperature)
+        # -x (D L D) y of every two directions
+        product = np.einsum("kij,lij,ij->kl", *halves, response, optimize=True)
+        reduction = -0.5 * (product + product.T) / state.n_cells
     softer, turn = np.linalg.eigh(reduction)
     directions = scaled @ turn
     return (directions / (1.0 - np.clip(softer, 0.0, STIFFEST_REDUCTION))) @ directions.T
@@ -297,10 +292,8 @@ def curvature_along(state: SschaState, ensemble: Ensemble, unit: np.ndarray) -> 
     eV/A^2 per primitive cell. The error is that of the mean over `BLOCKS` parts of the ensemble,
     each against the others.
     """
-    n_configs = len(ensemble.energies)
-    u = ensemble.displacements.reshape(n_configs, -1)
-    residual = ensemble.forces.reshape(n_configs, -1) + u @ state.full
-    stiffness = float(unit.ravel() @ gamma_matrix(state) @ unit.ravel())
+    u, residual = ensemble.residual(state)
+    stiffness = float(unit.ravel() @ state.gamma @ unit.ravel())
     direction = np.tile(unit.reshape(-1, 1) / np.sqrt(stiffness), (state.n_cells, 1))
     parts = _third_orders(state, u, residual, direction, None, BLOCKS)[:, 0]
     response = static_response(state.modes.hbar_omega, state.temperature)
@@ -312,28 +305,11 @@ def curvature_along(state: SschaState, ensemble: Ensemble, unit: np.ndarray) -> 
         / (len(parts) - 1)
         / state.n_cells
     )
-    chosen = np.arange(n_configs) // 2 % len(parts)
+    chosen = np.arange(len(u)) // 2 % len(parts)
     linear = np.array([own[chosen == part].mean() for part in range(len(parts))])
     return stiffness * float(1.0 + linear.mean() + against.mean()), stiffness * float(
         standard_error(linear + 2.0 * against)
     )
-
-
-def _bubble(
-    state: SschaState,
-    u: np.ndarray,
-    residual: np.ndarray,
-    directions: np.ndarray,
-    weights: np.ndarray | None,
-) -> np.ndarray:
-    """-x (D L D) y for the columns of ``directions`` (3 n_supercell, k), eV per primitive cell,
-    from the two halves of the ensemble."""
-    if len(u) < 4:
-        return np.zeros((directions.shape[1],) * 2)
-    halves = _third_orders(state, u, residual, directions, weights, 2)
-    response = static_response(state.modes.hbar_omega, state.temperature)
-    product = np.einsum("kij,lij,ij->kl", halves[0], halves[1], response, optimize=True)
-    return -0.5 * (product + product.T) / state.n_cells
 
 
 def _third_orders(
@@ -346,8 +322,7 @@ def _third_orders(
 ) -> np.ndarray:
     """(n_parts, k, m, m): the third order along the columns of ``directions`` in modes, by parts of
     the ensemble."""
-    root = np.sqrt(np.repeat(state.supercell.get_masses(), 3))
-    vectors = state.modes.vectors / root[:, None]
+    vectors = state.patterns
     inside = u @ (state.precision @ vectors)
     forces = residual @ vectors
     along, along_u = residual @ directions, u @ (state.precision @ directions)
@@ -357,17 +332,14 @@ def _third_orders(
     parts = []
     for chosen in (np.arange(len(u)) // 2 % n_parts == number for number in range(n_parts)):
         part = share[chosen, None] / share[chosen].sum()
-        v, f, n = inside[chosen], forces[chosen], directions.shape[1]
-        third = np.empty((n, v.shape[1], v.shape[1]))
-        for k in range(n):
-            own = -(part * along[chosen, k, None] * v).T @ v
-            crossed = -(part * along_u[chosen, k, None] * f).T @ v
-            third[k] = (own + crossed + crossed.T) / 3.0
-            mean = np.outer(metric[:, k], part[:, 0] @ f)
-            third[k] += (
-                np.diag(stiffness) * float(part[:, 0] @ along[chosen, k]) + mean + mean.T
-            ) / 3.0
-        parts.append(third)
+        v, f = inside[chosen], forces[chosen]
+        parts.append([])
+        for force, u_along, row in zip(along[chosen].T, along_u[chosen].T, metric.T, strict=True):
+            own = -(part * force[:, None] * v).T @ v
+            crossed = -(part * u_along[:, None] * f).T @ v
+            mean = np.outer(row, part[:, 0] @ f)
+            constant = np.diag(stiffness) * float(part[:, 0] @ force) + mean + mean.T
+            parts[-1].append((own + crossed + crossed.T) / 3.0 + constant / 3.0)
     return np.array(parts)
 
 
@@ -390,8 +362,7 @@ def matrix_decrease(
         return np.inf, np.zeros(n_pairs)
     n_blocks = min(BLOCKS, n_pairs)
     share = (np.ones(len(u)) if weights is None else weights / weights.mean()) / len(u)
-    root = np.sqrt(np.repeat(state.supercell.get_masses(), 3))
-    vectors = state.modes.vectors / root[:, None]
+    vectors = state.patterns
     response = variance_response(state.modes.hbar_omega, state.temperature)
     scaled = u @ state.precision
     total, own, shares = np.zeros((vectors.shape[1],) * 2), 0.0, 0.0

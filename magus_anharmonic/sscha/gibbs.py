@@ -25,17 +25,9 @@ from magus_anharmonic.errors import (
 from magus_anharmonic.evaluator import EnergySource, Evaluator, as_evaluator
 from magus_anharmonic.notebook import says_in_notebooks
 from magus_anharmonic.settings import SschaSettings, check_pressure, parse
-from magus_anharmonic.sscha.cell import CellStiffness
+from magus_anharmonic.sscha.cell import CellStiffness, Start
 from magus_anharmonic.sscha.engines import effective_number, minimise, reweighted
 from magus_anharmonic.sscha.ensemble import Averages, Ensemble, average
-from magus_anharmonic.sscha.initial_state import (
-    SYMMETRY_OF_A_STATE,
-    check_crystal,
-    configurations_of,
-    read_state,
-    supercell_of,
-    with_masses,
-)
 from magus_anharmonic.sscha.result import (
     Progress,
     RunFolder,
@@ -44,7 +36,14 @@ from magus_anharmonic.sscha.result import (
     read_start_file,
 )
 from magus_anharmonic.sscha.run import SschaRun
-from magus_anharmonic.sscha.start import Start
+from magus_anharmonic.sscha.start import (
+    SYMMETRY_OF_A_STATE,
+    check_crystal,
+    configurations_of,
+    read_state,
+    supercell_of,
+    with_masses,
+)
 from magus_anharmonic.sscha.state import SschaState, agree
 from magus_anharmonic.sscha.supercells import SupercellMatrix, image_warning
 from magus_anharmonic.sscha.symmetry import Symmetry
@@ -123,7 +122,7 @@ def free_energy(
         `SschaResult`, the folder of a finished run, or the prefix of Quantum ESPRESSO dynamical
         matrices (``.../dyn_pop5_``). Of the folder of another model's run the configurations of the
         last state are evaluated again, before any is drawn. Of the folder of a run with other
-        masses they are reweighted, without any evaluation, where that is enough (`isotopes`).
+        masses they are reweighted, without any evaluation, where that is enough.
     directory
         Where the files of the run go; the same run started again there continues. None: nothing is
         kept.
@@ -271,20 +270,14 @@ def reweighted_result(
     cell = start.stiffness(symmetry, task.pressure)
     state, averages, sample = start.state, *_averaged(own, ensemble, start.state, symmetry, cell)
     sample = min(sample, overlap(own, state))
-    problem = (
-        "" if sample > EFFECTIVE_SAMPLE else f"ESS/N = {sample:.2f}, not above {EFFECTIVE_SAMPLE:g}"
-    )
-    if not problem and (problem := _problem(task, state, averages)):
+    problem = _problem(task, state, averages, sample)
+    if problem and sample > EFFECTIVE_SAMPLE:
         first, second = _halves(ensemble)
         state = minimise(
             [(own, first)], symmetry, min_effective_sample=EFFECTIVE_SAMPLE, target=start.state
         ).state
         averages, sample = _averaged(own, second, state, symmetry, cell)
-        problem = (
-            f"ESS/N = {sample:.2f}"
-            if sample <= EFFECTIVE_SAMPLE
-            else _problem(task, state, averages)
-        )
+        problem = _problem(task, state, averages, sample)
     if problem:
         log.info(
             "other masses: reweighting the ensemble of %s does not do (%s); new populations",
@@ -292,19 +285,13 @@ def reweighted_result(
             problem,
         )
         return None
-    log.info(
-        "other masses: reweighted from the ensemble of %s (ESS/N = %.2f), no new configurations",
-        source,
-        sample,
+    reason = (
+        f"reweighted from the ensemble of {Path(source).name} (ESS/N = {sample:.2f}): no new"
+        " configurations"
     )
+    log.info("other masses: %s", reason)
     result = finished_result(task, state, averages, Progress(), start, "", "", began)
-    result = replace(
-        result,
-        reason=(
-            f"reweighted from the ensemble of {Path(source).name} (ESS/N = {sample:.2f}): no new"
-            " configurations"
-        ),
-    )
+    result = replace(result, reason=reason)
     folder.write_start(start)
     folder.write_result(result)
     return result
@@ -319,23 +306,19 @@ def _source(task: Task, source: StartOfRun | None) -> tuple[Start, Ensemble, Ssc
     structure = with_masses(state.atoms, task.atoms, task.masses)
     if np.allclose(structure.get_masses(), state.atoms.get_masses(), atol=1e-6, rtol=0.0):
         return None
+    ensemble, begun = final_ensemble(path, result), path / "start.npz"
     if (
         not result.converged
         or result.model_id != task.model_id
         or state.temperature != task.temperature
-    ):
-        return None
-    ensemble, begun = final_ensemble(path, result), path / "start.npz"
-    if (
-        supercell_of(structure, task.settings) != state.supercell_matrix
+        or supercell_of(structure, task.settings) != state.supercell_matrix
         or ensemble is None
         or not begun.is_file()
     ):
         return None
-    response = read_start_file(begun).response
+    response = read_start_file(begun).response if task.settings.cell == "variable" else None
     if task.settings.cell == "variable" and response is None:
         return None
-    response = response if task.settings.cell == "variable" else None
     return Start(replace(state, atoms=structure), response, 0), ensemble, state
 
 
@@ -392,14 +375,17 @@ def reweighted_ensemble(
     if ensemble is None:
         return None
     own = result.state
-    if own.temperature != state.temperature or not agree(own, state, "cell", atol=1e-9):
+    if own.temperature != state.temperature or not agree(own, state, "atoms.cell.array", atol=1e-9):
         return None
     unmoved = agree(own, state, "force_constants", atol=1e-9)
     return reweighted(own, ensemble if unmoved else _halves(ensemble)[1], state)
 
 
-def _problem(task: Task, state: SschaState, averages: Averages) -> str:
-    """Why these averages are not the end of a run; empty where they are."""
+def _problem(task: Task, state: SschaState, averages: Averages, sample: float) -> str:
+    """Why these averages, over the effective part ``sample`` of the configurations, are not the end
+    of a run; empty where they are."""
+    if sample <= EFFECTIVE_SAMPLE:
+        return f"ESS/N = {sample:.2f}, not above {EFFECTIVE_SAMPLE:g}"
     _, error = gibbs_energy(state, averages, task.pressure)
     issues = open_issues(averages, error, len(state.atoms), task)
     tolerance = task.settings.error_tolerance

@@ -9,8 +9,7 @@ softens; by default it is removed by taking the two D from the two halves of the
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -26,14 +25,8 @@ from magus_anharmonic.sscha.anharmonic import (
     third_order,
     transformed,
 )
-from magus_anharmonic.sscha.ensemble import Ensemble, standard_error, static_response
-from magus_anharmonic.sscha.reciprocal import (
-    Representation,
-    Samples,
-    Wavevectors,
-    samples,
-    wavevectors,
-)
+from magus_anharmonic.sscha.ensemble import Ensemble, standard_error
+from magus_anharmonic.sscha.reciprocal import Representation, Samples, samples, wavevectors
 from magus_anharmonic.sscha.start import harmonic_force_constants
 from magus_anharmonic.sscha.state import SschaState, fourier, inverse_fourier
 from magus_anharmonic.sscha.symmetry import Symmetry
@@ -74,17 +67,17 @@ class Hessian(Described):
         return np.sign(self.squares) * np.sqrt(np.abs(self.squares))
 
     @property
-    def hbar_omega_error(self) -> np.ndarray | None:
-        """Standard errors in eV; for a mode within its error of zero, the frequency whose square is
-        the error."""
+    def hbar_omega_error(self) -> np.ndarray:
+        """Standard errors in eV, NaN where they were not asked for; for a mode within its error of
+        zero, the frequency whose square is the error."""
         if self.errors is None:
-            return None
+            return np.full_like(self.squares, np.nan)
         return self.errors / np.maximum(
             2.0 * np.abs(self.hbar_omega), np.sqrt(np.maximum(self.errors, 1e-30))
         )
 
     @cached_property
-    def lowest(self) -> tuple[int, int]:
+    def deciding(self) -> tuple[int, int]:
         """q and mode that are most surely negative, or else least surely positive."""
         score = self._score
         q, mode = np.unravel_index(int(np.argmin(score)), score.shape)
@@ -101,9 +94,8 @@ class Hessian(Described):
 
     def described(self) -> dict[str, str]:
         """Structure, verdict and the mode that decides it."""
-        q, mode = self.lowest
-        errors = self.hbar_omega_error
-        error = 0.0 if errors is None else errors[q, mode]
+        q, mode = self.deciding
+        error = float(np.nan_to_num(self.hbar_omega_error[q, mode]))
         return {
             "structure": self.state.atoms.get_chemical_formula(),
             "status": self.status,
@@ -158,10 +150,10 @@ def free_energy_hessian(
     modes = wavevectors(state)
     data = samples(state, ensemble, modes)
     representation = Representation(modes, symmetry)
-    tensor, noise = tensors(modes, data, representation, unbiased and len(data) > 1)
-    rows = Rows(modes, data, representation, state.temperature, include_v4)
+    tensor, noise = tensors(data, representation, unbiased and len(data) > 1)
+    rows = Rows(data, representation, include_v4)
     corrections = np.zeros_like(modes.vectors)
-    for star in rows.stars:
+    for star in representation.stars:
         first = next(iter(star))
         corrections[first] = contracted(tensor, rows.of(tensor, first), first)
         if noise is not None:
@@ -175,99 +167,71 @@ def free_energy_hessian(
         state.force_constants, state.supercell_matrix, q
     ) + weights @ corrections @ weights.conj().transpose(0, 2, 1)
     compact = symmetry.force_constants(inverse_fourier(matrices, state.supercell_matrix, q))
-    found = _diagonalised(
-        state, modes, compact, rows.stars, len(ensemble.energies), include_v4, noise is not None
-    )
+    n_configs = len(ensemble.energies)
+    found = _diagonalised(state, representation, compact, n_configs, include_v4, noise is not None)
     if not errors or len(data) < 2:
         return found
-    return replace(
-        found, errors=square_errors(found, modes, data, lambda q: rows.everywhere(tensor, q))
-    )
+    return replace(found, errors=square_errors(found, rows, tensor))
 
 
 def harmonic_hessian(state: SschaState, evaluator: Evaluator) -> Hessian:
     """Of the static energy at the centroids of ``state``, as if nothing moved; evaluates the
     displacements that symmetry does not tell."""
-    symmetry, modes = Symmetry(state.atoms, state.supercell_matrix), wavevectors(state)
+    symmetry = Symmetry(state.atoms, state.supercell_matrix)
     compact = harmonic_force_constants(state.atoms, state.supercell_matrix, symmetry, evaluator)
-    return _diagonalised(
-        state, modes, compact, Representation(modes, symmetry).stars(), 0, False, False
-    )
+    return _diagonalised(state, Representation(wavevectors(state), symmetry), compact)
 
 
 def tensors(
-    modes: Wavevectors, data: Samples, representation: Representation, halves: bool
+    data: Samples, representation: Representation, halves: bool
 ) -> tuple[ThirdOrder, ThirdOrder | None]:
     """The symmetrised tensor, and half the difference between those of the two halves of the
     ensemble (or None)."""
     if not halves:
-        return third_order(modes, data).symmetrised(representation), None
+        return third_order(data).symmetrised(representation), None
     first, second = data.part(slice(0, None, 2)), data.part(slice(1, None, 2))
     share = len(first) / len(data)
-    one, other = third_order(modes, first), third_order(modes, second)
+    one, other = third_order(first), third_order(second)
     mean = one.mixed(other, share, 1.0 - share)
     return mean.symmetrised(representation), one.mixed(other, 0.5, -0.5).symmetrised(representation)
 
 
-def bubble_response(modes: Wavevectors, temperature: float) -> np.ndarray:
-    """L (n_q, n_q, 3n, 3n) for two modes at any two q, A^2 amu / (eV/A^2/amu); zero for the
-    translations."""
-    hbar_omega = modes.hbar_omega.ravel()
-    response = np.where(
-        np.outer(modes.moving, modes.moving), static_response(hbar_omega, temperature), 0.0
-    )
-    n_q, size = modes.hbar_omega.shape
-    return response.reshape(n_q, size, n_q, size).transpose(0, 2, 1, 3)
-
-
+@dataclass(frozen=True)
 class Rows:
     """R of H = Phi + D R at any q: L D, or with the fourth order L (1 - D4 L)^-1 D."""
 
-    def __init__(
-        self,
-        modes: Wavevectors,
-        data: Samples,
-        representation: Representation,
-        temperature: float,
-        include_v4: bool,
-    ) -> None:
-        self.modes = modes
-        self.representation = representation
-        self.response = bubble_response(modes, temperature)
-        self.stars = representation.stars()
-        self.fourth = FourthOrder(modes, data, representation) if include_v4 else None
-        self._solved: dict[tuple[int, int], np.ndarray] = {}
+    data: Samples
+    representation: Representation
+    include_v4: bool
+    _solved: dict[tuple[int, int], np.ndarray] = field(default_factory=dict)
 
     def of(self, tensor: ThirdOrder, q: int) -> np.ndarray:
         """(3n, n_q, 3n, 3n): row, second q, modes there, modes at the third q."""
-        n_q = len(self.modes.points)
-        if self.fourth is None:
-            return np.stack(
-                [
-                    tensor.block(q, second) * self.response[second, self.modes.third(q, second)]
-                    for second in range(n_q)
-                ],
-                axis=1,
-            )
-        key = (id(tensor), q)
+        modes, key = tensor.modes, (id(tensor), q)
+        if not self.include_v4:
+            rows = [
+                tensor.block(q, second) * modes.response[second, modes.third(q, second)]
+                for second in range(len(modes.points))
+            ]
+            return np.stack(rows, axis=1)
         if key not in self._solved:
-            self._solved[key] = dressed_rows(self.fourth, tensor, self.response, q)
+            fourth = FourthOrder(self.data, self.representation)
+            self._solved[key] = dressed_rows(fourth, tensor, q)
         return self._solved[key]
 
     def everywhere(self, tensor: ThirdOrder, q: int) -> np.ndarray:
         """The same, from the representative of the star where that is dear."""
-        star = next(star for star in self.stars if q in star)
+        star = next(star for star in self.representation.stars if q in star)
         first = next(iter(star))
-        if self.fourth is None or first == q:
+        if not self.include_v4 or first == q:
             return self.of(tensor, q)
         known, operation = self.of(tensor, first), star[q]
         image = self.representation.images[operation]
         rows = np.empty_like(known)
         for second in range(len(image)):
-            triple = (first, second, self.modes.third(first, second))
-            rows[:, image[second]] = transformed(
-                known[:, second], [self.representation.matrix(operation, index) for index in triple]
-            )
+            triple = (first, second, tensor.modes.third(first, second))
+            turns = [self.representation.matrix(operation, index) for index in triple]
+            rows[:, image[second]] = transformed(known[:, second], turns)
         return rows
 
 
@@ -282,21 +246,19 @@ def contracted(tensor: ThirdOrder, rows: np.ndarray, q: int) -> np.ndarray:
 
 def _diagonalised(
     state: SschaState,
-    modes: Wavevectors,
+    representation: Representation,
     compact: np.ndarray,
-    stars: list[dict[int, int]],
-    n_configs: int,
-    fourth: bool,
-    unbiased: bool,
+    n_configs: int = 0,
+    fourth: bool = False,
+    unbiased: bool = False,
 ) -> Hessian:
-    q = modes.q
-    matrices = fourier(compact, state.supercell_matrix, q) / np.outer(
-        modes.root_mass, modes.root_mass
-    )
+    modes = representation.modes
+    q, mass = modes.q, np.outer(modes.root_mass, modes.root_mass)
+    matrices = fourier(compact, state.supercell_matrix, q) / mass
     matrices = matrices if np.iscomplexobj(modes.vectors) else matrices.real
     squares, vectors = np.linalg.eigh(0.5 * (matrices + matrices.conj().transpose(0, 2, 1)))
     star = np.zeros(len(q), dtype=int)
-    for number, members in enumerate(stars):
+    for number, members in enumerate(representation.stars):
         star[list(members)] = number
     # where no operation turns q around, -q is a star of its own with the same modes
     star = np.unique(np.minimum(star, star[modes.minus]), return_inverse=True)[1]
@@ -305,29 +267,23 @@ def _diagonalised(
     )
 
 
-def square_errors(
-    found: Hessian, modes: Wavevectors, data: Samples, rows: Callable[[int], np.ndarray]
-) -> np.ndarray:
+def square_errors(found: Hessian, rows: Rows, tensor: ThirdOrder) -> np.ndarray:
     """(n_q, 3n) standard errors in eV^2 of ``found.squares``, to first order in the noise of the
     averages.
 
-    ``rows``: q -> R (3n, n_q, 3n, 3n) in auxiliary modes. A squared frequency is l = e+ (Phi + D R)
-    e; a configuration c moves it by 2 Re(D_c R) (+ R D4_c R), averaged over the q points and modes
-    that symmetry makes equal. The auxiliary Phi is as uncertain as the curvature of an ensemble of
-    this size.
+    A squared frequency is l = e+ (Phi + D R) e; a configuration c moves it by 2 Re(D_c R) (+ R D4_c
+    R), averaged over the q points and modes that symmetry makes equal. The auxiliary Phi is as
+    uncertain as the curvature of an ensemble of this size.
     """
-    errors = np.zeros_like(found.squares)
+    data, errors = rows.data, np.zeros_like(found.squares)
     for star in np.unique(found.star):
         members = np.flatnonzero(found.star == star)
-        computed = [q for q in members if modes.minus[q] >= q]
-        cubic, auxiliary = np.zeros((2, len(data), found.squares.shape[1]))
-        for q in computed:
-            one, other = contributions(found, modes, data, int(q), rows(int(q)))
-            cubic += one / len(computed)
-            auxiliary += other / len(computed)
+        computed = [int(q) for q in members if data.modes.minus[q] >= q]
+        parts = [contributions(found, data, q, rows.everywhere(tensor, q)) for q in computed]
+        cubic, auxiliary = (sum(part) / len(computed) for part in zip(*parts, strict=True))
         for level in levels(found.squares[members[0]]):
-            parts = [standard_error(values[:, level].mean(axis=1)) for values in (cubic, auxiliary)]
-            errors[np.ix_(members, level)] = np.hypot(*parts) * HBAR**2
+            both = [standard_error(values[:, level].mean(axis=1)) for values in (cubic, auxiliary)]
+            errors[np.ix_(members, level)] = np.hypot(*both) * HBAR**2
     return errors
 
 
@@ -338,33 +294,23 @@ def levels(squares: np.ndarray) -> list[np.ndarray]:
 
 
 def contributions(
-    found: Hessian, modes: Wavevectors, data: Samples, q: int, rows: np.ndarray
+    found: Hessian, data: Samples, q: int, rows: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """What every configuration says about every squared frequency at q: through D (and D4), and
-    through Phi; (n, 3n) each."""
-    into = modes.vectors[q].conj().T @ found.vectors[q]
+    through Phi; (n, 3n) each. ``rows`` : R (3n, n_q, 3n, 3n) in auxiliary modes."""
+    into = data.modes.vectors[q].conj().T @ found.vectors[q]
     v, even, odd = (values[q] @ into.conj() for values in (data.scaled, data.even, data.odd))
     turned = np.tensordot(into.conj(), rows, axes=(0, 0))
-    size = turned.shape[0]
-    cubic = np.empty((len(data), size))
-    step = max(1, CHUNK // (len(data) * size))
-    for offset in range(0, size, step):
-        part = slice(offset, offset + step)
-        cubic[:, part] = _cubic(
-            modes,
-            data,
-            q,
-            turned[part],
-            v[:, part],
-            even[:, part],
-            into[:, part],
-            found.fourth_order,
-        )
-    return cubic, -(v * odd.conj()).real
+    step = max(1, CHUNK // (len(data) * len(turned)))
+    parts = (slice(offset, offset + step) for offset in range(0, len(turned), step))
+    cubic = [
+        _cubic(data, q, turned[p], v[:, p], even[:, p], into[:, p], found.fourth_order)
+        for p in parts
+    ]
+    return np.concatenate(cubic, axis=1), -(v * odd.conj()).real
 
 
 def _cubic(
-    modes: Wavevectors,
     data: Samples,
     q: int,
     rows: np.ndarray,
@@ -375,7 +321,7 @@ def _cubic(
 ) -> np.ndarray:
     """-2/3 Re[f (vRv - YR)* + 2 v (fRv)* - 2 (Y f R)*], and -Re[(vRv - YR)* fRv - 2 (Rv)* Y (Rf)]
     for the fourth order."""
-    stiffness = np.where(modes.moving, 1.0 / modes.variance, 0.0)
+    modes, stiffness = data.modes, data.modes.precision
     shape = (len(data), len(rows))
     vv, fv, odd_v, fourth_part = (np.zeros(shape, dtype=data.scaled.dtype) for _ in range(4))
     for first in range(len(modes.points)):

@@ -26,7 +26,7 @@ from ase.data import atomic_masses, atomic_numbers
 from magus_anharmonic.errors import InputError, SschaError, one_line
 from magus_anharmonic.sscha.engines import Minimised, Population
 from magus_anharmonic.sscha.ensemble import Ensemble
-from magus_anharmonic.sscha.state import SschaState, fold, fourier, inverse_fourier
+from magus_anharmonic.sscha.state import SschaState, atom_order, fold, fourier, inverse_fourier
 from magus_anharmonic.sscha.supercells import (
     SupercellMatrix,
     commensurate,
@@ -282,7 +282,7 @@ def to_ensemble(state: SschaState, ensemble: Ensemble) -> Any:
     import sscha.Ensemble
 
     loaded = sscha.Ensemble.Ensemble(to_phonons(state), T0=state.temperature)
-    order = atom_order(state.supercell, loaded.supercell_structure)
+    order = atom_order(state.supercell, loaded.supercell_structure.coords)
     _transform_gradients_fast(loaded, state.supercell_matrix, order)
     n_configs = len(ensemble.energies)
     structures = []
@@ -324,17 +324,6 @@ def _transform_gradients_fast(
         return tuple(matrices) if return_error else matrices[0]
 
     object.__setattr__(loaded, "_get_gradient_qspace", transform)
-
-
-def atom_order(supercell: Atoms, structure: Any) -> np.ndarray:
-    """For every atom of python-sscha's supercell its index in ours."""
-    scaled = np.asarray(structure.coords) @ np.linalg.inv(supercell.cell.array)
-    difference = scaled[:, None] - (supercell.positions @ np.linalg.inv(supercell.cell.array))[None]
-    distance = np.abs(difference - np.round(difference)).max(axis=2)
-    order = distance.argmin(axis=1)
-    if distance.min(axis=1).max() > 1e-4 or len(set(order.tolist())) != len(order):
-        raise SschaError("the supercells of python-sscha and of this package hold different atoms")
-    return order
 
 
 def write_dynamical_matrices(state: SschaState, prefix: Path, log: Path) -> None:

@@ -23,12 +23,13 @@ from ase import Atoms
 from ase.geometry import minkowski_reduce
 
 from magus_anharmonic.errors import SschaError
-from magus_anharmonic.sscha.ensemble import Ensemble, gamma_matrix
+from magus_anharmonic.sscha.ensemble import Ensemble, static_response
 from magus_anharmonic.sscha.state import (
     SschaState,
     fourier,
-    normal_modes,
     oscillator_free_energy,
+    phonon_energy,
+    root_mass,
     variance,
     without_zero_modes,
 )
@@ -46,7 +47,6 @@ from magus_anharmonic.sscha.supercells import (
     three,
 )
 from magus_anharmonic.sscha.symmetry import Symmetry
-from magus_anharmonic.units import HBAR
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,8 @@ class Wavevectors:
 
     points : (n_q, 3) whole numbers, see `supercells.fractional_points`, the first zero; minus :
     (n_q,) index of -q; vectors : (n_q, 3n, 3n) columns e with e(-q) = conj e(q), mass weighted,
-    zero for the three translations; hbar_omega, variance : (n_q, 3n) in eV and A^2 amu, one for the
-    translations; root_mass : (3n,).
+    zero for the three translations; hbar_omega, variance : (n_q, 3n) in eV and A^2 amu, one for
+    the translations; moving : (n_q, 3n) False for these; root_mass : (3n,).
     """
 
     supercell_matrix: SupercellMatrix
@@ -65,19 +65,28 @@ class Wavevectors:
     vectors: np.ndarray
     hbar_omega: np.ndarray
     variance: np.ndarray
+    moving: np.ndarray
     root_mass: np.ndarray
+    temperature: float
 
     @cached_property
     def q(self) -> np.ndarray:
         """(n_q, 3) the points in fractions of the reciprocal vectors."""
         return fractional_points(self.points, self.supercell_matrix)
 
-    @property
-    def moving(self) -> np.ndarray:
-        """(n_q, 3n) False for the three translations."""
-        moving = np.ones(self.hbar_omega.shape, dtype=bool)
-        moving[0, :3] = False
-        return moving
+    @cached_property
+    def precision(self) -> np.ndarray:
+        """(n_q, 3n) inverse of the variance, zero for the three translations."""
+        return np.where(self.moving, 1.0 / self.variance, 0.0)
+
+    @cached_property
+    def response(self) -> np.ndarray:
+        """L (n_q, n_q, 3n, 3n) for two modes at any two q, A^2 amu / (eV/A^2/amu); zero for the
+        translations."""
+        n_q, size = self.hbar_omega.shape
+        response = static_response(self.hbar_omega.ravel(), self.temperature)
+        response = np.where(np.outer(self.moving, self.moving), response, 0.0)
+        return response.reshape(n_q, size, n_q, size).transpose(0, 2, 1, 3)
 
     def third(self, first: int, second: int) -> int:
         """Index of the q that makes the sum of three zero."""
@@ -99,45 +108,29 @@ class Wavevectors:
 
 def wavevectors(state: SschaState) -> Wavevectors:
     """Diagonalise the state at every q; raises ``SschaError`` for imaginary auxiliary modes."""
-    points = cell_offsets(dual(state.supercell_matrix))
-    minus = cell_index(-points, dual(state.supercell_matrix))
-    root = np.sqrt(np.repeat(state.atoms.get_masses(), 3))
-    size = len(root)
+    matrix, masses, root = state.supercell_matrix, state.masses, root_mass(state.atoms)
+    points = cell_offsets(dual(matrix))
+    minus = cell_index(-points, dual(matrix))
+    dynamical = fourier(state.force_constants, matrix, q_points(matrix)) / np.outer(root, root)
+    dynamical[0] = without_zero_modes(dynamical[0], masses, np.abs(dynamical).max())
     real = bool(np.all(minus == np.arange(len(points))))
-    matrices = fourier(
-        state.force_constants,
-        state.supercell_matrix,
-        fractional_points(points, state.supercell_matrix),
-    )
-    vectors = np.zeros((len(points), size, size), dtype=float if real else complex)
-    hbar_omega = np.ones((len(points), size))
-    gamma = normal_modes(gamma_matrix(state), state.atoms.get_masses())
-    vectors[0, :, 3:], hbar_omega[0, 3:] = gamma.vectors, gamma.hbar_omega
-    for index in range(1, len(points)):
-        if minus[index] < index:
-            vectors[index], hbar_omega[index] = (
-                vectors[minus[index]].conj(),
-                hbar_omega[minus[index]],
-            )
+    vectors = np.zeros(dynamical.shape, dtype=float if real else complex)
+    squares, moving = np.empty(vectors.shape[:2]), np.ones(vectors.shape[:2], dtype=bool)
+    for q, other in enumerate(minus):
+        if other < q:
+            squares[q], vectors[q] = squares[other], vectors[other].conj()
             continue
-        matrix = matrices[index] / np.outer(root, root)
-        matrix = matrix.real if minus[index] == index else matrix
-        squares, vectors[index] = np.linalg.eigh(0.5 * (matrix + matrix.conj().T))
-        hbar_omega[index] = np.sign(squares) * HBAR * np.sqrt(np.abs(squares))
+        one = dynamical[q].real if other == q else dynamical[q]
+        squares[q], vectors[q] = np.linalg.eigh(0.5 * (one + one.conj().T))
+    moving[0, -3:] = vectors[0, :, -3:] = 0
+    hbar_omega = np.where(moving, phonon_energy(squares), 1.0)
     if np.any(hbar_omega <= 0):
         raise SschaError(
             f"the auxiliary force constants have {int((hbar_omega <= 0).sum())} imaginary modes:"
             " the state is no SSCHA state"
         )
-    return Wavevectors(
-        state.supercell_matrix,
-        points,
-        minus,
-        vectors,
-        hbar_omega,
-        variance(hbar_omega, state.temperature),
-        root,
-    )
+    sizes, at = variance(hbar_omega, state.temperature), state.temperature
+    return Wavevectors(matrix, points, minus, vectors, hbar_omega, sizes, moving, root, at)
 
 
 @dataclass(frozen=True)
@@ -149,6 +142,7 @@ class Samples:
     twice where there are no pairs.
     """
 
+    modes: Wavevectors
     scaled: np.ndarray
     even: np.ndarray
     odd: np.ndarray
@@ -158,26 +152,26 @@ class Samples:
 
     def part(self, chosen: slice) -> Samples:
         """Some of the samples."""
-        return Samples(self.scaled[:, chosen], self.even[:, chosen], self.odd[:, chosen])
+        parts = (values[:, chosen] for values in (self.scaled, self.even, self.odd))
+        return Samples(self.modes, *parts)
 
 
 def samples(state: SschaState, ensemble: Ensemble, modes: Wavevectors) -> Samples:
     """The ensemble of a state in its modes."""
     u = ensemble.displacements
-    n_configs = len(u)
-    residual = ensemble.forces + (u.reshape(n_configs, -1) @ state.full).reshape(u.shape)
-    paired = n_configs % 2 == 0 and np.allclose(u[0::2], -u[1::2], rtol=0.0, atol=1e-6)
-    even = odd = residual
+    even = odd = ensemble.residual(state)[1].reshape(u.shape)
+    paired = len(u) % 2 == 0 and np.allclose(u[0::2], -u[1::2], rtol=0.0, atol=1e-6)
     if paired:
-        u, even, odd = (
-            u[0::2],
-            0.5 * (residual[0::2] + residual[1::2]),
-            0.5 * (residual[0::2] - residual[1::2]),
-        )
-    masses = np.repeat(state.supercell.get_masses(), 3).reshape(-1, 3)
-    scaled = modes.covectors(u * masses) / modes.variance[:, None, :]
+        u, plus, minus = u[0::2], even[0::2], even[1::2]
+        even, odd = 0.5 * (plus + minus), 0.5 * (plus - minus)
+    scaled = modes.covectors(u * state.supercell.get_masses()[:, None])
     components = modes.covectors(even)
-    return Samples(scaled, components, modes.covectors(odd) if paired else components)
+    return Samples(
+        modes,
+        scaled / modes.variance[:, None, :],
+        components,
+        modes.covectors(odd) if paired else components,
+    )
 
 
 class Representation:
@@ -185,7 +179,7 @@ class Representation:
     that triples lose."""
 
     def __init__(self, modes: Wavevectors, symmetry: Symmetry) -> None:
-        self._modes = modes
+        self.modes = modes
         self._symmetry = symmetry
         inverse = np.array([np.rint(np.linalg.inv(w)).astype(int) for w in symmetry.fractional])
         # q turns with the inverse transpose; it stays one of the points because the supercell is
@@ -201,7 +195,7 @@ class Representation:
         """(3n, 3n) from the modes at ``q`` to those at ``images[operation, q]``."""
         key = (operation, q)
         if key not in self._known:
-            modes, image = self._modes, self.images[operation, q]
+            modes, image = self.modes, self.images[operation, q]
             permutation = self._symmetry.permutations[operation]
             shifts = self._symmetry.shifts[operation]
             phase = np.exp(-2j * np.pi * shifts @ modes.q[image])
@@ -210,14 +204,12 @@ class Representation:
             turned[permutation, :, np.arange(n), :] = (
                 phase[:, None, None] * self._symmetry.rotations[operation]
             )
-            turned = (
-                turned.reshape(3 * n, 3 * n)
-                if np.iscomplexobj(modes.vectors)
-                else turned.real.reshape(3 * n, 3 * n)
-            )
+            turned = turned.reshape(3 * n, 3 * n)
+            turned = turned if np.iscomplexobj(modes.vectors) else turned.real
             self._known[key] = modes.vectors[image].conj().T @ turned @ modes.vectors[q]
         return self._known[key]
 
+    @cached_property
     def stars(self) -> list[dict[int, int]]:
         """One dictionary for every set of equivalent q, the representative first: q -> an operation
         that leads there."""
@@ -334,15 +326,8 @@ class Spectrum:
         squares, vectors = np.linalg.eigh(dynamical)
         real = np.ones(squares.shape, dtype=bool)
         real[0, -3:] = False
-        squares = np.where(real, squares, 1.0)
-        return cls(
-            np.sign(squares) * HBAR * np.sqrt(np.abs(squares)),
-            vectors,
-            real,
-            root,
-            reciprocal,
-            temperature,
-        )
+        hbar_omega = phonon_energy(np.where(real, squares, 1.0))
+        return cls(hbar_omega, vectors, real, root, reciprocal, temperature)
 
     @property
     def lowest(self) -> float:
@@ -387,6 +372,7 @@ class Spectrum:
 
 
 CHUNK = 2048
+"""Points between which the force constants are interpolated at once."""
 
 
 @dataclass(frozen=True)
@@ -419,21 +405,11 @@ def finite_size_term(state: SschaState, spacing: float) -> FiniteSize:
     """
     mesh = reference_mesh(state.atoms, spacing, state.supercell_matrix)
     grid = np.array(list(np.ndindex(*mesh))) / np.array(mesh)
-    vectors, blocks = nearest_images(state)
-    total, imaginary = 0.0, 0
-    for offset in range(0, len(grid), CHUNK):
-        squares = interpolated_squares(
-            state, vectors, blocks, grid[offset : offset + CHUNK]
-        ).ravel()
-        if offset == 0:
-            squares = squares[3:]
-        imaginary += int((squares <= 0).sum())
-        hbar_omega = HBAR * np.sqrt(np.abs(squares))
-        total += float(
-            oscillator_free_energy(hbar_omega[hbar_omega > 1e-6], state.temperature).sum()
-        )
-    n_modes = len(grid) * 3 * len(state.atoms) - 3
-    return FiniteSize(total / len(grid) - state.harmonic_free_energy, mesh, imaginary / n_modes)
+    squares = interpolated_squares(state, grid).ravel()[3:]
+    hbar_omega = np.abs(phonon_energy(squares))
+    total = oscillator_free_energy(hbar_omega[hbar_omega > 1e-6], state.temperature).sum()
+    term = float(total) / len(grid) - state.harmonic_free_energy
+    return FiniteSize(term, mesh, float((squares <= 0).mean()))
 
 
 def nearest_images(state: SschaState) -> tuple[np.ndarray, np.ndarray]:
@@ -465,11 +441,11 @@ def interpolated(vectors: np.ndarray, blocks: np.ndarray, q: np.ndarray) -> np.n
     return (np.exp(2j * np.pi * q @ vectors.T) @ flat).reshape(-1, size, size)
 
 
-def interpolated_squares(
-    state: SschaState, vectors: np.ndarray, blocks: np.ndarray, q: np.ndarray
-) -> np.ndarray:
+def interpolated_squares(state: SschaState, q: np.ndarray) -> np.ndarray:
     """Eigenvalues (n_q, 3n) of the dynamical matrix at fractional ``q``, ascending, eV/A^2/amu."""
-    root = np.sqrt(np.repeat(state.atoms.get_masses(), 3))
-    matrices = interpolated(vectors, blocks, q)
-    matrices = 0.5 * (matrices + matrices.conj().transpose(0, 2, 1)) / np.outer(root, root)
-    return np.linalg.eigvalsh(matrices)
+    root, images, found = root_mass(state.atoms), nearest_images(state), []
+    for offset in range(0, len(q), CHUNK):
+        matrices = interpolated(*images, q[offset : offset + CHUNK])
+        matrices = 0.5 * (matrices + matrices.conj().transpose(0, 2, 1)) / np.outer(root, root)
+        found.append(np.linalg.eigvalsh(matrices))
+    return np.concatenate(found)

@@ -134,14 +134,14 @@ class FreeEnergy:
     ensemble_error: float | None = column(
         "expected error of the model's forces over the final ensemble", "eV/A", origin=_TRUST
     )
-    hessian_lowest: float | None = column(
+    hessian_deciding: float | None = column(
         "frequency of the mode of the free-energy Hessian that decides about stability; negative:"
         " imaginary",
         "cm^-1",
         origin=_HESSIAN,
     )
     hessian_error: float | None = column(
-        "standard error of hessian_lowest", "cm^-1", origin=_HESSIAN
+        "standard error of hessian_deciding", "cm^-1", origin=_HESSIAN
     )
     p_stable: float | None = column(
         "probability that the Hessian has no negative mode",

@@ -6,7 +6,8 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,20 +18,30 @@ from magus_anharmonic.errors import InputError, SschaError
 from magus_anharmonic.evaluator import Evaluator, as_evaluator
 from magus_anharmonic.io import pictures
 from magus_anharmonic.io.digests import versions
-from magus_anharmonic.io.files import write_json
-from magus_anharmonic.io.tables import table_rows, write_table
+from magus_anharmonic.io.files import replacing, write_json
+from magus_anharmonic.io.tables import cell, table_rows, write_table
 from magus_anharmonic.notebook import Described
 from magus_anharmonic.runs.lock import locked
 from magus_anharmonic.sscha.ensemble import Ensemble, joined
 from magus_anharmonic.sscha.gibbs import DEFAULTS
 from magus_anharmonic.sscha.hessian import Hessian, free_energy_hessian, levels
-from magus_anharmonic.sscha.phonons import bands, dispersion, draw_dispersion, write_dispersion
+from magus_anharmonic.sscha.phonons import (
+    BandPath,
+    bands,
+    dispersion,
+    draw_dispersion,
+    write_dispersion,
+)
 from magus_anharmonic.sscha.qe_files import write_dyn
 from magus_anharmonic.sscha.record import SYMPREC
 from magus_anharmonic.sscha.result import SschaResult, final_ensemble
-from magus_anharmonic.sscha.sampling import sample_ensemble
-from magus_anharmonic.sscha.start import harmonic_force_constants, in_double_precision
-from magus_anharmonic.sscha.state import SschaState
+from magus_anharmonic.sscha.start import (
+    harmonic_force_constants,
+    in_double_precision,
+    sample_ensemble,
+)
+from magus_anharmonic.sscha.state import SschaState, atom_order
+from magus_anharmonic.sscha.supercells import shape_supercell_matrix
 from magus_anharmonic.sscha.symmetry import Symmetry
 from magus_anharmonic.sscha.unstable import supported_group
 from magus_anharmonic.units import EV_IN_CM1, ev_to_mev
@@ -47,6 +58,13 @@ WHAT = "magus-anharmonic hessian"
 """Names this work in the lock of its folder."""
 
 
+WORDS = {
+    "stable": "Stable: every mode of the supercell is positive beyond two standard errors",
+    "saddle": "Saddle point: a mode is negative beyond two standard errors",
+    "undecided": "Undecided between a minimum and a saddle point; take more --n-configs",
+}
+
+
 @dataclass(frozen=True, repr=False)
 class HessianReport(Described):
     """What was found, and where the files are."""
@@ -60,14 +78,16 @@ class HessianReport(Described):
         return {**self.hessian.described(), "files": str(self.folder)}
 
     def sentences(self) -> list[str]:
-        """The verdict in words."""
-        lines = verdict(self.hessian)
-        if not self.result.converged:
-            lines.append(
-                "The SSCHA run had not converged: the state may still move, and its Hessian"
-                " with it."
-            )
-        return lines
+        """Stable, saddle or undecided, why, and how sure."""
+        hessian = self.hessian
+        q, mode = hessian.deciding
+        return [
+            f"{WORDS[hessian.status]}. The mode that decides: {shown_wavenumber(hessian, q, mode)}"
+            f" cm^-1 at q = {shown_point(hessian.points[q])}.",
+            f"Probability that it is stable: {hessian.probability_stable:.3f} (sampling alone).",
+            *(() if hessian.fourth_order else ("Without the fourth-order term (--v4 adds it).",)),
+            *(() if self.result.converged else ("The SSCHA run had not converged.",)),
+        ]
 
 
 def hessian_of_run(
@@ -101,16 +121,16 @@ def _hessian_of_run(
 ) -> HessianReport:
     result = SschaResult.read(run)
     state = result.state
-    evaluator = None if evaluator is None else as_evaluator(evaluator, [state.atoms])
-    if evaluator is not None and evaluator.model_id != result.model_id:
-        raise InputError(
-            f"--checkpoint: is the model {evaluator.model_id}, the run in {run} was made with"
-            f" {result.model_id}"
-        )
+    symmetry, harmonic = Symmetry(state.atoms, state.supercell_matrix), None
+    if evaluator is not None:
+        evaluator = as_evaluator(evaluator, [state.atoms])
+        if evaluator.model_id != result.model_id:
+            raise InputError(
+                f"--checkpoint: is the model {evaluator.model_id}, the run in {run} was made with"
+                f" {result.model_id}"
+            )
     ensemble = ensemble_of(state, final_ensemble(run, result), evaluator, n_configs, seed)
-    symmetry = Symmetry(state.atoms, state.supercell_matrix)
     found = free_energy_hessian(state, ensemble, symmetry, include_v4=include_v4)
-    harmonic = None
     if evaluator is not None:
         harmonic = harmonic_force_constants(
             state.atoms, state.supercell_matrix, symmetry, in_double_precision(evaluator)
@@ -131,20 +151,16 @@ def ensemble_of(
     have = 0 if stored is None else len(stored.energies)
     wanted = have if n_configs is None else n_configs
     if wanted < 4 or wanted % 2:
-        raise InputError(
-            f"--n-configs: {wanted}: must be even and at least 4"
-            + ("" if have else " (the run keeps no ensemble of its last state)")
-        )
+        raise InputError(f"--n-configs: {wanted}: must be even and at least 4; the run has {have}")
     if wanted <= have and stored is not None:
         return stored
     if evaluator is None:
         raise InputError(
             f"--n-configs: {wanted}: the run holds {have}; give --checkpoint to sample the rest"
         )
-    log.info("sampling %d configurations of the final state", wanted - have)
-    fresh = sample_ensemble(
-        state, wanted - have, [seed, SAMPLING_TAG], evaluator, "configurations for the Hessian"
-    )
+    missing, what = wanted - have, "configurations for the Hessian"
+    log.info("sampling %d configurations of the final state", missing)
+    fresh = sample_ensemble(state, missing, [seed, SAMPLING_TAG], evaluator, what)
     return fresh if stored is None else joined([stored, fresh])
 
 
@@ -182,45 +198,16 @@ def shown_point(q: np.ndarray) -> str:
 def shown_wavenumber(hessian: Hessian, q: int, mode: int) -> str:
     """``-12.3 +- 0.4``: of a mode in cm^-1, with its standard error where it is known."""
     shown = f"{hessian.hbar_omega[q, mode] * EV_IN_CM1:.1f}"
-    if hessian.hbar_omega_error is None:
-        return shown
-    return f"{shown} +- {hessian.hbar_omega_error[q, mode] * EV_IN_CM1:.1f}"
-
-
-def verdict(hessian: Hessian) -> list[str]:
-    """Stable, saddle or undecided, why, and how sure."""
-    q, mode = hessian.lowest
-    shown = shown_wavenumber(hessian, q, mode)
-    sign = "imaginary " if hessian.hbar_omega[q, mode] < 0 else ""
-    lowest = f"{sign}{shown.removeprefix('-')} cm^-1 at q = {shown_point(hessian.points[q])}"
-    words = {
-        "stable": (
-            "Stable: every mode of the supercell is positive beyond two standard errors; the least"
-            f" certain is {lowest}."
-        ),
-        "saddle": (
-            "Saddle point, not a minimum of the free energy: a mode is negative beyond two"
-            f" standard errors, {lowest}."
-        ),
-        "undecided": (
-            f"Undecided between a minimum and a saddle point; the mode in question is {lowest}. "
-            "Take more configurations (--n-configs)."
-        ),
-    }
-    lines = [
-        words[hessian.status],
-        f"Probability that it is stable: {hessian.probability_stable:.3f} (sampling errors alone).",
-    ]
-    if not hessian.fourth_order:
-        lines.append("The fourth-order term is left out (--v4 adds it).")
-    return lines
+    error = hessian.hbar_omega_error[q, mode] * EV_IN_CM1
+    return shown if np.isnan(error) else f"{shown} +- {error:.1f}"
 
 
 def summary(report: HessianReport) -> dict[str, Any]:
     """What ``hessian.json`` holds."""
     hessian, result = report.hessian, report.result
-    q, mode = hessian.lowest
-    errors = hessian.hbar_omega_error
+    q, mode = hessian.deciding
+    group = supported_group(result.centroids, result.position_error)
+    error = float(ev_to_mev(hessian.hbar_omega_error[q, mode]))
     return {
         **versions(),
         "status": hessian.status,
@@ -235,13 +222,17 @@ def summary(report: HessianReport) -> dict[str, Any]:
         "unbiased": hessian.unbiased,
         "model": result.model_id,
         "sscha_status": result.status,
-        "lowest": {
+        "deciding": {
             "q": hessian.points[q].tolist(),
             "mode": mode + 1,
             "hbar_omega_meV": ev_to_mev(hessian.hbar_omega[q, mode]),
-            "error_meV": None if errors is None else ev_to_mev(errors[q, mode]),
+            "error_meV": None if np.isnan(error) else error,
         },
-        "space_group": supported_group(result.centroids, result.position_error).as_dict(),
+        "space_group": {
+            "group": group.group,
+            "tolerance_A": group.tolerance,
+            "steps": [vars(step) for step in group.steps],
+        },
     }
 
 
@@ -255,6 +246,7 @@ def write_report(report: HessianReport, harmonic: np.ndarray | None) -> None:
     write_frequencies(hessian, folder / "frequencies.csv")
     found = dispersion(hessian, harmonic, report.result.symmetry_tolerance or SYMPREC)
     write_dispersion(found, folder / "dispersion.csv")
+    write_phonopy(replace(state, force_constants=hessian.force_constants), found.path, folder)
     title = (
         f"{state.atoms.get_chemical_formula()} at {report.result.target_pressure:g} GPa,"
         f" {state.temperature:g} K: {hessian.status}"
@@ -263,26 +255,52 @@ def write_report(report: HessianReport, harmonic: np.ndarray | None) -> None:
     write_json(folder / "hessian.json", summary(report))
 
 
+def write_phonopy(state: SschaState, path: BandPath, folder: Path) -> None:
+    """``phonopy.yaml`` with the force constants of ``state``, as ``phonopy-load`` reads them, and
+    phonopy's own ``band.yaml`` along ``path``."""
+    from phonopy import Phonopy
+    from phonopy.structure.atoms import PhonopyAtoms
+
+    atoms, labels = state.atoms, dict(path.ticks)
+    cell = PhonopyAtoms(
+        symbols=atoms.get_chemical_symbols(),
+        cell=atoms.cell.array,
+        positions=atoms.positions,
+        masses=state.masses,
+    )
+    matrix = shape_supercell_matrix(state.supercell_matrix).T
+    phonon = Phonopy(cell, supercell_matrix=matrix, primitive_matrix=np.eye(3))
+    order = atom_order(state.supercell, phonon.supercell.positions)
+    n = len(order)
+    full = state.full.reshape(n, 3, n, 3).transpose(0, 2, 1, 3)
+    phonon.force_constants = full[np.ix_(order, order)]
+    pieces = [path.q[first : last + 1] for first, last in path.segments]
+    joins = [np.allclose(one[-1], other[0]) for one, other in pairwise(pieces)] + [False]
+    names = []
+    for (first, last), joined_on in zip(path.segments, joins, strict=True):
+        start, end = (labels[path.distance[index]] for index in (first, last))
+        names += [start.split("|")[-1], *(() if joined_on else (end.split("|")[0],))]
+    phonon.run_band_structure(pieces, path_connections=joins, labels=names)
+    with replacing(folder / "phonopy.yaml") as temporary:
+        phonon.save(str(temporary), settings={"force_constants": True})
+    with replacing(folder / "band.yaml") as temporary:
+        phonon.write_yaml_band_structure(filename=str(temporary))
+
+
 def write_frequencies(hessian: Hessian, path: Path) -> None:
     """CSV: one line per q point of the supercell and mode, imaginary frequencies negative; empty
     errors where there are none."""
     columns = ["q1", "q2", "q3", "star", "mode", "auxiliary_meV", "hessian_meV", "error_meV"]
-    auxiliary = bands(hessian.state, hessian.state.force_constants, hessian.points)
-    found, errors = hessian.hbar_omega, hessian.hbar_omega_error
-    none = errors is None
-    errors = np.zeros_like(found) if errors is None else errors
-    rows = []
-    for q, point in enumerate(hessian.points):
-        for mode in range(found.shape[1]):
-            energy, error = found[q, mode], errors[q, mode]
-            numbers = [ev_to_mev(auxiliary[q, mode]), ev_to_mev(energy), ev_to_mev(error)]
-            numbers += [energy * EV_IN_CM1, error * EV_IN_CM1]
-            shown = [f"{number:.6f}" for number in numbers]
-            if none:
-                shown[2] = shown[4] = ""
-            place = [f"{value:.8f}" for value in point]
-            rows.append([*place, hessian.star[q] + 1, mode + 1, *shown])
-    write_table(path, [*columns, "hessian_per_cm", "error_per_cm"], rows)
+    auxiliary = ev_to_mev(bands(hessian.state, hessian.state.force_constants, hessian.points))
+    numbers = np.stack([hessian.hbar_omega, hessian.hbar_omega_error], axis=-1)
+    rows = (
+        [*point, hessian.star[q] + 1, mode + 1, auxiliary[q, mode]]
+        + [*ev_to_mev(numbers[q, mode]), *(EV_IN_CM1 * numbers[q, mode])]
+        for q, point in enumerate(hessian.points)
+        for mode in range(numbers.shape[1])
+    )
+    columns += ["hessian_per_cm", "error_per_cm"]
+    write_table(path, columns, (map(cell, row) for row in rows))
 
 
 def softest_levels(hessian: Hessian, limit: int = 6) -> list[tuple[str, str, str, str]]:

@@ -28,10 +28,9 @@ from magus_anharmonic.io.files import (
 from magus_anharmonic.io.tables import write_table
 from magus_anharmonic.notebook import Described
 from magus_anharmonic.runs.lock import NAME as LOCK
-from magus_anharmonic.sscha.cell import StaticResponse
+from magus_anharmonic.sscha.cell import Start, StaticResponse
 from magus_anharmonic.sscha.ensemble import Ensemble, joined
 from magus_anharmonic.sscha.record import FreeEnergy
-from magus_anharmonic.sscha.start import Start
 from magus_anharmonic.sscha.state import SschaState, agree
 from magus_anharmonic.sscha.supercells import SupercellMatrix, as_supercell_matrix
 from magus_anharmonic.units import GPa
@@ -57,19 +56,19 @@ class SschaResult(Described, FreeEnergy):
     state.
     """
 
-    helmholtz: float | None
-    stress: np.ndarray
-    stress_error: np.ndarray
-    pressure: GPa | None
     target_pressure: GPa
     temperature: float
     centroids: Atoms
-    position_error: float | None
     n_configs: int
-    supercell: SupercellMatrix
-    interpolated_imaginary: float | None
     model_id: str
     seconds: float
+    helmholtz: float | None = None
+    stress: np.ndarray = field(default_factory=lambda: np.full((3, 3), np.nan))
+    stress_error: np.ndarray = field(default_factory=lambda: np.full((3, 3), np.nan))
+    pressure: GPa | None = None
+    position_error: float | None = None
+    supercell: SupercellMatrix = (0, 0, 0)
+    interpolated_imaginary: float | None = None
     force_constants: np.ndarray | None = None
 
     @property
@@ -120,17 +119,11 @@ class SschaResult(Described, FreeEnergy):
 
     def as_dict(self) -> dict[str, Any]:
         """Everything but the force constants, ready for JSON."""
-        data: dict[str, Any] = {**versions()}
-        for one in fields(self):
-            if one.name not in ("centroids", "force_constants"):
-                value = vars(self)[one.name]
-                value = value.tolist() if isinstance(value, np.ndarray) else value
-                data[one.name] = (
-                    None if isinstance(value, float) and not math.isfinite(value) else value
-                )
-        data["converged"] = self.converged
-        for name in ("stress", "stress_error"):
-            data[name] = data[name] if np.isfinite(getattr(self, name)).all() else None
+        data: dict[str, Any] = {**versions(), **vars(self), "converged": self.converged}
+        del data["force_constants"]
+        for name, value in data.items():
+            if isinstance(value, float | np.ndarray):
+                data[name] = np.asarray(value).tolist() if np.isfinite(value).all() else None
         data["centroids"] = {
             "symbols": self.centroids.get_chemical_symbols(),
             "cell": self.centroids.cell.array.tolist(),
@@ -159,9 +152,9 @@ class SschaResult(Described, FreeEnergy):
 
     @classmethod
     def _from_json(cls, data: dict[str, Any]) -> SschaResult:
-        known = {one.name for one in fields(cls)}
+        known = {one.name: one.metadata.get("needed") for one in fields(cls)}
         data = {name: value for name, value in renamed(data).items() if name in known}
-        if absent := {one.name for one in fields(cls) if one.metadata.get("needed")} - data.keys():
+        if absent := {name for name, needed in known.items() if needed} - data.keys():
             raise KeyError(", ".join(sorted(absent)))
         for name in ("stress", "stress_error"):
             data[name] = np.full((3, 3), np.nan) if data[name] is None else np.array(data[name])
@@ -213,19 +206,6 @@ class Progress:
     requests: list[int | None] = field(default_factory=list)
     reason: str = "no population yet"
 
-    def fits(self) -> bool:
-        """Whether its parts belong together; raises ``ValueError`` where ``cell`` holds no
-        numbers."""
-        if self.cell is not None:
-            matrix, covariance = (np.array(part, dtype=float) for part in self.cell)
-            if covariance.shape != matrix.shape * 2:
-                return False
-        return (
-            bool(self.rows and self.pooled and all(self.pooled))
-            and all(row.keys() == self.rows[0].keys() for row in self.rows)
-            and len(self.gibbs) == len(self.rows)
-        )
-
 
 class RunFolder:
     """Files of a run in ``directory``; every file is written whole or not at all.
@@ -248,27 +228,24 @@ class RunFolder:
         identity = as_stored({**versions(), **identity})
         path = self.directory / "settings.json"
         stored = read_whole(path, read_json)
-        if stored is not None:
-            different = sorted(
-                key for key in {*stored, *identity} if stored.get(key) != identity.get(key)
+        known = identity if stored is None else stored
+        different = {key for key in {*known, *identity} if known.get(key) != identity.get(key)}
+        if any_start and different and different <= OF_THE_START:
+            log.info("%s: goes on from the start that it had", self.directory)
+        elif different & versions().keys():
+            raise InputError(
+                f"{self.directory}: holds an SSCHA run of another version of this package; give"
+                " another folder"
             )
-            if any_start and different and set(different) <= OF_THE_START:
-                log.info("%s: goes on from the start that it had", self.directory)
-            elif set(different) & versions().keys():
-                raise InputError(
-                    f"{self.directory}: holds an SSCHA run of another version of this package; give"
-                    " another folder"
-                )
-            elif different == ["model"]:
-                self._give_way(str(stored["model"]))
-                write_json(path, identity)
-            elif different:
-                raise InputError(
-                    f"{self.directory}: holds another SSCHA run (different:"
-                    f" {', '.join(different)}); give another folder, or the settings of"
-                    " settings.json"
-                )
-        else:
+        elif different - {"model"}:
+            raise InputError(
+                f"{self.directory}: holds another SSCHA run (different:"
+                f" {', '.join(sorted(different))}); give another folder, or the settings of"
+                " settings.json"
+            )
+        elif different:
+            self._give_way(str(known["model"]))
+        if stored is None or different == {"model"}:
             write_json(path, identity)
 
     def _give_way(self, model: str) -> None:
@@ -302,27 +279,17 @@ class RunFolder:
         if result is None:
             return None
         precise = error_tolerance is None or (result.gibbs_error or 0.0) <= error_tolerance
-        if (
-            result.status != "failed"
-            and not (result.converged and precise and not result.reason)
-            and result.n_populations < max_populations
-        ):
-            return None
-        return result
+        ended = result.converged and precise and not result.reason
+        spent = result.status == "failed" or result.n_populations >= max_populations
+        return result if ended or spent else None
 
     def read_start(self) -> Start | None:
         """The stored start, None when there is none yet."""
         return read_whole(self.directory / "start.npz", read_start_file)
 
     def write_start(self, start: Start) -> None:
-        response = (
-            {}
-            if start.response is None
-            else {
-                "response_stress": start.response.stress,
-                "response_forces": start.response.forces,
-            }
-        )
+        response = {} if start.response is None else vars(start.response)
+        response = {f"response_{name}": value for name, value in response.items()}
         self._write("start.npz", start.state, n_evaluations=start.n_evaluations, **response)
 
     def read_population(self, number: int, state: SschaState) -> tuple[SschaState, Ensemble] | None:
@@ -343,15 +310,7 @@ class RunFolder:
         from magus_anharmonic.sscha.python_sscha import write_dynamical_matrices
 
         positions = state.supercell.positions + ensemble.displacements
-        self._write(
-            f"population_{number:03d}.npz",
-            state,
-            positions=positions,
-            displacements=ensemble.displacements,
-            energies=ensemble.energies,
-            forces=ensemble.forces,
-            stresses=ensemble.stresses,
-        )
+        self._write(f"population_{number:03d}.npz", state, positions=positions, **vars(ensemble))
         write_dynamical_matrices(state, self.directory / f"dyn_pop{number}_", self.log)
 
     def read_pooled(
@@ -361,10 +320,8 @@ class RunFolder:
         found = [self.read_population(number, state) for number in numbers]
         if None in found or not found:
             return None
-        parts = [population for population in found if population is not None]
-        return parts[-1][0], (
-            joined([ensemble for _, ensemble in parts]) if len(parts) > 1 else parts[0][1]
-        )
+        states, ensembles = zip(*filter(None, found), strict=True)
+        return states[-1], joined(ensembles)
 
     def read_progress(self) -> Progress | None:
         """What `write_progress` left; None without it, and when it is damaged: the run then goes
@@ -408,34 +365,24 @@ def read_population_file(path: Path) -> tuple[SschaState, Ensemble]:
             *(stored[name] for name in ("displacements", "energies", "forces", "stresses"))
         )
         n, atoms = len(ensemble.energies), len(state.atoms) * state.n_cells
-        fits = ensemble.displacements.shape == ensemble.forces.shape == (
-            n,
-            atoms,
-            3,
-        ) and ensemble.stresses.shape == (n, 3, 3)
-    if not fits:
-        raise DamagedFile(f"{path}: arrays do not fit one another")
+        shapes = [(n, atoms, 3), (n,), (n, atoms, 3), (n, 3, 3)]
+        if [values.shape for values in vars(ensemble).values()] != shapes:
+            raise DamagedFile(f"{path}: arrays do not fit one another")
     return state, ensemble
 
 
 def read_progress_file(path: Path) -> Progress:
     """Where a run stands, from its ``progress.json``; raises ``DamagedFile``."""
-    progress = read_as(Progress, path, whole=True)
-    with readable(path, "the progress of an SSCHA run"):
-        if not progress.fits():
-            raise ValueError("its parts do not fit one another")
-    return progress
+    return read_as(Progress, path, whole=True)
 
 
 def read_start_file(path: Path) -> Start:
     """The start of a run from its ``start.npz``; raises ``DamagedFile``."""
     stored = load_arrays(path)
     with readable(path, "the start of an SSCHA run"):
-        response = (
-            StaticResponse(stored["response_stress"], stored["response_forces"])
-            if "response_stress" in stored
-            else None
-        )
+        response = None
+        if "response_stress" in stored:
+            response = StaticResponse(stored["response_stress"], stored["response_forces"])
         return Start(_state(stored), response, int(stored["n_evaluations"]))
 
 
@@ -455,7 +402,14 @@ def final_populations(run: Path, result: SschaResult) -> dict[int, tuple[SschaSt
     return {
         int(path.stem.removeprefix("population_")): one
         for path, one in read
-        if agree(result.state, one[0], "force_constants", "positions", "cell", atol=1e-9)
+        if agree(
+            result.state,
+            one[0],
+            "force_constants",
+            "atoms.positions",
+            "atoms.cell.array",
+            atol=1e-9,
+        )
     }
 
 

@@ -18,23 +18,26 @@ from magus_anharmonic.errors import SschaError
 from magus_anharmonic.evaluator import Evaluator
 from magus_anharmonic.sscha.cell import CellStiffness
 from magus_anharmonic.sscha.engines import Population, engine
-from magus_anharmonic.sscha.ensemble import Averages, Ensemble, average, gamma_matrix, joined
-from magus_anharmonic.sscha.initial_state import start_run
+from magus_anharmonic.sscha.ensemble import Averages, Ensemble, average, joined
 from magus_anharmonic.sscha.result import Progress, RunFolder, SschaResult
-from magus_anharmonic.sscha.sampling import evaluated, sample_ensemble
-from magus_anharmonic.sscha.start import (
+from magus_anharmonic.sscha.start import evaluated, sample_ensemble, start_run
+from magus_anharmonic.sscha.state import (
     LARGEST_AMPLITUDE_LATER,
-    Start,
+    MELTED,
+    SschaState,
     floor_modes,
+    lindemann_ratios,
+    melted,
     nearest_neighbour,
+    same_gaussian,
 )
-from magus_anharmonic.sscha.state import MELTED, SschaState, lindemann_ratios, melted, same_gaussian
 from magus_anharmonic.sscha.symmetry import Symmetry
 from magus_anharmonic.sscha.task import (
     SIGNIFICANT,
     Task,
     finished_result,
     gibbs_energy,
+    pressure_of,
     unconverged,
 )
 from magus_anharmonic.sscha.unstable import (
@@ -94,7 +97,11 @@ class SschaRun:
         self.task, self.folder = task, folder
         self._evaluator = evaluator
         self.progress = progress if progress is not None else Progress()
-        self.start = self._read_or_make_start()
+        start = folder.read_start()
+        if start is None:
+            start = start_run(task, evaluator)
+            folder.write_start(start)
+        self.start = start
         self.progress.n_evaluations = self.start.n_evaluations
         # the minimum of another model is only near that of this one: burn-in here too
         self.progress.burn_in = task.start is None or task.configurations is not None
@@ -104,13 +111,6 @@ class SschaRun:
         state = self.start.state
         self._go_on_from(state, Symmetry(state.atoms, state.supercell_matrix))
         self._resume()
-
-    def _read_or_make_start(self) -> Start:
-        start = self.folder.read_start()
-        if start is None:
-            start = start_run(self.task, self._evaluator)
-            self.folder.write_start(start)
-        return start
 
     def _go_on_from(self, state: SschaState, symmetry: Symmetry) -> None:
         """Take a state that no population is of, with what its symmetry leaves of the cell."""
@@ -161,9 +161,7 @@ class SschaRun:
     def precise(self) -> bool:
         """Whether the sampling error of G is as small as ``error_tolerance`` asks."""
         tolerance = self.task.settings.error_tolerance
-        return tolerance is None or (
-            bool(self.progress.gibbs) and self.progress.gibbs[-1][1] <= tolerance
-        )
+        return tolerance is None or any(error <= tolerance for _, error in self.progress.gibbs[-1:])
 
     def advance(self, n_configs: int | None = None) -> dict[str, Any]:
         """Minimise on the populations so far, then sample and average the next one, of
@@ -195,26 +193,18 @@ class SschaRun:
         few = size if burn_in and size < self.task.settings.n_configs else None
         return self._average(ensemble, strained, few)
 
-    def finish(self, n_configs: int | None = None) -> SschaResult:
-        """The result. With ``n_configs`` one more ensemble first: of the same state, and both
-        together where the run has converged."""
-        if n_configs is not None or self.averages is None:
-            self.advance(n_configs)
+    def finish(self) -> SschaResult:
+        """The result, of at least one population."""
+        if self.averages is None:
+            self.advance()
         assert self.averages is not None
         loose = melted(self.state)
         if loose and self.converged:
             raise SschaError(loose)
         both = self.progress.open
-        result = finished_result(
-            self.task,
-            self.state,
-            self.averages,
-            self.progress,
-            self.start,
-            "; ".join(filter(None, ("" if both else self.reason, loose))),
-            both or self.progress.group,
-            self._began,
-        )
+        reason = "; ".join(filter(None, ("" if both else self.reason, loose)))
+        of = self.task, self.state, self.averages, self.progress, self.start
+        result = finished_result(*of, reason, both or self.progress.group, self._began)
         if both and result.converged:
             result = replace(result, reason=self.reason)
         self.folder.write_result(result)
@@ -265,9 +255,6 @@ class SschaRun:
             "n_steps": minimised.n_steps,
         }
         self.folder.write_convergence(progress.rows)
-        log.debug(
-            "%d steps to an effective sample of %.2f", minimised.n_steps, minimised.effective_sample
-        )
         self.state = floor_modes(minimised.state, self.symmetry, LARGEST_AMPLITUDE_LATER)
         progress.limited = self.state is not minimised.state
         used_up = minimised.effective_sample < USED_UP * settings.min_effective_sample
@@ -283,12 +270,8 @@ class SschaRun:
         settings, n = self.task.settings, len(self.state.atoms)
         excess = cell.excess(stress)
         left = cell.compliance @ excess
-        gain = (
-            0.5
-            * self.state.atoms.get_volume()
-            * (excess @ left - np.sum(cell.compliance * self.averages.noise))
-            / n
-        )
+        noise = np.sum(cell.compliance * self.averages.noise)
+        gain = 0.5 * self.state.atoms.get_volume() * (excess @ left - noise) / n
         worth = gain > KEEP_CELL * max(settings.free_energy_tolerance, self.progress.gibbs[-1][1])
         far = np.abs(left) > np.maximum(
             KEEP_CELL * settings.strain_tolerance, SIGNIFICANT * self.averages.strain_error
@@ -296,7 +279,7 @@ class SschaRun:
         if not (worth or np.any(far)):
             return None
         step = cell.step(excess)
-        compliance = np.linalg.pinv(gamma_matrix(self.state), rcond=1e-9)
+        compliance = np.linalg.pinv(self.state.gamma, rcond=1e-9)
         shift = (compliance @ (step @ cell.forces)).reshape(-1, 3)
         # of a single atom the compliance is rounding alone
         self.state = self.state.strained(cell.strain(step), shift - shift.mean(axis=0))
@@ -319,19 +302,16 @@ class SschaRun:
     def _fresh(self, number: int, n_configs: int) -> Ensemble:
         """An ensemble of the state: the first one from the configurations that another model left,
         as far as they go."""
-        seed, what = [self.task.seed, number, SAMPLING_TAG], f"population {number}"
+        seed, parts = [self.task.seed, number, SAMPLING_TAG], []
+        by = self._evaluator, f"population {number}"
         earlier, start = self.task.configurations, self.task.start
-        if number > 1 or earlier is None or start is None or not same_gaussian(start, self.state):
-            return sample_ensemble(self.state, n_configs, seed, self._evaluator, what)
-        first = evaluated(self.state, earlier[:n_configs], self._evaluator, what)
-        log.info(
-            "population 1: %d configurations of another model's run, evaluated again",
-            len(first.energies),
-        )
-        missing = n_configs - len(first.energies)
-        if not missing:
-            return first
-        return joined([first, sample_ensemble(self.state, missing, seed, self._evaluator, what)])
+        if number == 1 and earlier is not None and start and same_gaussian(start, self.state):
+            parts = [evaluated(self.state, earlier[:n_configs], *by)]
+            n_configs -= len(parts[0].energies)
+            log.info("population 1: evaluates configurations of another model's run again")
+        if n_configs:
+            parts.append(sample_ensemble(self.state, n_configs, seed, *by))
+        return joined(parts)
 
     def _average(
         self,
@@ -370,20 +350,19 @@ class SschaRun:
         )
         _require_crystal(self.state, self.start.state)
         # a state before convergence may be too wide; two in a row are where the run goes
-        if (before.get(RATIO) or 0.0) > MELTED and (reason := melted(self.state)):
-            raise SschaError(reason)
-        progress.reason = unconverged(self.averages, progress, len(self.state.atoms), self.task)
-        if progress.limited:
-            limit = (
-                "soft modes were kept from moving neighbours by more than"
-                f" {LARGEST_AMPLITUDE_LATER:g} of their distance"
-            )
-            progress.reason = "; ".join(filter(None, (progress.reason, limit)))
-        if few and not progress.reason:
-            progress.reason = f"a population of {few} configurations only"
-        self._phase = self._identity(self.averages, ensemble) if not progress.reason else Answer()
+        if (before.get(RATIO) or 0.0) > MELTED and (loose := melted(self.state)):
+            raise SschaError(loose)
+        reason = unconverged(self.averages, progress, len(self.state.atoms), self.task)
+        limit = (
+            "soft modes were kept from moving neighbours by more than"
+            f" {LARGEST_AMPLITUDE_LATER:g} of their distance"
+        )
+        reason = "; ".join(filter(None, (reason, limit if progress.limited else "")))
+        if few and not reason:
+            reason = f"a population of {few} configurations only"
+        self._phase = Answer() if reason else self._identity(self.averages, ensemble)
         progress.open, progress.group = self._phase.both, self._phase.group or progress.group
-        progress.reason = progress.reason or self._phase.reason
+        progress.reason = reason or self._phase.reason
         progress.moved |= isinstance(self._phase.step, Higher)
         progress.cell = None if self._cell is None else [self._cell.matrix, self._cell.covariance]
         self.folder.write_progress(progress)
@@ -431,7 +410,7 @@ def _row(number: int, state: SschaState, averages: Averages, progress: Progress)
         "free_energy_eV_per_atom": averages.helmholtz / n,
         "gibbs_eV_per_atom": gibbs,
         "error_eV_per_atom": error,
-        "pressure_GPa": ev_per_a3_to_gpa(-np.trace(averages.stress) / 3.0),
+        "pressure_GPa": pressure_of(averages),
         # the diagonal components taken as wholly correlated: an upper bound
         "pressure_error_GPa": ev_per_a3_to_gpa(float(np.trace(averages.stress_error)) / 3.0),
         "volume_A3_per_atom": state.atoms.get_volume() / n,

@@ -9,81 +9,46 @@ Central differences need -d too, unless it is an image of d.
 
 from __future__ import annotations
 
-import itertools
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from ase import Atoms
 from ase.calculators.calculator import Calculator, all_changes
+from ase.data import atomic_masses, atomic_numbers
 
-from magus_anharmonic.errors import SschaError
+from magus_anharmonic.calculator_check import check_calculator
+from magus_anharmonic.errors import InputError, SschaError
 from magus_anharmonic.evaluator import Evaluation, Evaluator, has_stress
-from magus_anharmonic.sscha.cell import CellStiffness, StaticResponse, static_response_to_strain
-from magus_anharmonic.sscha.ensemble import gamma_matrix
+from magus_anharmonic.gate import check_structure
+from magus_anharmonic.settings import SschaSettings
+from magus_anharmonic.sscha.cell import Start, static_response_to_strain
+from magus_anharmonic.sscha.ensemble import Ensemble
+from magus_anharmonic.sscha.qe_files import state_from_dyn
+from magus_anharmonic.sscha.reciprocal import interpolated, nearest_images
+from magus_anharmonic.sscha.result import SschaResult, final_ensemble
 from magus_anharmonic.sscha.state import (
-    CLOSE_PACKING,
     SschaState,
-    expand,
-    fold,
-    normal_modes,
+    displaced,
+    floor_modes,
+    inverse_fourier,
     repeated,
-    sum_rule,
-    variance,
+    sample,
 )
-from magus_anharmonic.sscha.supercells import SupercellMatrix, cell_index, cell_offsets
-from magus_anharmonic.sscha.symmetry import Symmetry, symmetric_primitive
-from magus_anharmonic.structures import space_group, stripped
-from magus_anharmonic.units import HBAR, GPa, gpa_to_ev_per_a3
-
-EVENNESS = 0.15
-"""Of the three directions of space, the least that one may have of what each has of evenly spread
-displacements."""
-DIRECTIONS = np.array(
-    sorted(
-        (d for d in itertools.product((0, 1, -1), repeat=3) if next(filter(None, d), 0) > 0),
-        key=np.count_nonzero,
-        reverse=True,
-    ),
-    dtype=float,
+from magus_anharmonic.sscha.supercells import SupercellMatrix, is_diagonal, n_cells, q_points
+from magus_anharmonic.sscha.symmetry import (
+    Symmetry,
+    choose_supercell_matrix,
+    displacements_of,
+    image,
+    symmetric_primitive,
 )
-"""(13, 3) space and face diagonals and edges of a cube, each in one sense. The diagonals first:
-they ask for all components at once, so that an evaluator which does not quite have the symmetry of
-the crystal is averaged over."""
-
-
-def displacements_of(symmetry: Symmetry, atom: int) -> np.ndarray:
-    """(m, 3) unit vectors: the cheapest displacements of an atom from which its force constants
-    follow, among those the most evenly spread. Each that no operation of the site turns round is
-    followed by its opposite."""
-    rotations = symmetry.rotations[symmetry.site(atom)]
-    units = DIRECTIONS / np.linalg.norm(DIRECTIONS, axis=1)[:, None]
-    images = np.einsum("gij,dj->dgi", rotations, units)
-    spread = np.einsum("dgi,dgj->dij", images, images) / len(rotations)
-    turned = (np.linalg.norm(images + units[:, None], axis=2) < 1e-4).any(axis=1)
-    cost = np.where(turned, 1, 2)
-
-    def rank(chosen: list[int]) -> tuple[bool, int, float]:
-        evenness = 3.0 * float(np.linalg.eigvalsh(spread[chosen].mean(axis=0))[0])
-        return evenness < EVENNESS, cost[chosen].sum(), -round(evenness, 6)
-
-    sets = (itertools.combinations(range(len(units)), count) for count in (1, 2, 3))
-    chosen = min(map(list, itertools.chain(*sets)), key=rank)
-    return np.array([sign * units[k] for k in chosen for sign in (1.0, -1.0)[: cost[k]]])
-
-
-def image(symmetry: Symmetry, operation: int, atom: int, forces: np.ndarray) -> np.ndarray:
-    """What the forces (n_cells, n, 3) of a displaced ``atom`` become for the displacement's image
-    under an operation of its site."""
-    turned = np.empty_like(forces)
-    permutation = symmetry.permutations[operation]
-    turned[symmetry.targets[operation][:, atom, :], permutation[None, :]] = (
-        forces @ symmetry.rotations[operation].T
-    )
-    return turned
-
+from magus_anharmonic.sscha.task import Task
+from magus_anharmonic.structures import isotopes, kinds, space_group, stripped, with_isotopes
+from magus_anharmonic.units import GPa, gpa_to_ev_per_a3
 
 log = logging.getLogger(__name__)
 
@@ -94,14 +59,6 @@ STRESS_TOLERANCE = gpa_to_ev_per_a3(0.05)
 RELAXATION_STEPS = 200
 DISPLACEMENT = 0.015
 """A, of the central differences."""
-LARGEST_AMPLITUDE = 0.2
-"""Most by which one mode moves neighbours against each other at the start, in their distances
-(rms)."""
-LARGEST_AMPLITUDE_LATER = 0.45
-"""The same between two populations: a noisy minimisation can drive a mode to zero, and the next
-ensemble would be lost."""
-NEIGHBOURS = 1.15
-"""Neighbours are this much further apart than in a close packing, at most."""
 
 
 class CountingEvaluator:
@@ -122,7 +79,7 @@ class CountingEvaluator:
         stress = has_stress(found)
         finite = [
             np.isfinite(e) and np.isfinite(f).all() and (not stress or np.isfinite(s).all())
-            for e, f, s in _rows(found)
+            for e, f, s in zip(found.energy, found.forces, found.stress, strict=True)
         ]
         if not all(finite):
             raise SschaError(
@@ -137,10 +94,6 @@ def in_double_precision(evaluator: Evaluator) -> Evaluator:
     lose digits."""
     double = getattr(evaluator, "double", None)
     return double() if callable(double) else evaluator
-
-
-def _rows(found: Evaluation) -> zip:
-    return zip(found.energy, found.forces, found.stress, strict=True)
 
 
 class EvaluatorCalculator(Calculator):
@@ -167,27 +120,6 @@ class EvaluatorCalculator(Calculator):
             "forces": np.asarray(found.forces[0], dtype=float),
             "stress": full_3x3_to_voigt_6_stress(np.asarray(found.stress[0], dtype=float)),
         }
-
-
-@dataclass(frozen=True)
-class Start:
-    """First state, the static answer to strains (None with a fixed cell), evaluations spent."""
-
-    state: SschaState
-    response: StaticResponse | None
-    n_evaluations: int
-
-    def stiffness(self, symmetry: Symmetry, pressure: GPa) -> CellStiffness | None:
-        """Of the cell, for a target ``pressure`` in GPa; None with a fixed cell."""
-        if self.response is None:
-            return None
-        return CellStiffness.of(
-            self.response,
-            gamma_matrix(self.state),
-            self.state.atoms.get_volume(),
-            symmetry,
-            pressure,
-        )
 
 
 def relax_in_symmetry(
@@ -273,91 +205,6 @@ def harmonic_force_constants(
     return symmetry.force_constants(compact)
 
 
-def nearest_neighbour(atoms: Atoms) -> np.ndarray:
-    """(n,) distance of every atom to its nearest neighbour (periodic images included), Angstrom."""
-    from ase.neighborlist import neighbor_list
-
-    cutoff = (
-        1.5 * atoms.get_volume() ** (1 / 3) if len(atoms) == 1 else atoms.get_volume() ** (1 / 3)
-    )
-    while True:
-        first, distance = neighbor_list("id", atoms, cutoff)
-        if len(np.unique(first)) == len(atoms):
-            nearest = np.full(len(atoms), np.inf)
-            np.minimum.at(nearest, first, distance)
-            return nearest
-        cutoff *= 1.4
-
-
-def floor_modes(
-    state: SschaState, symmetry: Symmetry, largest: float = LARGEST_AMPLITUDE
-) -> SschaState:
-    """Make the force constants positive definite; the state itself where nothing has to change.
-
-    Imaginary modes keep the size of their frequency. Then every phonon energy is raised until no
-    two neighbours move against each other, in this mode and as if all q points had its frequency
-    (so that it does not depend on the supercell), by more than ``largest`` times their distance
-    (rms). The atoms of a rigid unit that moves as a whole do not count: its neighbours do.
-    """
-    root = np.sqrt(np.repeat(state.supercell.get_masses(), 3))
-    full = state.full
-    for attempt in range(10):
-        modes = normal_modes(full, state.supercell.get_masses())
-        limit = largest**2 / relative_motion(state, modes.vectors / root[:, None])
-        smallest = _smallest_hbar_omega(limit, state.temperature)
-        if np.all(modes.hbar_omega >= smallest * (1 - 1e-6)):
-            return (
-                replace(state, force_constants=fold(full, state.supercell_matrix))
-                if attempt
-                else state
-            )
-        raised = np.maximum(np.abs(modes.hbar_omega), smallest)
-        change = (
-            np.sign(raised) * raised**2 - np.sign(modes.hbar_omega) * modes.hbar_omega**2
-        ) / HBAR**2
-        vectors = modes.vectors * root[:, None]
-        full = full + (vectors * change) @ vectors.T
-        full = expand(
-            symmetry.force_constants(fold(sum_rule(full), state.supercell_matrix)),
-            state.supercell_matrix,
-        )
-    return replace(state, force_constants=fold(full, state.supercell_matrix))
-
-
-def relative_motion(state: SschaState, patterns: np.ndarray) -> np.ndarray:
-    """(m,) of the ``patterns`` (3 n_supercell, m): the largest n_cells |x_i - x_j|^2 / d_ij^2 of
-    all neighbours, averaged over cells.
-
-    Neighbours are the pairs closer than about those in a close packing of this density, and every
-    atom's nearest ones.
-    """
-    from ase.neighborlist import neighbor_list
-
-    atoms, n_cells = state.atoms, state.n_cells
-    packing = NEIGHBOURS * CLOSE_PACKING * (atoms.get_volume() / len(atoms)) ** (1 / 3)
-    cutoff = max(packing, 1.05 * float(nearest_neighbour(atoms).max()))
-    first, second, shifts, distances = neighbor_list("ijSd", atoms, cutoff)
-    offsets = cell_offsets(state.supercell_matrix)
-    cells = patterns.reshape(n_cells, len(atoms), 3, -1)
-    largest = np.full(patterns.shape[1], 1e-12)
-    for i, j, shift, distance in zip(first, second, shifts, distances, strict=True):
-        if i <= j:
-            apart = cells[:, i] - cells[cell_index(offsets + shift, state.supercell_matrix), j]
-            np.maximum(largest, (apart**2).sum(axis=(0, 1)) / distance**2, out=largest)
-    return largest
-
-
-def _smallest_hbar_omega(largest_variance: np.ndarray, temperature: float) -> np.ndarray:
-    """Phonon energy in eV at which the variance (A^2 amu) equals ``largest_variance``; bisection in
-    the logarithm."""
-    low, high = np.full(len(largest_variance), 1e-8), np.full(len(largest_variance), 1e2)
-    for _ in range(80):
-        middle = np.sqrt(low * high)
-        too_soft = variance(middle, temperature) > largest_variance
-        low, high = np.where(too_soft, middle, low), np.where(too_soft, high, middle)
-    return high
-
-
 def harmonic_start(
     atoms: Atoms,
     evaluator: Evaluator,
@@ -383,3 +230,184 @@ def harmonic_start(
     )
     response = static_response_to_strain(atoms, counting) if variable_cell else None
     return Start(floor_modes(state, symmetry), response, counting.count)
+
+
+SYMMETRY_OF_A_STATE = 1e-3
+"""A, tolerance for the symmetry of a structure that is already symmetric."""
+
+
+def check_crystal(atoms: Atoms, masses: Mapping[str, float] | None) -> None:
+    """Raise ``InputError`` for what does not pass the `gate`, and for masses that cannot be
+    meant."""
+    check_structure(atoms)
+    for symbol, mass in (masses or {}).items():
+        if symbol not in atoms.get_chemical_symbols():
+            raise InputError(f"masses.{symbol}: not in {atoms.get_chemical_formula()}")
+        if isinstance(mass, bool) or not isinstance(mass, int | float) or not 0 < mass < 500:
+            raise InputError(f"masses.{symbol}: {mass!r}: must be a mass in amu")
+
+
+def with_masses(structure: Atoms, atoms: Atoms, masses: Mapping[str, float] | None) -> Atoms:
+    """A copy of ``structure`` with the masses (amu) that ``masses`` gives by symbol, else with
+    those of ``atoms``, of the same composition.
+
+    Where ``atoms`` has several isotopes of one element, ``structure`` must have as many of each:
+    nothing else says which is where. Raises ``InputError`` where it has not.
+    """
+    chosen: dict[str, float] = dict(masses or {})
+    symbols = np.array(atoms.get_chemical_symbols())
+    for symbol in sorted(set(symbols) - set(chosen)):
+        found = np.unique(kinds(atoms)[symbols == symbol])
+        if len(found) == 1:
+            natural = found[0] == atomic_numbers[symbol]
+            chosen[symbol] = float(
+                atomic_masses[found[0]] if natural else atoms.get_masses()[symbols == symbol][0]
+            )
+        elif composition(kinds(structure)) != composition(kinds(atoms)):
+            raise InputError(
+                f"start: has other isotopes of {symbol} than {atoms.get_chemical_formula()}, which"
+                f" has several ({isotopes(atoms)}): nothing says which atom is which; start"
+                " without it"
+            )
+    return with_isotopes(structure, chosen)
+
+
+def read_state(start: Any, temperature: float) -> SschaState:
+    """The state behind ``start``: a `SschaResult`, an `SschaState`, the folder of a run, or a
+    prefix of dynamical matrices."""
+    if isinstance(start, SschaState):
+        return start
+    if isinstance(start, SschaResult):
+        return start.state
+    if not isinstance(start, str | Path):
+        raise InputError(
+            f"start: {type(start).__name__}: must be an SschaResult, the folder of a run, or the"
+            " prefix of dynamical matrices"
+        )
+    if Path(start).is_dir():
+        return SschaResult.read(start).state
+    return state_from_dyn(start, temperature)
+
+
+def configurations_of(start: Any, model_id: str) -> np.ndarray | None:
+    """Displacements (n, n_supercell, 3) in A that a run of another model than ``model_id`` drew
+    from the state it ended in.
+
+    None where ``start`` is no folder of a run, or of the same model (whose energies would only be
+    worked out again).
+    """
+    if not isinstance(start, str | Path) or not Path(start).is_dir():
+        return None
+    result = SschaResult.read(start)
+    if result.model_id == model_id:
+        return None
+    ensemble = final_ensemble(Path(start), result)
+    return None if ensemble is None else ensemble.displacements
+
+
+def start_run(task: Task, evaluator: Evaluator) -> Start:
+    """First state of a run; evaluates forces (and stresses, if the cell may change)."""
+    atoms, settings = task.atoms, task.settings
+    variable_cell = settings.cell == "variable"
+    check_calculator(evaluator, atoms, stress=variable_cell)
+    if task.start is not None:
+        return continue_from(task.start, task, evaluator)
+    reduced = symmetric_primitive(stripped(atoms), settings.symprec)
+    supercell_of(reduced, settings)
+    counting = CountingEvaluator(in_double_precision(evaluator))
+    relaxed = relaxed_primitive(
+        reduced, counting, task.pressure, symprec=settings.symprec, variable_cell=variable_cell
+    )
+    structure = with_masses(relaxed, relaxed, task.masses)
+    if heavy := isotopes(structure):
+        log.info("%s: masses %s amu", structure.get_chemical_formula(), heavy)
+    first = harmonic_start(
+        structure,
+        counting,
+        temperature=task.temperature,
+        supercell_matrix=supercell_of(structure, settings),
+        variable_cell=variable_cell,
+    )
+    return replace(first, n_evaluations=counting.count)
+
+
+def continue_from(start: SschaState, task: Task, evaluator: Evaluator) -> Start:
+    """Take cell, centroids and force constants of another run; supercell, masses and temperature
+    may change."""
+    if composition(start.atoms.numbers) != composition(task.atoms.numbers):
+        raise InputError(
+            f"start: is {start.atoms.get_chemical_formula()}, the structure is"
+            f" {task.atoms.get_chemical_formula()}"
+        )
+    structure = with_masses(start.atoms, task.atoms, task.masses)
+    matrix = supercell_of(structure, task.settings)
+    symmetry = Symmetry(structure, matrix, SYMMETRY_OF_A_STATE)
+    same = matrix == start.supercell_matrix
+    compact = symmetry.force_constants(
+        start.force_constants if same else interpolate(start, matrix)
+    )
+    # As a harmonic start: it may be one, with modes near zero on either side of it, and its sample
+    # would be lost.
+    state = floor_modes(SschaState(structure, matrix, compact, task.temperature), symmetry)
+    if task.settings.cell != "variable":
+        return Start(state, None, 0)
+    counting = CountingEvaluator(evaluator)
+    return Start(state, static_response_to_strain(structure, counting), counting.count)
+
+
+def supercell_of(atoms: Atoms, settings: SschaSettings) -> SupercellMatrix:
+    """The supercell of a primitive cell; raises ``InputError`` for one atom in one cell, and for
+    what the engine cannot take."""
+    diagonal = settings.engine == "python-sscha"
+    supercell_matrix = choose_supercell_matrix(
+        atoms, settings.supercell, SYMMETRY_OF_A_STATE, diagonal=diagonal
+    )
+    if diagonal and not is_diagonal(supercell_matrix):
+        raise InputError(
+            f"sscha.supercell: {[list(row) for row in supercell_matrix]}: is not diagonal, and"
+            " engine: python-sscha only repeats cells; take engine: native, or three repetitions"
+        )
+    if len(atoms) * n_cells(supercell_matrix) < 2:
+        raise InputError(
+            f"sscha.supercell: {list(supercell_matrix)}: one atom has no vibrations;"
+            " take a larger supercell"
+        )
+    return supercell_matrix
+
+
+def composition(kinds_of_atoms: np.ndarray) -> dict[int, float]:
+    """Fraction of every kind of atom."""
+    found, counts = np.unique(kinds_of_atoms, return_counts=True)
+    shares = (counts / len(kinds_of_atoms)).round(6)
+    return dict(zip(found.tolist(), shares.tolist(), strict=True))
+
+
+def interpolate(state: SschaState, supercell_matrix: SupercellMatrix) -> np.ndarray:
+    """Compact force constants of another supercell by Fourier interpolation."""
+    q = q_points(supercell_matrix)
+    return inverse_fourier(interpolated(*nearest_images(state), q), supercell_matrix, q)
+
+
+def sample_ensemble(
+    state: SschaState, n_configs: int, seed: list[int], evaluator: Evaluator, what: str
+) -> Ensemble:
+    """``n_configs`` configurations drawn from the state with ``seed`` and evaluated; ``what`` is
+    for the messages."""
+    return evaluated(state, sample(state, n_configs, np.random.default_rng(seed)), evaluator, what)
+
+
+def evaluated(
+    state: SschaState, displacements: np.ndarray, evaluator: Evaluator, what: str
+) -> Ensemble:
+    """The ensemble of ``displacements`` (n_configs, n_supercell, 3), A. Raises ``SschaError`` for
+    numbers that are not finite, or none."""
+    try:
+        found = CountingEvaluator(evaluator).evaluate(displaced(state, displacements))
+    except InputError as error:
+        raise SschaError(f"{what}: a sampled configuration cannot be evaluated: {error}") from error
+    return Ensemble(
+        displacements,
+        np.asarray(found.energy, dtype=float),
+        np.array(found.forces, dtype=float),
+        np.array(found.stress, dtype=float).reshape(-1, 3, 3),
+    )

@@ -22,11 +22,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from operator import attrgetter
 
 import numpy as np
 from ase import Atoms
-from vesin import NeighborList
+from ase.neighborlist import neighbor_list
 
+from magus_anharmonic.errors import SschaError
 from magus_anharmonic.io.digests import digest
 from magus_anharmonic.sscha.supercells import (
     SupercellMatrix,
@@ -35,6 +37,7 @@ from magus_anharmonic.sscha.supercells import (
     n_cells,
     shape_supercell_matrix,
 )
+from magus_anharmonic.sscha.symmetry import Symmetry
 from magus_anharmonic.units import HBAR, KELVIN
 
 
@@ -94,20 +97,23 @@ def repeated(atoms: Atoms, supercell_matrix: SupercellMatrix) -> Atoms:
     )
 
 
-def coth(x: np.ndarray) -> np.ndarray:
-    """Hyperbolic cotangent."""
-    return 1.0 / np.tanh(x)
-
-
 def variance(hbar_omega: np.ndarray, temperature: float) -> np.ndarray:
     """<Q^2> in A^2 amu of an oscillator with phonon energy hbar*omega (eV): hbar/(2 omega)
     coth(hbar omega / 2kT)."""
     zero_point = HBAR**2 / (2.0 * hbar_omega)
-    return (
-        zero_point
-        if temperature == 0
-        else zero_point * coth(hbar_omega / (2.0 * KELVIN * temperature))
-    )
+    if temperature == 0:
+        return zero_point
+    return zero_point * (1.0 / np.tanh(hbar_omega / (2.0 * KELVIN * temperature)))
+
+
+def phonon_energy(squares: np.ndarray) -> np.ndarray:
+    """hbar omega in eV of squared frequencies in eV/A^2/amu; negative where these are."""
+    return np.sign(squares) * HBAR * np.sqrt(np.abs(squares))
+
+
+def root_mass(atoms: Atoms) -> np.ndarray:
+    """(3n,) square roots of the masses, amu^1/2, one per coordinate."""
+    return np.sqrt(np.repeat(atoms.get_masses(), 3))
 
 
 def oscillator_free_energy(hbar_omega: np.ndarray, temperature: float) -> np.ndarray:
@@ -116,6 +122,17 @@ def oscillator_free_energy(hbar_omega: np.ndarray, temperature: float) -> np.nda
         return hbar_omega / 2.0
     thermal = KELVIN * temperature
     return hbar_omega / 2.0 + thermal * np.log1p(-np.exp(-hbar_omega / thermal))
+
+
+def atom_order(supercell: Atoms, positions: np.ndarray) -> np.ndarray:
+    """For every atom of another code's supercell, at ``positions`` (N, 3) A, its index in ours."""
+    inverse = np.linalg.inv(supercell.cell.array)
+    difference = (np.asarray(positions)[:, None] - supercell.positions[None]) @ inverse
+    distance = np.abs(difference - np.round(difference)).max(axis=2)
+    order = distance.argmin(axis=1)
+    if distance.min(axis=1).max() > 1e-4 or len(set(order.tolist())) != len(supercell):
+        raise SschaError("the other code's supercell and that of this package hold different atoms")
+    return order
 
 
 @dataclass(frozen=True)
@@ -148,6 +165,11 @@ class SschaState:
     def n_cells(self) -> int:
         return n_cells(self.supercell_matrix)
 
+    @property
+    def masses(self) -> np.ndarray:
+        """(n,) of the primitive cell, amu."""
+        return self.atoms.get_masses()
+
     @cached_property
     def supercell(self) -> Atoms:
         """The centroids repeated, cell by cell, in the order of the force constants."""
@@ -162,6 +184,18 @@ class SschaState:
     def modes(self) -> Modes:
         """Normal modes; a mode with negative force constant has a negative phonon energy."""
         return normal_modes(self.full, self.supercell.get_masses())
+
+    @property
+    def patterns(self) -> np.ndarray:
+        """(3 n_supercell, m) displacements of the modes, 1/amu^1/2."""
+        return self.modes.vectors / root_mass(self.supercell)[:, None]
+
+    @property
+    def gamma(self) -> np.ndarray:
+        """(3n, 3n) force constants for lattice-periodic displacements, eV/A^2 per primitive
+        cell."""
+        size = 3 * len(self.atoms)
+        return self.force_constants.sum(axis=0).transpose(0, 2, 1, 3).reshape(size, size)
 
     @cached_property
     def covariance(self) -> np.ndarray:
@@ -215,23 +249,18 @@ def state_digest(state: SschaState) -> str:
 
 
 def agree(one: SschaState, other: SschaState, *names: str, atol: float) -> bool:
-    """Whether two states have the same supercell and, to ``atol``, the same ``names``:
-    force_constants (eV/A^2), positions, cell (A), masses (amu)."""
+    """Whether two states have the same supercell and, to ``atol``, the same attributes ``names``:
+    force_constants (eV/A^2), atoms.positions, atoms.cell.array (A), masses (amu)."""
     if one.supercell_matrix != other.supercell_matrix or len(one.atoms) != len(other.atoms):
         return False
-    parts = [
-        {"force_constants": state.force_constants, "cell": state.atoms.cell.array}
-        | {"positions": state.atoms.positions, "masses": state.atoms.get_masses()}
-        for state in (one, other)
-    ]
-    return all(np.allclose(*(part[name] for part in parts), 0.0, atol) for name in names)
+    return all(np.allclose(get(one), get(other), 0.0, atol) for get in map(attrgetter, names))
 
 
 def same_gaussian(one: SschaState, other: SschaState) -> bool:
     """Whether configurations drawn from one state are as good as from the other: all that the
     density depends on agrees."""
     return one.temperature == other.temperature and agree(
-        one, other, "force_constants", "masses", "cell", atol=1e-7
+        one, other, "force_constants", "masses", "atoms.cell.array", atol=1e-7
     )
 
 
@@ -256,8 +285,7 @@ def normal_modes(full: np.ndarray, masses: np.ndarray) -> Modes:
     squares, vectors = np.linalg.eigh(
         without_zero_modes(dynamical, masses, np.abs(dynamical).max())
     )
-    squares, vectors = squares[:-3], vectors[:, :-3]
-    return Modes(np.sign(squares) * HBAR * np.sqrt(np.abs(squares)), vectors)
+    return Modes(phonon_energy(squares[:-3]), vectors[:, :-3])
 
 
 def sum_rule(full: np.ndarray) -> np.ndarray:
@@ -293,6 +321,11 @@ THERMAL = 0.15
 CLOSE_PACKING = 2.0 ** (1.0 / 6.0)
 
 
+def packing_distance(atoms: Atoms) -> float:
+    """Of neighbours in a close packing of the same density, A."""
+    return CLOSE_PACKING * (atoms.get_volume() / len(atoms)) ** (1.0 / 3.0)
+
+
 def lindemann_ratios(state: SschaState) -> tuple[np.ndarray, np.ndarray]:
     """(n,) ratio of every atom of the cell, and (n,) its thermal part: the root of what <|u|^2> is
     above that at 0 K."""
@@ -302,7 +335,7 @@ def lindemann_ratios(state: SschaState) -> tuple[np.ndarray, np.ndarray]:
     ) / state.atoms.get_masses()[:, None]
     square = weights @ variance(modes.hbar_omega, state.temperature)
     at_rest = weights @ variance(modes.hbar_omega, 0.0)
-    distance = CLOSE_PACKING * (state.atoms.get_volume() / len(state.atoms)) ** (1.0 / 3.0)
+    distance = packing_distance(state.atoms)
     return np.sqrt(square) / distance, np.sqrt(np.maximum(square - at_rest, 0.0)) / distance
 
 
@@ -347,32 +380,21 @@ def librations(state: SschaState) -> list[tuple[str, float, float]]:
     atoms across the bond, halved for its two directions, from the covariance of the state. One
     entry per bond of an H2 or a C-H unit.
     """
-    supercell = state.supercell
-    finder = NeighborList(cutoff=max(H2_BOND, CH_BOND), full_list=True, n_threads=1)
-    first, second, vectors, lengths = finder.compute(
-        supercell.positions, supercell.cell.array, True, "ijDd"
-    )
-    covariance = state.covariance.reshape(len(supercell), 3, len(supercell), 3)
+    supercell, n = state.supercell, len(state.supercell)
+    bonds = neighbor_list("ijDd", supercell, {("H", "H"): H2_BOND, ("C", "H"): CH_BOND})
+    covariance = state.covariance.reshape(n, 3, n, 3)
     found = []
-    for i, j, vector, length in zip(
-        first.astype(int), second.astype(int), vectors, lengths, strict=True
-    ):
-        symbols = supercell.symbols[i], supercell.symbols[j]
-        molecule = symbols == ("H", "H") and length < H2_BOND and (i < j or j >= len(state.atoms))
-        if i >= len(state.atoms) or not (molecule or (symbols == ("C", "H") and length < CH_BOND)):
+    for i, j, vector, length in zip(*bonds, strict=True):
+        unit = "C-H" if supercell.symbols[i] == "C" else "H2"
+        if i >= len(state.atoms) or unit == "H2" and (supercell.symbols[j] == "C" or i >= j):
             continue
         relative = (
             covariance[i, :, i] + covariance[j, :, j] - covariance[i, :, j] - covariance[j, :, i]
         )
         along = vector / length
         across = np.trace(relative) - along @ relative @ along
-        found.append(
-            (
-                "H2" if molecule else "C-H",
-                float(length),
-                float(np.sqrt(max(across, 0.0) / 2.0) / length),
-            )
-        )
+        angle = float(np.sqrt(max(across, 0.0) / 2.0) / length)
+        found.append((unit, float(length), angle))
     return sorted(found, key=lambda entry: -entry[2])
 
 
@@ -387,3 +409,84 @@ def rotation_warning(state: SschaState) -> str:
         f"rotating {unit} units ({many} bonds of {bond:.2f} A, libration {np.degrees(angle):.0f}"
         " degrees): G is too high"
     )
+
+
+LARGEST_AMPLITUDE = 0.2
+"""Most by which one mode moves neighbours against each other at the start, in their distances
+(rms)."""
+LARGEST_AMPLITUDE_LATER = 0.45
+"""The same between two populations: a noisy minimisation can drive a mode to zero, and the next
+ensemble would be lost."""
+NEIGHBOURS = 1.15
+"""Neighbours are this much further apart than in a close packing, at most."""
+
+
+def nearest_neighbour(atoms: Atoms) -> np.ndarray:
+    """(n,) distance of every atom to its nearest neighbour (periodic images included), Angstrom."""
+    cutoff = (1.5 if len(atoms) == 1 else 1.0) * atoms.get_volume() ** (1 / 3)
+    while True:
+        first, distance = neighbor_list("id", atoms, cutoff)
+        if len(np.unique(first)) == len(atoms):
+            nearest = np.full(len(atoms), np.inf)
+            np.minimum.at(nearest, first, distance)
+            return nearest
+        cutoff *= 1.4
+
+
+def floor_modes(
+    state: SschaState, symmetry: Symmetry, largest: float = LARGEST_AMPLITUDE
+) -> SschaState:
+    """Make the force constants positive definite; the state itself where nothing has to change.
+
+    Imaginary modes keep the size of their frequency. Then every phonon energy is raised until no
+    two neighbours move against each other, in this mode and as if all q points had its frequency
+    (so that it does not depend on the supercell), by more than ``largest`` times their distance
+    (rms). The atoms of a rigid unit that moves as a whole do not count: its neighbours do.
+    """
+    root, full = root_mass(state.supercell), state.full
+    for attempt in range(10):
+        modes = normal_modes(full, state.supercell.get_masses())
+        limit = largest**2 / relative_motion(state, modes.vectors / root[:, None])
+        smallest = _smallest_hbar_omega(limit, state.temperature)
+        if np.all(modes.hbar_omega >= smallest * (1 - 1e-6)):
+            if attempt == 0:
+                return state
+            break
+        raised = np.maximum(np.abs(modes.hbar_omega), smallest)
+        change = (raised**2 - np.sign(modes.hbar_omega) * modes.hbar_omega**2) / HBAR**2
+        vectors = modes.vectors * root[:, None]
+        full = sum_rule(full + (vectors * change) @ vectors.T)
+        compact = symmetry.force_constants(fold(full, state.supercell_matrix))
+        full = expand(compact, state.supercell_matrix)
+    return replace(state, force_constants=fold(full, state.supercell_matrix))
+
+
+def relative_motion(state: SschaState, patterns: np.ndarray) -> np.ndarray:
+    """(m,) of the ``patterns`` (3 n_supercell, m): the largest n_cells |x_i - x_j|^2 / d_ij^2 of
+    all neighbours, averaged over cells.
+
+    Neighbours are the pairs closer than about those in a close packing of this density, and every
+    atom's nearest ones.
+    """
+    atoms, n_cells = state.atoms, state.n_cells
+    cutoff = max(NEIGHBOURS * packing_distance(atoms), 1.05 * float(nearest_neighbour(atoms).max()))
+    first, second, shifts, distances = neighbor_list("ijSd", atoms, cutoff)
+    offsets = cell_offsets(state.supercell_matrix)
+    cells = patterns.reshape(n_cells, len(atoms), 3, -1)
+    largest = np.full(patterns.shape[1], 1e-12)
+    for i, j, shift, distance in zip(first, second, shifts, distances, strict=True):
+        if i <= j:
+            apart = cells[:, i] - cells[cell_index(offsets + shift, state.supercell_matrix), j]
+            np.maximum(largest, (apart**2).sum(axis=(0, 1)) / distance**2, out=largest)
+    return largest
+
+
+def _smallest_hbar_omega(largest_variance: np.ndarray, temperature: float) -> np.ndarray:
+    """Phonon energy in eV at which the variance (A^2 amu) equals ``largest_variance``; bisection in
+    the logarithm."""
+    low, high = np.full(len(largest_variance), 1e-8), np.full(len(largest_variance), 1e2)
+    for _ in range(80):
+        middle = np.sqrt(low * high)
+        too_soft = variance(middle, temperature) > largest_variance
+        low, high = np.where(too_soft, middle, low), np.where(too_soft, high, middle)
+    return high

@@ -42,8 +42,7 @@ def as_supercell_matrix(values: Any) -> SupercellMatrix:
         return three(array)
     if np.array_equal(array, np.diag(np.diag(array))) and np.all(np.diag(array) > 0):
         return three(np.diag(array))
-    first, second, third = (three(row) for row in array)
-    return first, second, third
+    return three(array[0]), three(array[1]), three(array[2])
 
 
 def is_diagonal(supercell_matrix: SupercellMatrix) -> bool:
@@ -55,11 +54,8 @@ def is_diagonal(supercell_matrix: SupercellMatrix) -> bool:
 def shape_supercell_matrix(supercell_matrix: SupercellMatrix) -> np.ndarray:
     """(3, 3) whole numbers: rows are the vectors of the supercell in those of the primitive
     cell."""
-    matrix = (
-        np.diag(supercell_matrix)
-        if is_diagonal(supercell_matrix)
-        else np.array(supercell_matrix, dtype=int)
-    )
+    matrix = np.array(supercell_matrix, dtype=int)
+    matrix = np.diag(matrix) if matrix.ndim == 1 else matrix
     matrix.setflags(write=False)
     return matrix
 
@@ -70,15 +66,14 @@ def n_cells(supercell_matrix: SupercellMatrix) -> int:
 
 
 def determinant(matrix: np.ndarray) -> int:
-    """Determinant of a matrix of whole numbers, exactly."""
-    first, second, third = matrix.tolist()
-    return int(np.dot(first, np.cross(second, third)))
+    """Determinant of a matrix of small whole numbers."""
+    return int(np.rint(np.linalg.det(matrix)))
 
 
 def adjugate(matrices: np.ndarray) -> np.ndarray:
     """(..., 3, 3) whole numbers: inverse times determinant."""
-    one, two, third = np.moveaxis(matrices, -2, 0)
-    return np.stack([np.cross(two, third), np.cross(third, one), np.cross(one, two)], axis=-1)
+    scale = np.linalg.det(matrices)[..., None, None]
+    return np.rint(np.linalg.inv(matrices) * scale).astype(int)
 
 
 def hermite_form(rows: np.ndarray) -> np.ndarray:
@@ -104,11 +99,7 @@ def hermite_form(rows: np.ndarray) -> np.ndarray:
 
 @lru_cache(maxsize=256)
 def _hermite(supercell_matrix: SupercellMatrix) -> np.ndarray:
-    return (
-        shape_supercell_matrix(supercell_matrix)
-        if is_diagonal(supercell_matrix)
-        else hermite_form(shape_supercell_matrix(supercell_matrix))
-    )
+    return hermite_form(shape_supercell_matrix(supercell_matrix))
 
 
 def cell_offsets(supercell_matrix: SupercellMatrix) -> np.ndarray:
@@ -127,11 +118,7 @@ def cell_index(offsets: np.ndarray, supercell_matrix: SupercellMatrix) -> np.nda
 
 def dual(supercell_matrix: SupercellMatrix) -> SupercellMatrix:
     """What counts the q points of a supercell as ``repeats`` counts its cells."""
-    return (
-        supercell_matrix
-        if is_diagonal(supercell_matrix)
-        else as_supercell_matrix(shape_supercell_matrix(supercell_matrix).T)
-    )
+    return as_supercell_matrix(shape_supercell_matrix(supercell_matrix).T)
 
 
 def fractional_points(numbers: np.ndarray, supercell_matrix: SupercellMatrix) -> np.ndarray:
@@ -265,17 +252,17 @@ def _shorter(cell: np.ndarray, length: float) -> np.ndarray:
 def sublattices(size: int) -> np.ndarray:
     """(m, 3, 3) all Hermite normal forms of one determinant: one basis for every sublattice of that
     index."""
-    found = []
-    for a in (d for d in range(1, size + 1) if size % d == 0):
-        for b in (d for d in range(1, size // a + 1) if size // a % d == 0):
-            c = size // a // b
-            found += [
-                [[a, x, y], [0, b, z], [0, 0, c]]
-                for x in range(b)
-                for y in range(c)
-                for z in range(c)
-            ]
-    return np.array(found)
+    divisors = [d for d in range(1, size + 1) if size % d == 0]
+    shapes = [(a, b, size // a // b) for a in divisors for b in divisors if size // a % b == 0]
+    return np.array(
+        [
+            [[a, x, y], [0, b, z], [0, 0, c]]
+            for a, b, c in shapes
+            for x in range(b)
+            for y in range(c)
+            for z in range(c)
+        ]
+    )
 
 
 def _kept(matrices: np.ndarray, rotation: np.ndarray, size: int) -> np.ndarray:

@@ -3,6 +3,7 @@ its supercell."""
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Iterable, Mapping
 from functools import cached_property
@@ -49,24 +50,18 @@ class Symmetry:
         cell = atoms.cell.array
         self.supercell_matrix = supercell_matrix
         self.rotations = np.array([cell.T @ w @ np.linalg.inv(cell.T) for w in fractional[keep]])
-        scaled = atoms.get_scaled_positions(wrap=False)
-        images = []
-        for rotation, translation in zip(fractional[keep], translations[keep], strict=True):
-            images.append(_images(scaled, atoms.numbers, rotation, translation))
-        self.permutations = np.array([permutation for permutation, _ in images])
+        operations = zip(fractional[keep], translations[keep], strict=True)
+        found = [images(atoms, *operation) for operation in operations]
+        self.permutations = np.array([permutation for permutation, _, _ in found])
         self.fractional = fractional[keep]
-        self.shifts = np.array([shift for _, shift in images])
-        self.targets = self._block_targets(self.fractional, self.shifts)
+        self.shifts = np.array([shift for _, shift, _ in found])
+        turned = np.einsum("gij,rj->gri", self.fractional, cell_offsets(supercell_matrix))
+        between = self.shifts[:, None, None, :] - self.shifts[:, None, :, None]
+        self.targets = cell_index(turned[:, :, None, None] + between, supercell_matrix)
         self._opposite = cell_index(-cell_offsets(supercell_matrix), supercell_matrix)
 
     def __len__(self) -> int:
         return len(self.rotations)
-
-    def _block_targets(self, fractional: np.ndarray, shifts: np.ndarray) -> np.ndarray:
-        offsets = cell_offsets(self.supercell_matrix)
-        turned = np.einsum("gij,rj->gri", fractional, offsets)
-        moved = turned[:, :, None, None] + shifts[:, None, None, :] - shifts[:, None, :, None]
-        return cell_index(moved, self.supercell_matrix)
 
     @cached_property
     def _gather(self) -> np.ndarray:
@@ -141,18 +136,18 @@ def sum_rule_of_compact(compact: np.ndarray, opposite: np.ndarray) -> np.ndarray
     return symmetric - row[:, None] - column[None, :] + column.sum(axis=0) / n
 
 
-def _images(
-    scaled: np.ndarray, numbers: np.ndarray, rotation: np.ndarray, translation: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Permutation (n,) and lattice shift (n, 3): rotation x_a + translation = x_permutation[a] +
-    shift[a]."""
-    moved = scaled @ rotation.T + translation
-    difference = moved[:, None] - scaled[None, :]
-    distance = np.abs(difference - np.round(difference)).max(axis=2)
-    distance[numbers[:, None] != numbers[None, :]] = np.inf
-    permutation = distance.argmin(axis=1)
-    shift = np.round(difference[np.arange(len(scaled)), permutation]).astype(int)
-    return permutation, shift
+def images(
+    atoms: Atoms, rotation: np.ndarray, translation: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Permutation (n,), lattice shift (n, 3) and what is left (n, 3): in fractions, rotation x_a +
+    translation = x_permutation[a] + shift[a] + left[a]."""
+    scaled = atoms.get_scaled_positions(wrap=False)
+    difference = (scaled @ rotation.T + translation)[:, None] - scaled[None, :]
+    shift = np.round(difference)
+    distance = np.linalg.norm((difference - shift) @ atoms.cell.array, axis=2)
+    distance[atoms.numbers[:, None] != atoms.numbers[None, :]] = np.inf
+    chosen = np.arange(len(atoms)), distance.argmin(axis=1)
+    return chosen[1], shift[chosen].astype(int), (difference - shift)[chosen]
 
 
 def symmetric_primitive(atoms: Atoms, symprec: float) -> Atoms:
@@ -190,16 +185,12 @@ def choose_supercell_matrix(
             np.ceil(supercell["min_length"] / height - 1e-6) for height in heights
         )
     else:
-        wanted = as_supercell_matrix(
-            supercell if isinstance(supercell, np.ndarray) else list(supercell)
-        )
+        wanted = as_supercell_matrix(supercell)
     supercell_matrix = wanted
     while not all(compatible(rotation, supercell_matrix) for rotation in rotations):
         supercell_matrix = symmetric_supercell(supercell_matrix, rotations, cell)
-        # who asks for repetitions gets repetitions
-        supercell_matrix = (
-            containing_mesh(supercell_matrix) if is_diagonal(wanted) else supercell_matrix
-        )
+        if is_diagonal(wanted):  # who asks for repetitions gets repetitions
+            supercell_matrix = containing_mesh(supercell_matrix)
     if supercell_matrix != wanted:
         log.info(
             "supercell %s breaks the symmetry of the structure; taking %s", wanted, supercell_matrix
@@ -219,3 +210,50 @@ def statistical_tolerance(
     """
     error = 3.0 * float(np.max(position_error, initial=0.0)) + strain_error * cell_length
     return float(np.clip(error, 0.01, 0.1))
+
+
+EVENNESS = 0.15
+"""Of the three directions of space, the least that one may have of what each has of evenly spread
+displacements."""
+DIRECTIONS = np.array(
+    sorted(
+        (d for d in itertools.product((0, 1, -1), repeat=3) if next(filter(None, d), 0) > 0),
+        key=np.count_nonzero,
+        reverse=True,
+    ),
+    dtype=float,
+)
+"""(13, 3) space and face diagonals and edges of a cube, each in one sense. The diagonals first:
+they ask for all components at once, so that an evaluator which does not quite have the symmetry of
+the crystal is averaged over."""
+
+
+def displacements_of(symmetry: Symmetry, atom: int) -> np.ndarray:
+    """(m, 3) unit vectors: the cheapest displacements of an atom from which its force constants
+    follow, among those the most evenly spread. Each that no operation of the site turns round is
+    followed by its opposite."""
+    rotations = symmetry.rotations[symmetry.site(atom)]
+    units = DIRECTIONS / np.linalg.norm(DIRECTIONS, axis=1)[:, None]
+    images = np.einsum("gij,dj->dgi", rotations, units)
+    spread = np.einsum("dgi,dgj->dij", images, images) / len(rotations)
+    turned = (np.linalg.norm(images + units[:, None], axis=2) < 1e-4).any(axis=1)
+    cost = np.where(turned, 1, 2)
+
+    def rank(chosen: list[int]) -> tuple[bool, int, float]:
+        evenness = 3.0 * float(np.linalg.eigvalsh(spread[chosen].mean(axis=0))[0])
+        return evenness < EVENNESS, cost[chosen].sum(), -round(evenness, 6)
+
+    sets = (itertools.combinations(range(len(units)), count) for count in (1, 2, 3))
+    chosen = min(map(list, itertools.chain(*sets)), key=rank)
+    return np.array([sign * units[k] for k in chosen for sign in (1.0, -1.0)[: cost[k]]])
+
+
+def image(symmetry: Symmetry, operation: int, atom: int, forces: np.ndarray) -> np.ndarray:
+    """What the forces (n_cells, n, 3) of a displaced ``atom`` become for the displacement's image
+    under an operation of its site."""
+    turned = np.empty_like(forces)
+    permutation = symmetry.permutations[operation]
+    turned[symmetry.targets[operation][:, atom, :], permutation[None, :]] = (
+        forces @ symmetry.rotations[operation].T
+    )
+    return turned

@@ -14,10 +14,10 @@ import numpy as np
 from ase import Atoms
 
 from magus_anharmonic.settings import OF_A_RANKING, SschaSettings
+from magus_anharmonic.sscha.cell import Start
 from magus_anharmonic.sscha.ensemble import Averages
 from magus_anharmonic.sscha.reciprocal import finite_size_term
 from magus_anharmonic.sscha.result import Progress, SschaResult
-from magus_anharmonic.sscha.start import Start
 from magus_anharmonic.sscha.state import SschaState, state_digest
 from magus_anharmonic.sscha.symmetry import statistical_tolerance
 from magus_anharmonic.structures import space_group, stripped, structure_id
@@ -155,6 +155,11 @@ def gibbs_energy(state: SschaState, averages: Averages, pressure: GPa) -> tuple[
     return float(plain - averages.predicted_decrease / n), averages.minimum_error / n
 
 
+def pressure_of(averages: Averages) -> GPa:
+    """Of the ensemble, GPa."""
+    return float(ev_per_a3_to_gpa(-np.trace(averages.stress) / 3.0))
+
+
 def centroid_tolerance(state: SschaState, averages: Averages) -> float:
     """Tolerance in A for the space group of the centroids, from their error and what is left of the
     relaxation."""
@@ -175,80 +180,75 @@ def finished_result(
 ) -> SschaResult:
     """The result of a run with a usable last state; ``reason`` is empty when it has converged.
 
-    ``group`` : its space group, where that was decided (`identity`); else that of the centroids
+    ``group`` : its space group, where that was decided (`unstable`); else that of the centroids
     within their error.
     """
     n = len(state.atoms)
     finite = finite_size_term(state, task.settings.reference_spacing)
     raw, error = gibbs_energy(state, averages, task.pressure)
-    work = gpa_to_ev_per_a3(task.pressure) * float(state.atoms.get_volume()) / n
+    volume = float(state.atoms.get_volume() / n)
     tolerance = centroid_tolerance(state, averages)
+    gibbs = raw + finite.term / n
     return SschaResult(
         status="unconverged" if reason else "converged",
         reason=f"not converged after {len(progress.gibbs)} populations: {reason}" if reason else "",
-        gibbs=raw + finite.term / n,
+        gibbs=gibbs,
         gibbs_error=error,
         gibbs_raw=raw,
         finite_size=finite.term / n,
-        helmholtz=raw - work + finite.term / n,
-        volume=float(state.atoms.get_volume() / n),
+        helmholtz=gibbs - gpa_to_ev_per_a3(task.pressure) * volume,
+        volume=volume,
         stress=averages.stress,
         stress_error=averages.stress_error,
-        pressure=float(ev_per_a3_to_gpa(-np.trace(averages.stress) / 3.0)),
-        target_pressure=task.pressure,
-        temperature=task.temperature,
+        pressure=pressure_of(averages),
         predicted_decrease=max(0.0, averages.predicted_decrease) / n,
         centroids=state.atoms.copy(),
         position_error=float(np.max(averages.position_error)),
         space_group_start=space_group(start.state.atoms, 0.01),
         space_group=group or space_group(state.atoms, tolerance),
         symmetry_tolerance=tolerance,
-        n_evaluations=progress.n_evaluations,
-        n_populations=len(progress.gibbs),
-        n_configs=task.settings.n_configs,
         n_atoms_supercell=n * state.n_cells,
         supercell=state.supercell_matrix,
         interpolated_imaginary=finite.imaginary,
-        model_id=task.model_id,
-        seconds=time.perf_counter() - began,
         force_constants=state.force_constants,
+        **_of_any(task, progress, began),
     )
 
 
 def failed_result(task: Task, reason: str, progress: Progress, began: float) -> SschaResult:
     """The result of a run without a usable state, with the numbers of its last population
     (finite-size term left out)."""
-    gibbs, error = progress.gibbs[-1] if progress.gibbs else (np.nan, np.nan)
     last = progress.rows[-1] if progress.rows else {}
+
+    def known(name: str) -> float | None:
+        return float(last[name]) if math.isfinite(last.get(name, math.nan)) else None
+
     atoms: Atoms = stripped(task.atoms)
     found = space_group(atoms, task.settings.symprec)
     return SschaResult(
         status="failed",
         reason=reason,
-        gibbs_error=_known(error),
-        gibbs_raw=_known(gibbs),
-        helmholtz=None,
-        volume=_known(last.get("volume_A3_per_atom", np.nan)),
-        stress=np.full((3, 3), np.nan),
-        stress_error=np.full((3, 3), np.nan),
-        pressure=_known(last.get("pressure_GPa", np.nan)),
-        target_pressure=task.pressure,
-        temperature=task.temperature,
-        predicted_decrease=_known(last.get("predicted_decrease_eV_per_atom", np.nan)),
+        gibbs_raw=known("gibbs_eV_per_atom"),
+        gibbs_error=known("error_eV_per_atom"),
+        volume=known("volume_A3_per_atom"),
+        pressure=known("pressure_GPa"),
+        predicted_decrease=known("predicted_decrease_eV_per_atom"),
         centroids=atoms,
-        position_error=None,
         space_group_start=found,
         space_group=found,
         symmetry_tolerance=task.settings.symprec,
-        n_evaluations=progress.n_evaluations,
-        n_populations=len(progress.gibbs),
-        n_configs=task.settings.n_configs,
-        supercell=(0, 0, 0),
-        interpolated_imaginary=None,
-        model_id=task.model_id,
-        seconds=time.perf_counter() - began,
+        **_of_any(task, progress, began),
     )
 
 
-def _known(value: float) -> float | None:
-    return float(value) if math.isfinite(value) else None
+def _of_any(task: Task, progress: Progress, began: float) -> dict[str, Any]:
+    """What a result has of its task and of what it took, finished or failed."""
+    return {
+        "target_pressure": task.pressure,
+        "temperature": task.temperature,
+        "n_evaluations": progress.n_evaluations,
+        "n_populations": len(progress.gibbs),
+        "n_configs": task.settings.n_configs,
+        "model_id": task.model_id,
+        "seconds": time.perf_counter() - began,
+    }

@@ -22,7 +22,6 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import Any
 
 import numpy as np
 import spglib
@@ -33,10 +32,9 @@ from magus_anharmonic.evaluator import Evaluator
 from magus_anharmonic.sscha.cell import CellStiffness
 from magus_anharmonic.sscha.ensemble import Averages, Ensemble, curvature_along
 from magus_anharmonic.sscha.hessian import Hessian, levels
-from magus_anharmonic.sscha.start import nearest_neighbour
-from magus_anharmonic.sscha.state import SschaState, fourier, repeated, variance
+from magus_anharmonic.sscha.state import SschaState, fourier, nearest_neighbour, repeated, variance
 from magus_anharmonic.sscha.supercells import SupercellMatrix, cell_offsets, commensurate, n_cells
-from magus_anharmonic.sscha.symmetry import Symmetry
+from magus_anharmonic.sscha.symmetry import Symmetry, images
 from magus_anharmonic.structures import (
     UNDECIDED,
     space_group,
@@ -85,14 +83,6 @@ class SupportedGroup:
     group: str
     tolerance: float
     steps: tuple[GroupStep, ...]
-
-    def as_dict(self) -> dict[str, Any]:
-        """Everything, ready for JSON."""
-        return {
-            "group": self.group,
-            "tolerance_A": self.tolerance,
-            "steps": [vars(step) for step in self.steps],
-        }
 
 
 def supported_group(
@@ -144,19 +134,12 @@ def move_onto(atoms: Atoms, tolerance: float) -> tuple[int, np.ndarray, float]:
     found = spglib_or_none(spglib.get_symmetry, spglib_cell(atoms), symprec=tolerance)
     if not found:
         return 1, np.zeros((len(atoms), 3)), 0.0
-    cell, scaled = atoms.cell.array, atoms.get_scaled_positions(wrap=False)
-    metric = cell @ cell.T
-    moves = np.zeros_like(scaled)
-    average = np.zeros((3, 3))
+    cell = atoms.cell.array
+    moves, average = np.zeros((len(atoms), 3)), np.zeros((3, 3))
     for rotation, translation in zip(found["rotations"], found["translations"], strict=True):
-        difference = (scaled @ rotation.T + translation)[:, None] - scaled[None]
-        difference -= np.round(difference)
-        distance = np.linalg.norm(difference @ cell, axis=2)
-        distance[atoms.numbers[:, None] != atoms.numbers[None, :]] = np.inf
-        target = distance.argmin(axis=1)
-        off = difference[np.arange(len(scaled)), target]
+        target, _, off = images(atoms, rotation, translation)
         moves[target] += off - off.mean(axis=0)
-        average += rotation.T @ metric @ rotation
+        average += rotation.T @ cell @ cell.T @ rotation
     count = len(found["rotations"])
     inverse = np.linalg.inv(cell)
     strain = 0.5 * (inverse @ (average / count) @ inverse.T - np.eye(3))
@@ -338,7 +321,7 @@ def down_the_mode(hessian: Hessian, evaluator: Evaluator, symprec: float) -> Ato
     would not see it. Raises ``SschaError`` where it never does.
     """
     state = hessian.state
-    q, mode = hessian.lowest
+    q, mode = hessian.deciding
     point = hessian.points[q]
     matrix = commensurate(point[None], state.atoms.cell.array)
     cell = repeated(state.atoms, matrix)
@@ -404,8 +387,6 @@ def simple_directions(patterns: np.ndarray) -> list[np.ndarray]:
     """Unit patterns (n, 3): the projections of Cartesian moves of each atom, and their sums and
     differences."""
     flat = patterns.reshape(len(patterns), -1)
-    if len(flat) == 1:
-        return [patterns[0]]
     found: list[np.ndarray] = []
     for atom in range(patterns.shape[1]):
         axes = flat[:, 3 * atom : 3 * atom + 3].T @ flat

@@ -16,7 +16,6 @@ import os
 import resource
 import tempfile
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -27,12 +26,11 @@ from dask import config
 from distributed import LocalCluster
 
 from magus_anharmonic.labelers.base import Recipe
-from magus_anharmonic.labelers.scheduled import label_on_worker
-from magus_anharmonic.labelers.worker import atoms_to_json
-from magus_anharmonic.potential.remote import serialised
+from magus_anharmonic.labelers.pool import label_on_worker
+from magus_anharmonic.potential.relax import serialised
 from magus_anharmonic.ranking.jobs import Job, _remote_job, _run_elsewhere
+from magus_anharmonic.scheduler import LocalScheduler
 from magus_anharmonic.scheduler.cluster import DaskScheduler
-from magus_anharmonic.scheduler.local import LocalScheduler
 from magus_anharmonic.scheduler.queues import QUIET, extensions
 from magus_anharmonic.settings import WorkerSettings
 
@@ -118,12 +116,12 @@ def spend(scheduler, task, items, shared):
 
 def labels(rounds, number):
     """EMT on 1,372 copper atoms: half a second, far less than any DFT label (13 s and more)."""
-    recipe = asdict(Recipe("ase.calculators.emt.EMT", {}, None, {}, {}))
+    recipe = Recipe("ase.calculators.emt.EMT", {}, None, {})
     items = []
     for seed in range(number):
         atoms = bulk("Cu", cubic=True).repeat(7)
         atoms.rattle(0.05, seed=seed)
-        items.append(({"task": "label", "atoms": atoms_to_json(atoms), "recipe": recipe}, 600.0))
+        items.append(({"task": "label", "atoms": atoms, "recipe": recipe}, 600.0))
     one_against_two("labels", label_on_worker, items, None, rounds)
 
 

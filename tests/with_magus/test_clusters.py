@@ -1,12 +1,11 @@
-"""`magus search -m` with labels that MAGUS sends through LSF, SLURM and PBS, which small programs
+"""Free energies by MAGUS's own calculators, and `magus search -m` with labels that MAGUS sends through LSF, SLURM and PBS, which small programs
 play."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
+import yaml
 from ase.calculators.emt import EMT
 from ase.io import read
 from magus_run import LEARNING, magus, needs_magus, ours, write_input
@@ -47,13 +46,48 @@ def cluster_search(work, queue):
     return work
 
 
+LJ = {"sigma": 2.3, "epsilon": 0.3, "rc": 6.0, "smooth": True}
+EMT_BLOCK = {"calculator": "emt", "jobPrefix": "EMT", "maxForce": 100, "maxStep": 30}
+
+
+@pytest.mark.parametrize(
+    ("main", "evaluator", "model"),
+    [
+        (EMT_BLOCK, None, "emt-"),
+        ({"calculator": "lj", "jobPrefix": "LJ", "maxStep": 30}, None, "lennardjones-"),
+        ({"calculator": "toy-cluster", "jobPrefix": "Toy", "mode": "serial"}, None, "dft-"),
+        (EMT_BLOCK, {"calculator": "lj", "arguments": LJ}, "lennardjones-"),
+    ],
+    ids=["emt", "lj", "single points", "named"],
+)
+def test_free_energies_rank_by_any_calculator_of_magus(cluster_search, main, evaluator, model):
+    folder = cluster_search / "inputFold/LJ"
+    folder.mkdir()
+    (folder / "lj.yaml").write_text(yaml.safe_dump(LJ))
+    sscha = {"supercell": [1, 1, 1], "n_configs": 10, "max_populations": 1, "max_candidates": 1}
+    write_input(
+        cluster_search,
+        symbols=["Cu", "Al"],
+        formula=[1, 1],
+        MainCalculator=main,
+        sscha={**sscha, "evaluator": evaluator},
+    )
+    result = magus(cluster_search, "search")
+    assert result.returncode == 0, result.stdout[-3000:]
+    good = read(cluster_search / "results/good.traj", ":")
+    assert {atoms.info["model"].split("-")[0] + "-" for atoms in good} == {model}
+    assert all(np.isfinite(atoms.info["enthalpy"]) for atoms in good)
+    ranking = (cluster_search / "results/anharmonic/ranking.csv").read_text()
+    assert model in ranking and "unconverged" in ranking, "every free energy is of that model"
+    again = magus(cluster_search, "search", "-r")
+    assert again.returncode == 0, again.stdout[-3000:]
+
+
 @pytest.mark.parametrize(
     ("system", "commands"),
     [("LSF", {"bsub", "bwait"}), ("SLURM", {"sbatch", "salloc"}), ("PBS", {"qsub", "qstat"})],
 )
-def test_labels_come_back_through_the_queue_system(
-    cluster_search: Path, queue: Path, system: str, commands: set[str]
-) -> None:
+def test_labels_come_back_through_the_queue_system(cluster_search, queue, system, commands):
     result = magus(cluster_search, "search", "-m", JOB_SYSTEM=system)
     assert result.returncode == 0, result.stdout[-3000:]
     assert {line.split()[0] for line in queue.read_text().splitlines()} == commands

@@ -19,19 +19,21 @@ def register():
 
     @CALCULATOR_PLUGIN.register("toy-cluster")
     class ToyCluster(ClusterCalculator):
-        """Only what `magus search -m` with SelectDFTScf asks for."""
+        """Single points, and relaxations that are no more, by jobs or one after the other."""
 
         def scf_job(self, index):
             self.J.sub(f"{sys.executable} -m toy_cluster", name="toy", file="job.sh")
 
         relax_job = scf_job
 
+        def scf_serial(self, frames):
+            return single_points(frames)
 
-def main():
-    """The job: initPop.traj -> optPop.traj."""
-    frames = read("initPop.traj", ":")
-    if Path("../crash").exists():
-        sys.exit("the code crashed")
+        relax_serial = scf_serial
+
+
+def single_points(frames):
+    """The structures with MAGUS's keys."""
     for atoms in frames:
         atoms.calc = EMT()
         atoms.info |= {
@@ -40,7 +42,16 @@ def main():
             "stress": atoms.get_stress(),
         }
         atoms.info["enthalpy"] = atoms.info["energy"] / len(atoms)
-    write("optPop.traj", frames)
+        atoms.calc = None
+    return frames
+
+
+def main():
+    """The job: initPop.traj -> optPop.traj."""
+    frames = read("initPop.traj", ":")
+    if Path("../crash").exists():
+        sys.exit("the code crashed")
+    write("optPop.traj", single_points(frames))
 
 
 if __name__ == "__main__":
