@@ -14,9 +14,12 @@ import logging
 import multiprocessing
 import os
 import queue
+import re
+import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import uuid
@@ -27,6 +30,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+
+from magus_anharmonic.errors import LabelerError, MachineError, one_line
 
 log = logging.getLogger(__name__)
 
@@ -231,3 +236,41 @@ def serve() -> None:
             os._exit(0)  # a copy that a program made of this process and let go on
         busy.clear()
         connection.send(answer)
+
+
+def failed_program(error: subprocess.CalledProcessError, words: str = "") -> Exception:
+    """What the end of a program says: ``LabelerError`` with its own last ``words``, or
+    ``MachineError`` where somebody killed it (the kernel where memory runs out, a queue)."""
+    arguments = shlex.split(error.cmd) if isinstance(error.cmd, str) else error.cmd
+    program, code = os.path.basename(str(arguments[0])), error.returncode
+    number = -code if code < 0 else code - 128  # of the signal, from a shell or MPI's launcher
+    if number in (signal.SIGKILL, signal.SIGTERM):
+        return MachineError(
+            f"{program} was killed ({signal.Signals(number).name}): memory ran out, or somebody"
+            " ended it"
+        )
+    how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
+    return LabelerError(one_line(f"{program}: {words or how}"))
+
+
+def last_words(directory: Path) -> str:
+    """The last lines that a program left in the youngest of its files for errors and output, less
+    what MPI says about its end."""
+    files = [file for kind in ("*.err", "*.log", "*.out") for file in directory.glob(kind)]
+    for file in sorted(files, key=lambda file: file.stat().st_mtime, reverse=True):
+        text = file.read_text(errors="replace")[-20_000:]
+        text = re.sub(r"(?s)^-{20,}\n(MPI_ABORT|Primary job|mpirun).*", "", text, flags=re.M)
+        if said := [line.strip() for line in text.splitlines() if re.search(r"\w", line)]:
+            return " ".join(said[-4:])
+    return ""
+
+
+def require_space(directory: Path, size: int = 1 << 20) -> None:
+    """Raise ``OSError`` where ``size`` bytes cannot be written below ``directory``: programs rarely
+    say that a full disk or a quota was what ended them."""
+    if directory.is_dir():
+        try:
+            with tempfile.TemporaryFile(dir=directory) as probe:
+                probe.write(bytes(size))
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(directory)) from None

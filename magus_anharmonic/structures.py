@@ -99,14 +99,17 @@ def structure_id(atoms: Atoms) -> str:
     return digest(kinds(atoms), *(np.round(array, 6) + 0.0 for array in arrays))
 
 
-def stripped(atoms: Atoms, *, constraints: bool = False) -> Atoms:
-    """Species, cell, positions and masses (and ``constraints``) alone: no calculator, info or other
-    arrays."""
+def stripped(atoms: Atoms, *, constraints: bool = False, moments: bool = False) -> Atoms:
+    """Species, cell, positions and masses (and ``constraints``, or the initial magnetic ``moments``
+    and charges) alone: no calculator, info or other arrays."""
     copy = Atoms(
         numbers=atoms.numbers, positions=atoms.positions, cell=atoms.cell.array, pbc=atoms.pbc
     )
     if atoms.has("masses"):
         copy.set_masses(atoms.get_masses())
+    for name in ("initial_magmoms", "initial_charges") if moments else ():
+        if atoms.has(name):
+            copy.set_array(name, atoms.get_array(name))
     if constraints:
         copy.constraints = copies.deepcopy(atoms.constraints)
     return copy

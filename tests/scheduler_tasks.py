@@ -75,6 +75,15 @@ def leaves_a_program(item: tuple[str, str], shared: Any = None) -> str:
     return how
 
 
+def slow_the_first_time(file: str, shared: Any = None) -> int:
+    """How often it has begun; the first one takes ten minutes."""
+    with open(file, "a") as begun:
+        begun.write("x")
+    number = Path(file).stat().st_size
+    time.sleep(600 if number == 1 else 0)
+    return number
+
+
 def dies_once(item: tuple[str, str], shared: Any = None) -> str:
     """Kills its worker the first time that ``item`` (folder, name) is run, and leaves a line for
     every run that ends."""

@@ -251,6 +251,9 @@ UPF = {"H": "H.upf", "S": "S.upf"}
 def espresso(tmp_path):
     """A function (line about convergence) -> labeler whose pw.x is a small program."""
 
+    for name in UPF.values():
+        (tmp_path / name).touch()
+
     def make(line=ACHIEVED, exit_code=0, **arguments):
         output = PWO.replace("CONVERGENCE", line)
         command = fake_program(

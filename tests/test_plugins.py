@@ -1203,9 +1203,8 @@ def test_single_points_of_magus_that_are_none_are_not_taken(magus, change, said)
     calculator = made(workDir=str(magus.work), jobPrefix="Own")
     structures = [bulk("Cu", cubic=True)]
     structures[0].positions[1] += 0.3
-    found = evaluate_each(
-        evaluator_of_magus(calculator, "MainCalculator", own_keys()), structures, Exception
-    )
+    search = SimpleNamespace(main_calculator=calculator, parameters=own_keys())
+    found = evaluate_each(evaluator_of_magus(search, ml=False), structures, Exception)
     assert said in found[0]
     assert Path.cwd() == magus.work
 

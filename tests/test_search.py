@@ -722,7 +722,8 @@ def test_the_distance_to_the_hull_is_that_of_ase():
         a.info["enthalpy"] - reference.decompose(a.get_chemical_formula())[0] / len(a)
         for a in structures
     ]
-    assert population.hull_distance(structures) == pytest.approx(expected, abs=1e-9)
+    found = population.ehull_fitness(structures)
+    assert [-value for value in found] == pytest.approx(expected, abs=1e-9)
 
 
 @pytest.mark.parametrize(

@@ -207,8 +207,7 @@ def rows_of(table: type[Row], path: str | Path) -> Iterator[Row]:
 
 def write(table: type[Row], path: str | Path, rows: Iterable[Row]) -> None:
     """Write ``rows`` to the CSV file ``path`` atomically; see `Column.text`."""
-    known = columns_of(table)
-    write_table(path, columns(table), ([one.text(row) for one in known] for row in rows))
+    write_table(path, columns(table), (line(row).values() for row in rows))
 
 
 def write_table(path: str | Path, columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:

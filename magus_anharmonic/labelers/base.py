@@ -411,6 +411,10 @@ class Code:
         """An ASE calculator for one single point; its files go to ``directory``."""
         raise NotImplementedError
 
+    def writes_to(self, recipe: Recipe) -> list[Path]:
+        """Folders outside of the label's own into which the code writes."""
+        return []
+
     def check(self, calculator: Any) -> None:
         """Raise ``LabelerError`` where the calculator has results that are none."""
 

@@ -1,7 +1,8 @@
 """Labels from Quantum ESPRESSO's pw.x through ASE. Program and pseudopotentials are the user's.
 
-``arguments`` needs ``pseudopotentials`` (symbol -> UPF file); ``command`` (default ``pw.x``) and
-``pseudo_dir`` may stand there or in ASE's configuration; ``input_data`` holds pw.x's own keys.
+``arguments`` needs ``pseudopotentials``: symbol -> UPF file, or a list of symbols, whose files (and
+cutoffs) are then those of the family in ``pseudo_dir`` (`family`). ``command`` (default ``pw.x``)
+and ``pseudo_dir`` may stand there or in ASE's configuration; ``input_data`` holds pw.x's own keys.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ import os
 import re
 import shlex
 import shutil
-from collections.abc import Mapping
+import subprocess
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from typing import Any
 from ase import Atoms
 
 from magus_anharmonic.errors import LabelerError
+from magus_anharmonic.io.files import read_json
 from magus_anharmonic.labelers.base import (
     Code,
     Recipe,
@@ -27,6 +30,7 @@ from magus_anharmonic.labelers.base import (
     program_of,
     read_command,
 )
+from magus_anharmonic.processes import failed_program
 from magus_anharmonic.settings import LabelerSettings
 from magus_anharmonic.units import RYDBERG
 
@@ -38,6 +42,8 @@ SYSTEM: Mapping[str, Any] = {
     "degauss": 0.01,
 }
 ELECTRONS: Mapping[str, Any] = {"conv_thr": 1e-8}
+NOT_ACHIEVED = "convergence NOT achieved"
+_KEY = "learning.labeler.arguments.pseudopotentials"
 
 # Where the energy at zero smearing lies between F and E = F + TS: E0 = F + fraction * TS
 # (Methfessel-Paxton of order 1).
@@ -71,28 +77,34 @@ class Espresso(Code):
     def recipe(self, settings: LabelerSettings) -> Recipe:
         """See `Code`; raises ``LabelerError`` also without pseudopotentials (the files), or for
         what pw.x does not take."""
-        pseudopotentials = settings.arguments.get("pseudopotentials")
-        if not isinstance(pseudopotentials, Mapping):
-            raise LabelerError(
-                "learning.labeler.arguments.pseudopotentials: is missing; give a UPF file per"
-                " element, e.g. {H: H.upf, S: S.upf}"
-            )
         made = super().recipe(settings)
+        folder = Path(made.execution.get("pseudo_dir") or _configured("pseudo_dir") or ".")
+        given, cutoffs = made.arguments.get("pseudopotentials"), {}
+        if isinstance(given, list) and given:
+            given, cutoffs = family(folder, given)
+        if not isinstance(given, Mapping) or not given:
+            raise LabelerError(
+                f"{_KEY}: is missing; give a UPF file per element, e.g. {{H: H.upf, S: S.upf}}, or"
+                " a list of elements, e.g. [H, S], whose files are then looked for in pseudo_dir"
+            )
+        pseudopotentials = {str(symbol): str(name) for symbol, name in given.items()}
         if made.execution.get("command") is not None:
             try:
                 _command(made.execution)
             except LabelerError as error:
                 raise LabelerError(f"learning.labeler.arguments.command: {error}") from None
-        data = _input_data(made.arguments.get("input_data", {}))
-        folder = Path(made.execution.get("pseudo_dir") or _configured("pseudo_dir") or ".")
         files = {
             name: file_digest(folder / name)
-            for name in sorted({str(name) for name in pseudopotentials.values()})
+            for name in sorted(set(pseudopotentials.values()))
             if (folder / name).is_file()
         }
-        return replace(
-            made, arguments={**made.arguments, "input_data": data}, files={**made.files, **files}
-        )
+        arguments = {
+            **made.arguments,
+            "pseudopotentials": pseudopotentials,
+            "input_data": _input_data(made.arguments.get("input_data", {}), cutoffs),
+        }
+        _check_files(folder, pseudopotentials)
+        return replace(made, arguments=arguments, files={**made.files, **files})
 
     def calculator(self, recipe: Recipe, atoms: Atoms, directory: Path) -> Any:
         """ASE's Espresso, whose output may have bytes that are no UTF-8, and whose ``energy`` is
@@ -108,8 +120,13 @@ class Espresso(Code):
                 *rest: Any,
                 **more: Any,
             ) -> None:
-                super().run(directory, inputfile, outputfile, *rest, **more)
-                make_readable(Path(directory) / outputfile)
+                output = Path(directory) / outputfile
+                try:
+                    super().run(directory, inputfile, outputfile, *rest, **more)
+                except subprocess.CalledProcessError as error:
+                    raise failed_program(error, _words(output)) from None
+                finally:
+                    make_readable(output)
 
         class ExtrapolatedEspresso(espresso.Espresso):
             def calculate(self, atoms: Atoms, properties: Any, system_changes: Any) -> None:
@@ -122,6 +139,10 @@ class Espresso(Code):
                 )
 
         arguments = dict(recipe.arguments)
+        if lacking := sorted(
+            set(atoms.get_chemical_symbols()) - set(arguments["pseudopotentials"])
+        ):
+            raise LabelerError(f"{_KEY}: has no file for {', '.join(lacking)}")
         if recipe.k_spacing is not None:
             arguments["kpts"] = k_points(atoms, recipe.k_spacing)
         profile = LenientProfile(
@@ -129,6 +150,11 @@ class Espresso(Code):
             pseudo_dir=recipe.execution.get("pseudo_dir") or _configured("pseudo_dir") or ".",
         )
         return ExtrapolatedEspresso(profile=profile, directory=str(directory), **arguments)
+
+    def writes_to(self, recipe: Recipe) -> list[Path]:
+        """pw.x's own folder for wave functions, where one is given."""
+        outdir = recipe.arguments["input_data"]["control"].get("outdir")
+        return [Path(outdir)] if outdir else []
 
     def default_workers(self, cores: int) -> int:
         """pw.x is usually started with MPI on all cores."""
@@ -156,7 +182,90 @@ def _configured(name: str) -> str | None:
     )
 
 
-def _input_data(given: Any) -> dict[str, Any]:
+def family(folder: Path, elements: Sequence[Any]) -> tuple[dict[str, str], dict[str, float]]:
+    """Files of the elements in a folder of pseudopotentials, and the cutoffs (Ry) that they ask
+    for, empty where the folder does not say.
+
+    A family in the format of the SSSP library (a JSON file beside the UPF files: symbol ->
+    ``filename``, ``cutoff_wfc``, ``cutoff_rho``; doi:10.1038/s41524-018-0127-2) names both; without
+    one it is the only UPF file whose header has the element. Raises ``LabelerError``.
+    """
+    listed: dict[str, Any] = {}
+    for file in sorted(folder.glob("*.json")):
+        content = read_json(file)
+        if isinstance(content, dict):
+            entries = {
+                symbol: entry
+                for symbol, entry in content.items()
+                if isinstance(entry, dict) and "filename" in entry
+            }
+            if entries and listed:
+                raise LabelerError(
+                    f"{_KEY}: {folder} has more than one family in JSON ({file.name} and another);"
+                    " name the files one by one"
+                )
+            listed |= entries
+    found: dict[str, str] = {}
+    for symbol in map(str, elements):
+        names = (
+            [str(listed[symbol]["filename"])]
+            if symbol in listed
+            else sorted(
+                file.name
+                for file in folder.glob("*")
+                if file.suffix.lower() == ".upf" and _element(file) == symbol
+            )
+        )
+        if len(names) != 1:
+            raise LabelerError(
+                f"{_KEY}: {folder} has no file for {symbol}; set pseudo_dir, or name the file"
+                if not names
+                else f"{_KEY}: {folder} has {len(names)} files for {symbol} ({', '.join(names)});"
+                f" name the one to take, e.g. {{{symbol}: {names[0]}}}"
+            )
+        found[symbol] = names[0]
+    cutoffs = {
+        key: max(float(listed[symbol][name]) for symbol in found)
+        for key, name in (("ecutwfc", "cutoff_wfc"), ("ecutrho", "cutoff_rho"))
+        if all(name in listed.get(symbol, {}) for symbol in found)
+    }
+    return found, cutoffs
+
+
+def _check_files(folder: Path, pseudopotentials: Mapping[str, str]) -> None:
+    """Raise ``LabelerError`` for a file that the folder (where it is on this machine) has not, or
+    that is another element's: pw.x would take it without a word."""
+    for symbol, name in pseudopotentials.items():
+        file = folder / name
+        if folder.is_dir() and not file.is_file():
+            raise LabelerError(
+                f"{_KEY}.{symbol}: there is no file {name} in {folder}; set pseudo_dir"
+            )
+        element = _element(file)
+        if element not in ("", symbol):
+            raise LabelerError(f"{_KEY}.{symbol}: {file} is a pseudopotential of {element}")
+
+
+def _element(file: Path) -> str:
+    """The element that a UPF file (version 1 or 2) names; empty where it names none."""
+    if not file.is_file():
+        return ""
+    with file.open(encoding="utf-8", errors="replace") as lines:
+        header = lines.read(200_000).partition("<PP_HEADER")[2].partition("<PP_MESH")[0]
+    found = re.search(r"""element\s*=\s*["']\s*(\w+)|^\s*(\w+)\s+Element\b""", header, re.M)
+    return (found[1] or found[2]).strip() if found else ""
+
+
+def _words(output: Path) -> str:
+    """What pw.x itself says in its output about why it ended."""
+    text = output.read_text(errors="replace") if output.is_file() else ""
+    if NOT_ACHIEVED in text:
+        return f"SCF did not converge ({NOT_ACHIEVED})"
+    found = re.search(r"Error in routine([^(]+)\(-?\d+\):\s*(.*?)\s*%%", text, re.S)
+    return f"{found[1].strip()}: {found[2]}" if found else ""
+
+
+def _input_data(given: Any, cutoffs: Mapping[str, float] | None = None) -> dict[str, Any]:
     from ase.io.espresso import Namelist
 
     if not isinstance(given, Mapping):
@@ -186,10 +295,8 @@ def _input_data(given: Any) -> dict[str, Any]:
         if "occupations" in given_system
         else {key: SYSTEM[key] for key in ("occupations", "smearing", "degauss")}
     )
-    cutoffs = {
-        key: SYSTEM[key] for key in (() if "ecutwfc" in given_system else ("ecutwfc", "ecutrho"))
-    }
-    data["system"] = {**cutoffs, **smearing, **given_system}
+    default = cutoffs or {key: SYSTEM[key] for key in ("ecutwfc", "ecutrho")}
+    data["system"] = {**({} if "ecutwfc" in given_system else default), **smearing, **given_system}
     data["electrons"] = {**ELECTRONS, **data.get("electrons", {})}
     name = str(data["system"].get("smearing", "gaussian")).lower()
     if data["system"].get("occupations") == "smearing" and name not in _TOWARDS_ZERO:
@@ -211,7 +318,7 @@ def zero_smearing_energy(free_energy: float, output: str, smearing: str) -> floa
 
 def require_converged(output: str) -> None:
     """Raise ``LabelerError`` when pw.x says that its SCF did not converge, or did not finish."""
-    if "convergence NOT achieved" in output:
-        raise LabelerError("SCF did not converge: pw.x says 'convergence NOT achieved'")
+    if NOT_ACHIEVED in output:
+        raise LabelerError(f"SCF did not converge: pw.x says {NOT_ACHIEVED!r}")
     if "convergence has been achieved" not in output:
         raise LabelerError("pw.x did not finish: its output has no 'convergence has been achieved'")

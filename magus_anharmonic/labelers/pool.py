@@ -25,7 +25,7 @@ from magus_anharmonic.evaluator import Relaxation
 from magus_anharmonic.io.files import replacing
 from magus_anharmonic.labelers.base import Failure, Label, Labeler, OnResult, Recipe, settings_hash
 from magus_anharmonic.labelers.worker import begin
-from magus_anharmonic.processes import Worker, descendants, end_processes
+from magus_anharmonic.processes import Worker, descendants, end_processes, require_space
 from magus_anharmonic.runs.record import Progress
 from magus_anharmonic.scheduler import THREAD_VARIABLES, Scheduling, open_scheduler, packed, unpack
 from magus_anharmonic.structures import change_of, stripped, structure_id
@@ -91,6 +91,7 @@ class DftProcess:
             how = worker.end(ENDING)
             if self._closed:
                 return _failed("the labeler was closed")
+            require_space(self.log_file.parent)
             reason = f"the labeler's process ended: {how} (see {self.log_file})"
             return _failed(reason, machine_error=how.endswith("SIGKILL"))
         self.stop()
@@ -177,7 +178,7 @@ class JobLabeler(Labeler):
     ) -> list[Any]:
         """What is ``made`` of the answers, or of the reasons why there is none."""
         task = {"task": what, "recipe": self.recipe, **options}
-        jobs = [{**task, "atoms": stripped(atoms)} for atoms in structures]
+        jobs = [{**task, "atoms": stripped(atoms, moments=True)} for atoms in structures]
         results: list[Any] = [None] * len(jobs)
         progress, n_failed = Progress(len(jobs)), 0
         with closing(self._answers(jobs, structures)) as answers:

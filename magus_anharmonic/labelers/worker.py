@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import subprocess
 import time
 import traceback
 from collections.abc import Callable
@@ -26,6 +27,7 @@ from magus_anharmonic.errors import (
 )
 from magus_anharmonic.labelers.base import Code, Recipe, no_shell
 from magus_anharmonic.labelers.codes import code_of
+from magus_anharmonic.processes import failed_program, last_words, require_space
 from magus_anharmonic.structures import change_of, stripped
 from magus_anharmonic.units import gpa_to_ev_per_a3
 
@@ -53,8 +55,10 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
         with no_shell(), contextlib.chdir(directory):
             result = {"ok": True, **task(atoms, recipe, directory, job)}
     except Exception as error:
-        traceback.print_exc()
-        result = {"ok": False, "reason": _reason(error), "machine_error": is_machine_error(error)}
+        with contextlib.suppress(OSError):  # the log's disk may be full
+            traceback.print_exc()
+        cause = _cause(error, job)
+        result = {"ok": False, "reason": _reason(cause), "machine_error": is_machine_error(cause)}
     result["seconds"] = time.monotonic() - started
     return result
 
@@ -83,6 +87,19 @@ def _absolute_variables() -> None:
     for name, value in os.environ.items():
         if name.endswith(("_PATH", "_DIR", "_PSEUDO")) and os.path.exists(value):
             os.environ[name] = os.path.abspath(value)
+
+
+def _cause(error: Exception, job: dict[str, Any]) -> Exception:
+    """What led to ``error``: a disk without space, or the end of a program in its own words."""
+    directory = Path(job["directory"]).absolute()
+    try:
+        for folder in (directory, *code_of(job["recipe"].code).writes_to(job["recipe"])):
+            require_space(folder)
+    except OSError as full:
+        return full
+    if isinstance(error, subprocess.CalledProcessError):
+        return failed_program(error, last_words(directory))
+    return error
 
 
 def _reason(error: Exception) -> str:

@@ -89,20 +89,21 @@ def result_in(atoms: Atoms) -> dict[str, Any] | None:
     return {key: atoms.info[key] for key in ("energy", "forces", "stress")}
 
 
-def evaluator_of_magus(calculator: Any, name: str, parameters: Mapping[str, Any]) -> Evaluator:
-    """What SSCHA asks for energies where MAGUS relaxes with a calculator of its own, the block
-    ``name`` of ``parameters``: the ASE calculator in it, or its single points.
+def evaluator_of_magus(search: Any, *, ml: bool) -> Evaluator:
+    """What SSCHA asks for energies where ``search`` relaxes with a calculator of MAGUS's own
+    (``ml``: its ``MLCalculator``): the ASE calculator in it, or its single points.
 
     Jobs of single points share its folders, so that they are made by this process alone.
     """
-    last = _last_stage(calculator)
+    name = "MLCalculator" if ml else "MainCalculator"
+    last = _last_stage(search.ml_calculator if ml else search.main_calculator)
     inside = getattr(last, "scf_calc", None)
     if isinstance(inside, BaseCalculator):
-        return CalculatorEvaluator(inside, elements=parameters["symbols"])
+        return CalculatorEvaluator(inside, elements=search.parameters["symbols"])
     labeler = CallableLabeler(
         lambda structures: _single_points(last, structures),
         description=f"{name} ({type(last).__name__})",
-        settings=surface_settings(last, parameters.get(name)),
+        settings=surface_settings(last, search.parameters.get(name)),
     )
     return LabelerEvaluator(labeler, checked=set())
 
@@ -225,17 +226,16 @@ class MatterSimCalculator(Calculator):
         starts = [stripped(atoms, constraints=True) for atoms in individuals]
         self._clear(individuals)
         results = self._relaxed(starts)
-        relaxed, failed = [], []
         for atoms, start, result in zip(individuals, starts, results, strict=True):
-            if result.failed:
-                failed.append(_dropped(atoms, result.reason, "relaxation"))
-                continue
-            self._take(atoms, start, result)
-            relaxed.append(atoms)
-        set_energy_errors(self.potential, relaxed)
-        self._report("relaxed", relaxed, failed)
-        logger.info("relaxation steps: %d in all, %d structures converged", *_effort(results))
-        return relaxed
+            if not result.failed:
+                self._take(atoms, start, result)
+        logger.info(
+            "relaxation steps: %d in all, %d structures converged",
+            sum(result.n_steps for result in results),
+            sum(bool(result.converged) for result in results),
+        )
+        reasons = [result.reason if result.failed else None for result in results]
+        return self._done(individuals, reasons, "relaxation")
 
     def _relaxed(self, starts: list[Atoms]) -> list[Relaxation]:
         from magus_anharmonic.potential.relax import relax_on, relax_options
@@ -250,18 +250,12 @@ class MatterSimCalculator(Calculator):
         """Single points of ``calcPop`` in place."""
         individuals = list(calcPop)
         self._clear(individuals)
-        done, failed = [], []
-        for atoms, outcome in zip(
-            individuals, evaluate_each(self.potential, individuals), strict=True
-        ):
-            if isinstance(outcome, str):
-                failed.append(_dropped(atoms, outcome, "single point"))
-                continue
-            self._store_result(atoms, *outcome)
-            done.append(atoms)
-        set_energy_errors(self.potential, done)
-        self._report("evaluated", done, failed)
-        return done
+        outcomes = evaluate_each(self.potential, individuals)
+        for atoms, outcome in zip(individuals, outcomes, strict=True):
+            if not isinstance(outcome, str):
+                self._store_result(atoms, *outcome)
+        reasons = [outcome if isinstance(outcome, str) else None for outcome in outcomes]
+        return self._done(individuals, reasons, "single point")
 
     def _take(self, atoms: Atoms, start: Atoms, result: Relaxation) -> None:
         atoms.set_cell(result.atoms.cell.array)
@@ -292,16 +286,20 @@ class MatterSimCalculator(Calculator):
             for key in (*RESULT_KEYS, *FREE_ENERGY_KEYS):
                 atoms.info.pop(key, None)
 
-    def _report(self, what: str, done: Sequence[Atoms], failed: Sequence[Atoms]) -> None:
-        logger.info(
-            "%s %d structures with model %s, %d failed",
-            what,
-            len(done),
-            self.potential.model_id,
-            len(failed),
-        )
+    def _done(
+        self, individuals: list[Atoms], reasons: Sequence[str | None], what: str
+    ) -> list[Atoms]:
+        """The structures that have a result, with its expected error; the others, which have a
+        reason, are written down."""
+        paired = list(zip(individuals, reasons, strict=True))
+        done = [atoms for atoms, reason in paired if reason is None]
+        failed = [_dropped(atoms, reason, what) for atoms, reason in paired if reason is not None]
+        set_energy_errors(self.potential, done)
+        model = self.potential.model_id
+        logger.info("%s: %d done with model %s, %d failed", what, len(done), model, len(failed))
         if failed:
             write(os.path.join(self.calc_dir, "errorTraj.traj"), failed)
+        return done
 
 
 def evaluate_each(
@@ -326,12 +324,6 @@ def _dropped(atoms: Atoms, reason: str, what: str) -> Atoms:
     copy = stripped(atoms)
     copy.info["reason"] = reason
     return copy
-
-
-def _effort(results: Sequence[Relaxation]) -> tuple[int, int]:
-    return sum(result.n_steps for result in results), sum(
-        bool(result.converged) for result in results
-    )
 
 
 def _refuse_forked_cuda(device: str | None) -> None:

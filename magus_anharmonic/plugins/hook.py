@@ -33,7 +33,6 @@ from ase.io import read, write
 from magus.search.search import Magus
 
 from magus_anharmonic.errors import InputError
-from magus_anharmonic.evaluator import Evaluator
 from magus_anharmonic.generation import SearchState, after_generation, start
 from magus_anharmonic.io.files import remove, replacing
 from magus_anharmonic.plugins.calculator import MatterSimCalculator, evaluator_of_magus
@@ -56,6 +55,7 @@ from magus_anharmonic.plugins.parameters import (
     tame,
 )
 from magus_anharmonic.ranking.fitness import copy_order
+from magus_anharmonic.ranking.structures import ranking_evaluator
 from magus_anharmonic.report import report_at_end
 from magus_anharmonic.report.screen import show_ranking
 from magus_anharmonic.runs.lock import FolderLock, check_free, read_owner
@@ -161,17 +161,9 @@ class Rounds:
     """Members of ``best_pop`` before that round."""
 
     @classmethod
-    def begin(
-        cls,
-        search: Any,
-        settings: Settings,
-        run_dir: Path,
-        named: Evaluator | None,
-        *,
-        restart: bool,
-    ) -> Rounds:
+    def begin(cls, search: Any, settings: Settings, run_dir: Path, *, restart: bool) -> Rounds:
         """After MAGUS has set up its folders and before its first step: load the model and write
-        ``run.json``; ``named``: what ``sscha.evaluator`` names.
+        ``run.json``.
 
         Raises InputError (checkpoint, labeler, results of another version).
         """
@@ -184,9 +176,7 @@ class Rounds:
             clear_seeds(search.seed_dir)
         if ours is not None:
             ours.begin_round(search.curgen)
-            own = ours.potential
-        else:
-            own = _evaluator_of_magus(search, ml)
+        own = evaluator_of_magus(search, ml=ml) if ours is None else ours.potential
         described = {
             "host": "magus",
             "command": (
@@ -194,13 +184,18 @@ class Rounds:
             ),
         }
         state = start(
-            settings, run_dir, named or own, restart=restart, learn=not ml, described=described
+            settings,
+            run_dir,
+            ranking_evaluator(settings, own),
+            restart=restart,
+            learn=not ml,
+            described=described,
         )
         if ours is not None:
             ours.seed = state.seed
             if ml:
                 ours.energy_rmse = state.energy_rmse
-        elif named is None:
+        elif settings.evaluator is None:
             # the calculator of MAGUS has relaxed them, and each further step may be a DFT job
             state.relaxation_steps = 0
         return cls(settings, ml, ours, state, repeats=restart)
@@ -218,14 +213,14 @@ class Rounds:
             return
         if self.ml and self.settings.evaluator is None:
             if calculator is None:
-                state.potential = _evaluator_of_magus(search, ml=True)
+                state.potential = evaluator_of_magus(search, ml=True)
             else:
                 state.potential, state.energy_rmse = calculator.potential, calculator.energy_rmse
         survivors = [*search.good_pop, *search.keep_pop, *search.cur_pop]
         sample = self._relaxed(search) if state.learn else []
         self.ending = self.ending or search.curgen >= (state.n_generations or float("inf"))
         seeds = after_generation(state, sample, survivors, search.curgen, last=self.ending)
-        if state.learn:
+        if state.learn and calculator is not None:
             calculator.use(state.potential)
         _renew_derived(survivors)
         for population in (search.good_pop, search.keep_pop):
@@ -267,13 +262,6 @@ class Rounds:
         population = search.Population(read(file, index=":"), "raw", search.curgen)
         population.check()
         return list(population)
-
-
-def _evaluator_of_magus(search: Any, ml: bool) -> Evaluator:
-    calculator, name = (
-        (search.ml_calculator, "MLCalculator") if ml else (search.main_calculator, "MainCalculator")
-    )
-    return evaluator_of_magus(calculator, name, search.parameters)
 
 
 def keep_better(known: Any, current: Sequence[Any]) -> None:
@@ -376,7 +364,7 @@ def _start(
         run_dir = _run_dir(keys)
         if is_mode(search, "PaMagus"):
             single_thread()
-        settings, named = check_installation(settings, run_dir)
+        settings = check_installation(settings, run_dir)
         if not ml:
             # A block for `-m` may stand in the same input; here it plays no part.
             settings = settings.model_copy(update={"ml_calculator": {}})
@@ -389,7 +377,7 @@ def _start(
         _seed_generators(settings, 0)
         original(parameters, restart=restart)
         _lock(search, run_dir)
-        _ROUNDS[search] = Rounds.begin(search, settings, run_dir, named, restart=restart)
+        _ROUNDS[search] = Rounds.begin(search, settings, run_dir, restart=restart)
     except InputError as error:
         stop(error)
 

@@ -10,7 +10,6 @@ from typing import Any
 from magus.fitness import fit_dict
 
 from magus_anharmonic.errors import InputError
-from magus_anharmonic.evaluator import Evaluator
 from magus_anharmonic.plugins.parameters import calculator_settings, misspelt_blocks, settings_of
 from magus_anharmonic.scheduler import is_remote
 from magus_anharmonic.search.keys import WITHOUT_EFFECT, fold, unknown_to_magus
@@ -268,12 +267,11 @@ def merges_near_phases(parameters: Mapping[str, Any]) -> str:
     )
 
 
-def check_installation(settings: Settings, run_dir: Path) -> tuple[Settings, Evaluator | None]:
-    """Read the checkpoints and look for labeler and data set before MAGUS touches a folder; raises
-    InputError.
+def check_installation(settings: Settings, run_dir: Path) -> Settings:
+    """Read the checkpoints and look for evaluator, labeler and data set before MAGUS touches a
+    folder; raises InputError.
 
-    Returns the settings, without ``learning`` where its labeler is not installed and not required,
-    and what ``sscha.evaluator`` names.
+    Returns the settings, without ``learning`` where its labeler is not installed and not required.
     """
     from magus_anharmonic.generation import checked_learning
     from magus_anharmonic.potential import checkpoint
@@ -284,7 +282,8 @@ def check_installation(settings: Settings, run_dir: Path) -> tuple[Settings, Eva
             checkpoint.describe(
                 checkpoint.resolve(calculator_settings(settings, learner=learner).checkpoint)
             )
-    named = ranking_evaluator(settings) if settings.evaluator is not None else None
-    if settings.learning is not None and settings.learning.labeler.calculator != "main":
-        settings = checked_learning(settings, run_dir)
-    return settings, named
+    if settings.evaluator is not None:
+        ranking_evaluator(settings)
+    if settings.learning is None or settings.learning.labeler.calculator == "main":
+        return settings
+    return checked_learning(settings, run_dir)

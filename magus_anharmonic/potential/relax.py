@@ -21,6 +21,7 @@ from magus_anharmonic.calculator_check import check_calculator
 from magus_anharmonic.errors import MachineError, MagusAnharmonicError, one_line
 from magus_anharmonic.evaluator import Evaluator, Relaxation, evaluate_each
 from magus_anharmonic.io.digests import digest
+from magus_anharmonic.notebook import says_in_notebooks
 from magus_anharmonic.potential.guards import why_invalid
 from magus_anharmonic.potential.optimizers import Options, checked
 from magus_anharmonic.potential.relaxation import Result, SingleRelaxation
@@ -38,6 +39,7 @@ EDGES_IN_FLIGHT = 200_000  # for evaluators that do not say how many edges they 
 ABSURD = 1e12  # eV, eV/A, eV/A^3; step rules square them and would overflow before long
 
 
+@says_in_notebooks
 def relax(
     evaluator: Evaluator,
     structures: Sequence[Atoms],

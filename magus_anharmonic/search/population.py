@@ -226,17 +226,13 @@ def fingerprint(atoms: Atoms, elements: Sequence[int]) -> np.ndarray:
     return np.concatenate(parts)
 
 
-def hull_distance(population: Sequence[Atoms]) -> np.ndarray:
-    """(n,) eV/atom above the lower convex hull of the population's own enthalpies over
-    composition."""
-    return above_hull(
+def ehull_fitness(population: Sequence[Atoms]) -> list[float]:
+    """Minus the distance (eV/atom) above the lower convex hull of the population's own enthalpies
+    over composition; sets ``ehull``."""
+    distances = above_hull(
         [atoms.get_chemical_formula() for atoms in population],
         np.array([atoms.info["enthalpy"] for atoms in population]),
     )
-
-
-def _ehull(population: Sequence[Atoms]) -> list[float]:
-    distances = hull_distance(population)
     for atoms, distance in zip(population, distances, strict=True):
         atoms.info["ehull"] = float(distance)
     return [-float(distance) for distance in distances]
@@ -244,7 +240,7 @@ def _ehull(population: Sequence[Atoms]) -> list[float]:
 
 _FITNESS: dict[str, Callable[[Sequence[Atoms]], list[float]]] = {
     "Enthalpy": lambda population: [-float(atoms.info["enthalpy"]) for atoms in population],
-    "Ehull": _ehull,
+    "Ehull": ehull_fitness,
     "SSCHA": population_fitness,
 }
 

@@ -15,7 +15,7 @@ import numpy as np
 from ase import Atoms
 
 from magus_anharmonic.errors import InputError, SschaError
-from magus_anharmonic.evaluator import Evaluator, as_evaluator
+from magus_anharmonic.evaluator import EnergySource, Evaluator, as_evaluator
 from magus_anharmonic.io import pictures
 from magus_anharmonic.io.digests import versions
 from magus_anharmonic.io.files import replacing, write_json
@@ -94,7 +94,7 @@ def hessian_of_run(
     run: str | Path,
     output: str | Path,
     *,
-    evaluator: Evaluator | None = None,
+    evaluator: EnergySource | None = None,
     n_configs: int | None = None,
     include_v4: bool = False,
     seed: int = 0,
@@ -114,7 +114,7 @@ def hessian_of_run(
 def _hessian_of_run(
     run: Path,
     output: Path,
-    evaluator: Evaluator | None,
+    source: EnergySource | None,
     n_configs: int | None,
     include_v4: bool,
     seed: int,
@@ -122,13 +122,12 @@ def _hessian_of_run(
     result = SschaResult.read(run)
     state = result.state
     symmetry, harmonic = Symmetry(state.atoms, state.supercell_matrix), None
-    if evaluator is not None:
-        evaluator = as_evaluator(evaluator, [state.atoms])
-        if evaluator.model_id != result.model_id:
-            raise InputError(
-                f"--checkpoint: is the model {evaluator.model_id}, the run in {run} was made with"
-                f" {result.model_id}"
-            )
+    evaluator = None if source is None else as_evaluator(source, [state.atoms])
+    if evaluator is not None and evaluator.model_id != result.model_id:
+        raise InputError(
+            f"--checkpoint: is the model {evaluator.model_id}, the run in {run} was made with"
+            f" {result.model_id}"
+        )
     ensemble = ensemble_of(state, final_ensemble(run, result), evaluator, n_configs, seed)
     found = free_energy_hessian(state, ensemble, symmetry, include_v4=include_v4)
     if evaluator is not None:

@@ -3,8 +3,12 @@ play."""
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import numpy as np
 import pytest
+import real_slurm
 import yaml
 from ase.calculators.emt import EMT
 from ase.io import read
@@ -100,6 +104,25 @@ def test_labels_come_back_through_the_queue_system(cluster_search, queue, system
         assert np.allclose(atoms.get_forces(), copy.get_forces(), atol=1e-5), (
             "MAGUS's cluster calculators change the order"
         )
+
+
+@pytest.mark.real_slurm
+@pytest.mark.skipif(bool(real_slurm.missing()), reason=f"skipped: {real_slurm.missing()}")
+def test_labels_come_back_through_slurm_itself(cluster_search, queue, tmp_path, monkeypatch):
+    played = queue.parent / "queue"
+    real = [part for part in os.environ["PATH"].split(os.pathsep) if Path(part) != played]
+    monkeypatch.setenv("PATH", os.pathsep.join(real))
+    (folder := tmp_path / "slurm").mkdir()
+    with real_slurm.slurm(folder) as configuration:
+        given = {"JOB_SYSTEM": "SLURM", "SLURM_CONF": str(configuration)}
+        result = magus(cluster_search, "search", "-m", **given)
+    assert result.returncode == 0, result.stdout[-3000:]
+    labels = read(cluster_search / "results/anharmonic/labels/gen001.xyz", ":")
+    assert len(labels) == 4 and not queue.exists(), "SLURM's own commands were called"
+    for atoms in labels:
+        copy = atoms.copy()
+        copy.calc = EMT()
+        assert np.allclose(atoms.get_forces(), copy.get_forces(), atol=1e-5)
 
 
 def test_a_repeated_round_sends_no_job_for_labels_that_it_has(cluster_search, queue):
