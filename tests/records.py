@@ -3,7 +3,7 @@
 from dataclasses import fields
 
 from magus_anharmonic.ranking.candidate import Candidate
-from magus_anharmonic.ranking.run import Run
+from magus_anharmonic.ranking.store import Run
 from magus_anharmonic.sscha.record import FreeEnergy
 
 NUMBERS = {one.name for one in fields(FreeEnergy)}

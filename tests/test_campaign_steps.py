@@ -41,8 +41,7 @@ from magus_anharmonic.evaluator import CalculatorEvaluator
 from magus_anharmonic.learning.dataset import LabelStore
 from magus_anharmonic.paper import ensemble_errors
 from magus_anharmonic.paper.tables import FailureRow, LearningPoint
-from magus_anharmonic.ranking.candidate import Candidate
-from magus_anharmonic.ranking.table import write_ranking
+from magus_anharmonic.ranking.candidate import Candidate, write_ranking
 from magus_anharmonic.settings.campaign import load_campaign
 from magus_anharmonic.settings.campaign_blocks import DftSettings
 from magus_anharmonic.sscha.phonons import Level, levels_by_irrep, lowest_levels

@@ -372,13 +372,13 @@ def test_files_are_ranked_with_the_calculator_of_an_import_path_and_keys_of_a_fi
     options = ("-i", "keys.yaml", "--calculator", "ase.calculators.emt.EMT", "--n-configs", "10")
     code, text = run("rank", "copper-fcc.vasp", "copper-hcp.vasp", *options)
     assert (tmp_path / "ranking/ranking.csv").is_file(), text
-    record = json.loads((tmp_path / "ranking/run.json").read_text())
+    record = json.loads((tmp_path / "ranking/store.json").read_text())
     assert record["settings"]["pressure"] == 5
     assert record["settings"]["sscha"]["n_configs"] == 10
     assert record["settings"]["sscha"]["supercell"] == [1, 1, 1]
     assert record["model"].startswith("emt-")
     assert record["structures"] == ["copper-fcc.vasp", "copper-hcp.vasp"]
-    from magus_anharmonic.ranking.table import read_ranking
+    from magus_anharmonic.ranking.candidate import read_ranking
 
     rows = read_ranking(tmp_path / "ranking/ranking.csv")
     assert {"copper-fcc.vasp", "copper-hcp.vasp"} <= {row.name for row in rows}

@@ -19,9 +19,8 @@ from magus_anharmonic.errors import InputError
 from magus_anharmonic.io.files import SUMS
 from magus_anharmonic.io.tables import column, columns, columns_of, read, write
 from magus_anharmonic.phase_diagram.points import GibbsPoint
-from magus_anharmonic.ranking.candidate import Candidate
-from magus_anharmonic.ranking.run import Key, Run
-from magus_anharmonic.ranking.table import read_ranking, write_ranking
+from magus_anharmonic.ranking.candidate import Candidate, read_ranking, write_ranking
+from magus_anharmonic.ranking.store import Key, Run
 
 ROOT = Path(__file__).parents[1]
 NEW = """    zero_point: float | None = column(

@@ -19,7 +19,7 @@ from test_fitness import INFO
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.hull import comparable
 from magus_anharmonic.learning.choose import lowest_distinct
-from magus_anharmonic.ranking.candidate import by_composition, numbered
+from magus_anharmonic.ranking.candidate import by_composition, numbered, read_ranking
 from magus_anharmonic.ranking.elimination import Rules, Standing, race
 from magus_anharmonic.ranking.fitness import (
     fit_estimates,
@@ -27,11 +27,9 @@ from magus_anharmonic.ranking.fitness import (
     population_fitness,
     with_heights,
 )
-from magus_anharmonic.ranking.probabilities import with_probabilities
 from magus_anharmonic.ranking.rank import rank
 from magus_anharmonic.ranking.structures import reevaluate
-from magus_anharmonic.ranking.table import read_ranking
-from magus_anharmonic.ranking.uncertainty import ModelTerm
+from magus_anharmonic.ranking.uncertainty import ModelTerm, with_probabilities
 from magus_anharmonic.report.contents import gather
 from magus_anharmonic.report.screen import show_ranking
 from magus_anharmonic.report.text import hull_sentences

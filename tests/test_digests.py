@@ -35,9 +35,8 @@ from magus_anharmonic.io.files import (
 from magus_anharmonic.io.tables import table_rows, write_table
 from magus_anharmonic.paper import tables
 from magus_anharmonic.phase_diagram.points import write_points
-from magus_anharmonic.ranking.run import Key
-from magus_anharmonic.ranking.store import NAME, FreeEnergyStore
-from magus_anharmonic.ranking.table import read_ranking, write_ranking
+from magus_anharmonic.ranking.candidate import read_ranking, write_ranking
+from magus_anharmonic.ranking.store import NAME, FreeEnergyStore, Key
 from magus_anharmonic.report import write_report
 from magus_anharmonic.runs.record import read_run_record, write_run_record
 from magus_anharmonic.search.archive import append_frames, read_frames, write_frames

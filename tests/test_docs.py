@@ -205,4 +205,4 @@ def test_the_tutorial_runs_as_written_from_a_fresh_clone(tmp_path):
     )
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
     assert "SschaResult(" in run.stdout and (clone / "phonons" / "hessian.json").is_file()
-    assert (clone / "ranking" / "report.html").is_file()
+    assert (clone / "ranking" / "report.html").is_file() and (clone / "yh6.yaml").is_file()

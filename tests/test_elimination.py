@@ -7,15 +7,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from magus_anharmonic.ranking.elimination import (
-    Rules,
-    Standing,
-    Stop,
-    probability_lowest,
-    race,
-    resolution,
-    verdicts,
-)
+from magus_anharmonic.ranking.elimination import Rules, Standing, Stop, race, resolution, verdicts
+from magus_anharmonic.ranking.uncertainty import probability_lowest
 
 RULES = Rules(confidence=0.95, keep_best=1, max_populations=30)
 

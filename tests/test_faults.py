@@ -51,8 +51,7 @@ from magus_anharmonic.learning.learn import _label
 from magus_anharmonic.potential import checkpoint
 from magus_anharmonic.potential.relax import relax
 from magus_anharmonic.ranking.jobs import Job, run_job
-from magus_anharmonic.ranking.run import Key
-from magus_anharmonic.ranking.store import NAME, FreeEnergyStore
+from magus_anharmonic.ranking.store import NAME, FreeEnergyStore, Key
 from magus_anharmonic.ranking.structures import reevaluate
 from magus_anharmonic.runs.lock import locked
 from magus_anharmonic.runs.record import read_failures

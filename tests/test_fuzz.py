@@ -28,9 +28,8 @@ from magus_anharmonic.learning.dataset import LabelStore, read_dataset, read_lab
 from magus_anharmonic.learning.round import read_plan
 from magus_anharmonic.paper.ensemble_labels import claim
 from magus_anharmonic.phase_diagram.grid import _isotope_name
-from magus_anharmonic.ranking.run import Key
-from magus_anharmonic.ranking.store import NAME, FreeEnergyStore, read_records
-from magus_anharmonic.ranking.table import read_ranking
+from magus_anharmonic.ranking.candidate import read_ranking
+from magus_anharmonic.ranking.store import NAME, FreeEnergyStore, Key, read_records
 from magus_anharmonic.ranking.uncertainty import samples_of
 from magus_anharmonic.runs.lock import read_owner
 from magus_anharmonic.runs.record import read_failures, read_run_record
@@ -199,7 +198,7 @@ def make_lines(file):
 
 
 def make_ranking(file):
-    from magus_anharmonic.ranking.table import write_ranking
+    from magus_anharmonic.ranking.candidate import write_ranking
 
     write_ranking(
         file,

@@ -15,8 +15,8 @@ from sscha_models import LatticeSprings, evaluated
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.evaluator import Evaluation, as_evaluator
 from magus_anharmonic.io.files import read_jsonl
+from magus_anharmonic.ranking.candidate import read_ranking
 from magus_anharmonic.ranking.structures import rank_structures
-from magus_anharmonic.ranking.table import read_ranking
 from magus_anharmonic.report.text import sentences
 from magus_anharmonic.settings import parse_settings
 from magus_anharmonic.sscha import free_energy

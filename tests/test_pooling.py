@@ -24,11 +24,9 @@ from magus_anharmonic.ranking.phases import (
     merge_duplicates,
     same_supercell,
 )
-from magus_anharmonic.ranking.probabilities import with_probabilities
-from magus_anharmonic.ranking.run import Key
-from magus_anharmonic.ranking.store import FreeEnergyStore
+from magus_anharmonic.ranking.store import FreeEnergyStore, Key
 from magus_anharmonic.ranking.structures import rank_structures
-from magus_anharmonic.ranking.uncertainty import CommonNumbers, difference_error
+from magus_anharmonic.ranking.uncertainty import CommonNumbers, difference_error, with_probabilities
 from magus_anharmonic.settings import parse_settings
 from magus_anharmonic.sscha import free_energy
 from magus_anharmonic.sscha.state import SschaState

@@ -6,8 +6,7 @@ import pytest
 from ase import Atoms
 from records import a_candidate
 
-from magus_anharmonic.ranking.probabilities import with_probabilities
-from magus_anharmonic.ranking.uncertainty import ModelTerm
+from magus_anharmonic.ranking.uncertainty import ModelTerm, with_probabilities
 
 
 def candidate(name, gibbs, error=1e-3, finite=0.0, **more):

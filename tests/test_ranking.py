@@ -31,10 +31,9 @@ from magus_anharmonic.ranking.matcher import (
     same,
     same_phase,
 )
-from magus_anharmonic.ranking.racing import chosen_groups, sscha_is_due
 from magus_anharmonic.ranking.rank import SEED_KEY, rank
-from magus_anharmonic.ranking.run import Key
-from magus_anharmonic.ranking.store import FreeEnergyStore
+from magus_anharmonic.ranking.runs import chosen_groups, sscha_is_due
+from magus_anharmonic.ranking.store import FreeEnergyStore, Key
 from magus_anharmonic.ranking.structures import rank_file, rank_structures, reevaluate
 from magus_anharmonic.runs.record import read_run_record
 from magus_anharmonic.settings import SschaSettings, parse_settings

@@ -8,8 +8,7 @@ import pytest
 from rich.console import Console
 
 from magus_anharmonic.io.tables import columns
-from magus_anharmonic.ranking.candidate import Candidate, numbered
-from magus_anharmonic.ranking.table import read_ranking
+from magus_anharmonic.ranking.candidate import Candidate, numbered, read_ranking
 from magus_anharmonic.report.figures import slope_chart
 from magus_anharmonic.report.screen import console, table
 from magus_anharmonic.report.text import ranking_views, sentences

@@ -29,8 +29,7 @@ from magus_anharmonic.paper.quantities import learning_curves
 from magus_anharmonic.phase_diagram.diagram import phase_diagram
 from magus_anharmonic.phase_diagram.report import sentences, write_diagram
 from magus_anharmonic.ranking.candidate import Candidate
-from magus_anharmonic.ranking.run import Key
-from magus_anharmonic.ranking.store import NAME, FreeEnergyStore, read_records
+from magus_anharmonic.ranking.store import NAME, FreeEnergyStore, Key, read_records
 from magus_anharmonic.report import report_at_end, structures, write_report
 from magus_anharmonic.report.figures import stored_picture
 from magus_anharmonic.structures import number_of, space_group, with_isotopes

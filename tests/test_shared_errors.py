@@ -15,10 +15,8 @@ from magus_anharmonic.generation import expected_spread
 from magus_anharmonic.potential import load
 from magus_anharmonic.potential.labelled import labels_of, split_by_parent
 from magus_anharmonic.potential.uncertainty import ErrorModel
-from magus_anharmonic.ranking.probabilities import with_probabilities
-from magus_anharmonic.ranking.run import Key
-from magus_anharmonic.ranking.store import FreeEnergyStore
-from magus_anharmonic.ranking.uncertainty import ModelTerm, model_errors
+from magus_anharmonic.ranking.store import FreeEnergyStore, Key
+from magus_anharmonic.ranking.uncertainty import ModelTerm, model_errors, with_probabilities
 
 INPUTS = Path(__file__).parents[1] / "inputs"
 

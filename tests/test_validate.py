@@ -17,7 +17,7 @@ from magus_anharmonic.cli import app
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.io.tables import TableFolder
 from magus_anharmonic.paper import enthalpies, findings, quantities, script, tables
-from magus_anharmonic.ranking.table import read_ranking
+from magus_anharmonic.ranking.candidate import read_ranking
 from magus_anharmonic.report.text import sentences
 
 NAMES, ExpectedValue, load_expected = (

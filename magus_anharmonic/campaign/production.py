@@ -52,8 +52,7 @@ from magus_anharmonic.io.files import (
 )
 from magus_anharmonic.paper.quantities import kept_by_dft
 from magus_anharmonic.paper.tables import Enthalpy, SpaceGroups
-from magus_anharmonic.ranking.candidate import Candidate
-from magus_anharmonic.ranking.table import read_ranking
+from magus_anharmonic.ranking.candidate import Candidate, read_ranking
 from magus_anharmonic.search.archive import read_frames
 from magus_anharmonic.settings import CalculatorSettings, parse
 from magus_anharmonic.structures import decided_group, space_group, stripped, structure_id

@@ -12,6 +12,7 @@ from typing import Any
 from magus_anharmonic.errors import InputError, LabelerError, LabelerNotInstalled
 from magus_anharmonic.labelers.base import Code, Failure, Label, Labeler, Recipe, settings_hash
 from magus_anharmonic.labelers.codes import REGISTRY, code_of
+from magus_anharmonic.labelers.pool import CallableLabeler, ScheduledLabeler, WorkerLabeler
 from magus_anharmonic.scheduler import Scheduling, available_cores, is_remote
 from magus_anharmonic.settings import LabelerSettings
 
@@ -53,8 +54,6 @@ def get_labeler(
     Raises ``InputError`` when its settings contradict each other, ``LabelerNotInstalled`` (also an
     ``InputError``) when it is not here.
     """
-    from magus_anharmonic.labelers.pool import WorkerLabeler
-
     name = settings.calculator
     if name == "main":
         raise InputError(
@@ -67,8 +66,6 @@ def get_labeler(
     except LabelerError as error:
         raise InputError(str(error)) from None
     if scheduling is not None and is_remote(scheduling.scheduler):
-        from magus_anharmonic.labelers.pool import ScheduledLabeler
-
         return ScheduledLabeler(recipe, Path(directory), scheduling, timeout=settings.timeout)
     usable, message = code.available(recipe.execution)
     if not usable:
@@ -80,11 +77,3 @@ def get_labeler(
     count = None if scheduling is None else scheduling.workers.count
     n_workers = settings.n_workers or count or code.default_workers(available_cores())
     return WorkerLabeler(recipe, Path(directory), n_workers=n_workers, timeout=settings.timeout)
-
-
-def __getattr__(name: str) -> object:
-    if name == "CallableLabeler":
-        from magus_anharmonic.labelers.pool import CallableLabeler
-
-        return CallableLabeler
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

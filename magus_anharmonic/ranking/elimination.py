@@ -13,7 +13,6 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
 from scipy.stats import norm
 
 from magus_anharmonic.ranking.uncertainty import difference_error
@@ -320,27 +319,3 @@ def _active(wanted: Sequence[str], eliminated: set[str], field_of: FieldOf) -> l
     too."""
     busy = {field_of(name) for name in wanted if name not in eliminated}
     return [name for name in wanted if name not in eliminated or field_of(name) not in busy]
-
-
-def probability_lowest(gibbs: Sequence[float], errors: Sequence[float]) -> np.ndarray:
-    """Probability of each candidate to be the lowest, for independent Gaussian errors; (n,), sums
-    to 1.
-
-    P_i = integral of p_i(g) prod_{j != i} [1 - Phi((g - G_j) / s_j)] dg, on a grid of the lowest
-    candidates' errors.
-    """
-    values, widths = (
-        np.asarray(gibbs, dtype=float),
-        np.maximum(np.asarray(errors, dtype=float), 1e-9),
-    )
-    if len(values) == 0:
-        return np.zeros(0)
-    edge = float((values + 8.0 * widths).min())
-    result = np.zeros(len(values))
-    for index in np.flatnonzero(values - 8.0 * widths <= edge):
-        grid = values[index] + widths[index] * np.linspace(-8.0, 8.0, 2001)
-        log_above = norm.logsf((grid[:, None] - values) / widths)
-        log_above[:, index] = 0.0
-        density = norm.pdf(grid, values[index], widths[index]) * np.exp(log_above.sum(axis=1))
-        result[index] = np.trapezoid(density, grid)
-    return result / result.sum()

@@ -33,9 +33,9 @@ from magus_anharmonic.errors import (
 )
 from magus_anharmonic.evaluator import Evaluator, as_evaluator
 from magus_anharmonic.potential.relax import serialised
-from magus_anharmonic.ranking.candidate import Candidate
+from magus_anharmonic.ranking.candidate import Candidate, info_of
 from magus_anharmonic.ranking.elimination import Standing, Stop
-from magus_anharmonic.ranking.run import Key, Run
+from magus_anharmonic.ranking.store import Key, Run
 from magus_anharmonic.ranking.uncertainty import EnsembleTrust
 from magus_anharmonic.runs.record import Progress
 from magus_anharmonic.scheduler import (
@@ -48,7 +48,7 @@ from magus_anharmonic.scheduler import (
     unpack,
 )
 from magus_anharmonic.settings import Settings
-from magus_anharmonic.sscha.record import INFO_KEYS, FreeEnergy
+from magus_anharmonic.sscha.record import FreeEnergy
 from magus_anharmonic.sscha.result import SschaResult
 from magus_anharmonic.sscha.state import melting_warning, rotation_warning
 from magus_anharmonic.sscha.supercells import image_warning
@@ -160,13 +160,6 @@ def with_result(candidate: Candidate, own: Run, final: Run) -> Candidate:
         sscha_folder=final.folder,
         n_pooled=1 if found.ranked else None,
     )
-
-
-def info_of(free_energy: FreeEnergy) -> dict[str, Any]:
-    """The keys of ``Atoms.info`` that a free energy fills; NaN where there is no number."""
-    found = {key: getattr(free_energy, name) for name, key in INFO_KEYS.items()}
-    found["gibbs_error"] = None if free_energy.gibbs is None else free_energy.gibbs_error
-    return {key: np.nan if value is None else value for key, value in found.items()}
 
 
 def set_info(population: Sequence[Atoms], candidates: Sequence[Candidate], model: str) -> None:

@@ -45,8 +45,7 @@ from magus_anharmonic.ranking.matcher import (
     same_phase,
     table_difference,
 )
-from magus_anharmonic.ranking.run import Key, Run
-from magus_anharmonic.ranking.store import FreeEnergyStore
+from magus_anharmonic.ranking.store import FreeEnergyStore, Key, Run
 from magus_anharmonic.sscha.record import CONVERGED, MINIMA
 from magus_anharmonic.sscha.result import SschaResult
 from magus_anharmonic.sscha.state import SschaState

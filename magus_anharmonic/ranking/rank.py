@@ -15,7 +15,15 @@ from ase import Atoms
 from magus_anharmonic.errors import InputError, one_line
 from magus_anharmonic.evaluator import ENERGY_ERROR, Evaluator
 from magus_anharmonic.hull import comparable
-from magus_anharmonic.ranking.candidate import Candidate, RankingTable, numbered
+from magus_anharmonic.ranking.candidate import (
+    Candidate,
+    RankingTable,
+    draw_best,
+    numbered,
+    write_quantum,
+    write_ranking,
+    write_results,
+)
 from magus_anharmonic.ranking.fitness import (
     GibbsEstimate,
     composition,
@@ -26,20 +34,17 @@ from magus_anharmonic.ranking.fitness import (
 from magus_anharmonic.ranking.jobs import Job, Workers, set_info, with_result
 from magus_anharmonic.ranking.matcher import distinct
 from magus_anharmonic.ranking.phases import common_error, label_phases, merge_duplicates
-from magus_anharmonic.ranking.probabilities import with_probabilities
-from magus_anharmonic.ranking.racing import (
+from magus_anharmonic.ranking.runs import (
+    Runs,
     chosen_groups,
     run_race,
     run_reduced,
     sscha_is_due,
     why_not,
 )
-from magus_anharmonic.ranking.run import Key
-from magus_anharmonic.ranking.runs import Runs
 from magus_anharmonic.ranking.stability import check_stability, with_followers
-from magus_anharmonic.ranking.store import FreeEnergyStore
-from magus_anharmonic.ranking.table import draw_best, write_quantum, write_ranking, write_results
-from magus_anharmonic.ranking.uncertainty import ModelTerm
+from magus_anharmonic.ranking.store import FreeEnergyStore, Key
+from magus_anharmonic.ranking.uncertainty import ModelTerm, with_probabilities
 from magus_anharmonic.scheduler import Scheduler, open_scheduler
 from magus_anharmonic.settings import Settings
 from magus_anharmonic.sscha.record import FreeEnergy

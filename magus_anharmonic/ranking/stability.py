@@ -31,9 +31,8 @@ from magus_anharmonic.ranking.jobs import (
 )
 from magus_anharmonic.ranking.matcher import same_phase
 from magus_anharmonic.ranking.phases import primitive_fingerprint
-from magus_anharmonic.ranking.run import Key, Run
 from magus_anharmonic.ranking.runs import Runs
-from magus_anharmonic.ranking.store import FreeEnergyStore
+from magus_anharmonic.ranking.store import FreeEnergyStore, Key, Run
 from magus_anharmonic.sscha.hessian import SIGMAS, Hessian, free_energy_hessian, harmonic_hessian
 from magus_anharmonic.sscha.result import SschaResult, final_ensemble
 from magus_anharmonic.sscha.start import in_double_precision

@@ -34,10 +34,9 @@ from magus_anharmonic.evaluator import (
 from magus_anharmonic.gate import check_structures, read_sources
 from magus_anharmonic.labelers.codes import make_calculator
 from magus_anharmonic.notebook import says_in_notebooks
-from magus_anharmonic.ranking.candidate import RankingTable
+from magus_anharmonic.ranking.candidate import RankingTable, write_relaxed
 from magus_anharmonic.ranking.jobs import Workers
 from magus_anharmonic.ranking.rank import rank
-from magus_anharmonic.ranking.table import write_relaxed
 from magus_anharmonic.ranking.uncertainty import ModelTerm
 from magus_anharmonic.runs.lock import locked
 from magus_anharmonic.runs.record import check_results_version, read_run_record, write_run_record

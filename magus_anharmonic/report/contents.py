@@ -18,7 +18,7 @@ from magus_anharmonic.io.files import read_json_if_there, read_jsonl
 from magus_anharmonic.io.tables import number, text_rows
 from magus_anharmonic.paper import findings, script
 from magus_anharmonic.paper.tables import DISPERSIONS, RANKINGS, learning_points, ranking_files
-from magus_anharmonic.ranking.table import read_ranking
+from magus_anharmonic.ranking.candidate import read_ranking
 from magus_anharmonic.report import figures
 from magus_anharmonic.report import structures as found_crystals
 from magus_anharmonic.report.figures import Picture

@@ -51,7 +51,7 @@ def console(width_in_files: int = 120, *, stderr: bool = False) -> Console:
 def show_ranking(folder: Path) -> None:
     """Print what a finished run found: a table and its findings for each composition, picture and
     folder."""
-    from magus_anharmonic.ranking.table import read_ranking
+    from magus_anharmonic.ranking.candidate import read_ranking
     from magus_anharmonic.report.figures import slope_chart
     from magus_anharmonic.report.text import hull_sentences, ranking_views, sentences
 
@@ -146,7 +146,7 @@ def _change(row: Candidate, rows: Sequence[Candidate]) -> str:
 def require_free_energy(folder: Path) -> None:
     """Raise ``MagusAnharmonicError`` where SSCHA ran and no structure has a free energy, so that a
     job script sees it."""
-    from magus_anharmonic.ranking.table import read_ranking
+    from magus_anharmonic.ranking.candidate import read_ranking
     from magus_anharmonic.sscha.record import WITH_ERROR
 
     ranking = folder / "ranking.csv"

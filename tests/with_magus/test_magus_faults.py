@@ -124,8 +124,7 @@ def test_adding_symmetry_moves_the_archive_there_so_the_ranking_keeps_structures
 
     from records import stored_run
 
-    from magus_anharmonic.ranking.run import Key
-    from magus_anharmonic.ranking.store import FreeEnergyStore
+    from magus_anharmonic.ranking.store import FreeEnergyStore, Key
     from magus_anharmonic.structures import structure_id
 
     start = bulk("Al", a=4.0)
