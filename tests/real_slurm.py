@@ -42,7 +42,7 @@ ReturnToService=2
 MpiDefault=none
 KillWait=2
 NodeName={host} NodeAddr=127.0.0.1 CPUs=8 RealMemory=64000
-PartitionName=normal Nodes={host} Default=YES MaxTime=60 State=UP
+PartitionName=normal Nodes={host} Default=YES MaxTime=INFINITE State=UP
 """
 
 
