@@ -31,7 +31,7 @@ from magus_anharmonic.ranking.structures import reevaluate
 from magus_anharmonic.ranking.uncertainty import ModelTerm, with_probabilities
 from magus_anharmonic.report.contents import gather
 from magus_anharmonic.report.screen import show_ranking
-from magus_anharmonic.report.summary import hull_sentences
+from magus_anharmonic.report.text import hull_sentences
 from magus_anharmonic.search import host, run
 from magus_anharmonic.settings import parse_settings
 
@@ -269,7 +269,7 @@ def test_a_ranking_of_several_compositions_says_who_is_on_the_hull(tmp_path, cap
         "Al " in on
         and "Cu " in on
         and "AlCu" not in on
-        and f"AlCu {1000 * heights[3]:.1f} +- " in over
+        and f"AlCu {1000 * heights[3]:.1f} ± " in over
     )
     contents = gather(tmp_path)
     assert [view.title for view in contents.rankings] == [
@@ -281,7 +281,8 @@ def test_a_ranking_of_several_compositions_says_who_is_on_the_hull(tmp_path, cap
     show_ranking(tmp_path)
     shown = capsys.readouterr().out
     assert all(
-        f"{name}: ranking by free energy" in shown and (tmp_path / f"ranking-{name}.png").is_file()
+        f"{name}, 0 GPa, 0 K: ranking by free energy" in shown
+        and (tmp_path / f"ranking-{name}.png").is_file()
         for name in ("Al", "Cu", "AlCu")
     )
     assert "On the hull of the free energies" in shown
