@@ -335,11 +335,12 @@ def _third_party(settings: Settings | None) -> list[Check]:
         asked |= {settings.learning.labeler.calculator} if settings.learning else set()
         asked |= {settings.evaluator.calculator} if settings.evaluator else set()
     checks = []
-    for kind, word in {
+    words: dict[third_party.Kind, str] = {
         "labelers": "labeler",
         "evaluators": "evaluator",
         "fitness": "fitness",
-    }.items():
+    }
+    for kind, word in words.items():
         for name, points in third_party.declared(kind).items():
             whose = " and ".join(third_party.origin(point) for point in points)
             needed, what = name in asked, f"{word} {name} of another package"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -101,7 +102,7 @@ class CampaignSettings(Section):
             f"phases: {name} is defined twice"
             for name in sorted({name for name in names if names.count(name) > 1})
         ]
-        wanted = {
+        wanted: dict[str, Sequence[str | None]] = {
             "hessian.phases": [phase.name for phase in self.hessian.phases] if self.hessian else [],
             "errors.phases": self.errors.phases if self.errors else [],
             "figures.reference_phase": [self.figures.reference_phase],
