@@ -11,36 +11,37 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import numpy as np
 from ase.data import atomic_numbers
 from ase.formula import Formula
 
 from magus_anharmonic.errors import InputError
+from magus_anharmonic.io.tables import column
 from magus_anharmonic.structures import HYDROGEN
 
 ON_HULL = 1e-9
 """eV/atom."""
 
 
+def _energy(meaning: str) -> Any:
+    return column(meaning, "eV/atom", digits=".10g")
+
+
 @dataclass(frozen=True)
 class HullEntry:
-    """One phase at one pressure and temperature; energies in eV/atom.
+    """One phase at one pressure and temperature."""
 
-    fractions : (n_end_members,) atoms of each end member's kind, sum 1. formation : against the end
-    members. distance : above the hull, 0 on it. margin : to the hull of the others; error : its
-    standard error. p_on_hull : fraction of the samples.
-    """
-
-    name: str
-    formula: str
-    fractions: tuple[float, ...]
-    formation: float
-    formation_error: float
-    distance: float
-    margin: float
-    error: float
-    p_on_hull: float
+    name: str = column("name of the phase", name="phase")
+    formula: str = column("formula")
+    fractions: tuple[float, ...] = column("atoms of each end member's kind, sum 1")
+    formation: float = _energy("formation free energy against the end members")
+    formation_error: float = _energy("its standard error")
+    distance: float = _energy("above the hull, 0 on it")
+    margin: float = _energy("to the hull of the others")
+    error: float = _energy("standard error of the margin")
+    p_on_hull: float = column("fraction of the samples in which it is on the hull", digits=".10g")
 
 
 @cache

@@ -12,7 +12,7 @@ def write_campaign(folder, *, n_structures=60, seed=0):
     """All tables of a campaign below ``folder``; returns ``folder``. Its answers: see the tests
     that use it."""
     rng = np.random.default_rng(seed)
-    out = folder / t.TABLES_FOLDER
+    out = folder / "tables"
     errors = [
         t.ModelError(model, f"{model}-id", name, 100, scale * 0.0061, scale * 0.1177, scale * 0.48)  # type: ignore[arg-type]
         for model, scale in (("foundation", 12.0), ("finetuned", 1.0))
@@ -61,7 +61,7 @@ def write_campaign(folder, *, n_structures=60, seed=0):
     t.write(t.GradientError, out / t.GradientError.FILE, gradients())
     learning = [
         t.LearningPoint(
-            "learn-075GPa", g, f"m{g}", "validation", 0.05 / g, 0.3 / g, 2.0 / g, 100 * g
+            "learn-075GPa", g, f"m{g}", "validation", 0.05 / g, 0.3 / g, 2.0 / g, 100 * g, 50
         )
         for g in range(1, 5)
     ]

@@ -18,11 +18,10 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import yaml
 
-INPUT: dict[str, Any] = {
+INPUT = {
     "formulaType": "fix",
     "symbols": ["H", "S"],
     "formula": [3, 1],
@@ -83,7 +82,7 @@ class Ended:
 class Server:
     """The process that forks searches; use it in a ``with`` block."""
 
-    def __enter__(self) -> Server:
+    def __enter__(self):
         here = Path(__file__).resolve().parent
         environment = {
             **os.environ,
@@ -100,30 +99,23 @@ class Server:
         assert self._answer() == "ready"
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, *exception):
         assert self._process.stdin is not None
         self._process.stdin.close()
         self._process.wait(60)
 
-    def _send(self, order: dict[str, Any]) -> None:
+    def _send(self, order):
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(order) + "\n")
         self._process.stdin.flush()
 
-    def _answer(self) -> Any:
+    def _answer(self):
         assert self._process.stdout is not None
         return json.loads(self._process.stdout.readline())
 
     def search(
-        self,
-        folder: Path,
-        *,
-        restart: bool = False,
-        step: str | None = None,
-        after: float | None = None,
-        number: int = signal.SIGKILL,
-        file_size: int | None = None,
-    ) -> Ended:
+        self, folder, *, restart=False, step=None, after=None, number=signal.SIGKILL, file_size=None
+    ):
         """Run ``magus-anharmonic search`` in ``folder`` to its end.
 
         ``step``: send signal ``number`` just before the first step of that name; ``after``: send it
@@ -151,14 +143,14 @@ class Server:
         return Ended(os.waitstatus_to_exitcode(status), seconds, text, steps.splitlines())
 
 
-def prepare(folder: Path, **changes: Any) -> Path:
+def prepare(folder, **changes):
     """A folder with ``input.yaml``."""
     folder.mkdir(parents=True)
     (folder / "input.yaml").write_text(yaml.safe_dump({**INPUT, **changes}), encoding="utf-8")
     return folder
 
 
-def outcome(folder: Path) -> dict[str, Any]:
+def outcome(folder):
     """Everything that a search found, in a form in which two searches can be compared bit by
     bit."""
     from magus_anharmonic.io.files import read_jsonl
@@ -167,7 +159,7 @@ def outcome(folder: Path) -> dict[str, Any]:
     from magus_anharmonic.runs.record import identity, read_failures
 
     ours = folder / "results" / "anharmonic"
-    found: dict[str, Any] = {
+    found = {
         str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("results/*.traj")
     }
     found["labels"] = labels(ours / "labels")
@@ -202,7 +194,7 @@ def outcome(folder: Path) -> dict[str, Any]:
     return found
 
 
-def labels(directory: Path) -> list[tuple[str, str, bytes, bytes, bytes]]:
+def labels(directory):
     """Id, file, energy, forces and stress of every label in every file: one that is lost or doubled
     shows."""
     from ase.io import read
@@ -225,7 +217,7 @@ def labels(directory: Path) -> list[tuple[str, str, bytes, bytes, bytes]]:
     return sorted(found)
 
 
-def is_left_over(path: Path) -> bool:
+def is_left_over(path):
     """Temporary files, locks, and what belongs to an unfinished unit."""
     return (
         path.name.endswith((".tmp", ".state", ".damaged"))
@@ -244,12 +236,12 @@ class Steps:
     """An audit hook that writes down each step and sends this process a signal before one of
     them."""
 
-    def __init__(self, folder: Path, step: str | None, number: int) -> None:
+    def __init__(self, folder, step, number):
         self.folder, self.step, self.number = str(folder), step, number
         self.pid = os.getpid()
         self.record = os.open(folder / "steps.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
 
-    def __call__(self, event: str, arguments: tuple[Any, ...]) -> None:
+    def __call__(self, event, arguments):
         name = self._named(event, arguments)
         if name is None or os.getpid() != self.pid:
             return
@@ -258,7 +250,7 @@ class Steps:
             os.kill(self.pid, self.number)
         os.write(self.record, f"{name}\n".encode())
 
-    def _named(self, event: str, arguments: tuple[Any, ...]) -> str | None:
+    def _named(self, event, arguments):
         if event == "open" and isinstance(arguments[1], str) and WRITING.search(arguments[1]):
             path, what = arguments[0], "open"
         elif event == "os.rename":
@@ -282,7 +274,7 @@ class Steps:
         return RANDOM.sub(r"\1", f"{what} {os.path.relpath(text, self.folder)}")
 
 
-def serve() -> None:
+def serve():
     """Fork a search for each order on standard input; answer with its process id, and with its
     status once it has ended."""
     # A shell starts what runs in its background with Ctrl-C ignored, and so would every search be.
@@ -291,7 +283,7 @@ def serve() -> None:
     os.dup2(2, 1)
     load_everything()
 
-    def answer(value: Any) -> None:
+    def answer(value):
         answers.write(json.dumps(value) + "\n")
         answers.flush()
 
@@ -308,7 +300,7 @@ def serve() -> None:
     os._exit(0)  # nothing is left to do, and taking torch down costs seconds
 
 
-def load_everything() -> None:
+def load_everything():
     """The modules that a search imports on its way."""
     import ase.db  # noqa: F401
     import ase.db.sqlite  # noqa: F401
@@ -326,7 +318,7 @@ def load_everything() -> None:
     load("h3s-gpaw-small", device="cpu")
 
 
-def run_search(order: dict[str, Any]) -> None:
+def run_search(order):
     """In the forked child: the command line, as a user starts it, on one core."""
     import resource
 

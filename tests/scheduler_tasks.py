@@ -10,7 +10,6 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ase.calculators.emt import EMT
 
@@ -22,7 +21,7 @@ class Counted:
     file: str
     key: str = "counted"
 
-    def make(self) -> str:
+    def make(self):
         """The text that tasks see."""
         with open(self.file, "a") as out:
             out.write(f"{os.getpid()}\n")
@@ -34,23 +33,23 @@ class Witness(EMT):
 
     default_parameters = {**EMT.default_parameters, "folder": "."}
 
-    def calculate(self, *arguments: Any) -> None:
+    def calculate(self, *arguments):
         (Path(self.parameters.folder) / f"{socket.gethostname()} {os.getpid()}").touch()
         super().calculate(*arguments)
 
 
-def square(item: int, shared: Any = None) -> int:
+def square(item, shared=None):
     """The simplest task."""
     return item * item
 
 
-def who(item: float, shared: Any = None) -> tuple[int, Any]:
+def who(item, shared=None):
     """Process id, after ``item`` seconds, and the shared object."""
     time.sleep(item)
     return os.getpid(), shared
 
 
-def with_machine_error(item: str, shared: Any = None) -> str:
+def with_machine_error(item, shared=None):
     """``raise`` raises, ``die`` kills its worker, anything else takes a while and is returned."""
     if item == "raise":
         raise ValueError("negative\ndensity")
@@ -60,7 +59,7 @@ def with_machine_error(item: str, shared: Any = None) -> str:
     return item
 
 
-def leaves_a_program(item: tuple[str, str], shared: Any = None) -> str:
+def leaves_a_program(item, shared=None):
     """Starts a program in a session of its own, whose number is in a file then, and ``die``s or
     goes on."""
     file, how = item
@@ -75,7 +74,7 @@ def leaves_a_program(item: tuple[str, str], shared: Any = None) -> str:
     return how
 
 
-def slow_the_first_time(file: str, shared: Any = None) -> int:
+def slow_the_first_time(file, shared=None):
     """How often it has begun; the first one takes ten minutes."""
     with open(file, "a") as begun:
         begun.write("x")
@@ -84,7 +83,7 @@ def slow_the_first_time(file: str, shared: Any = None) -> int:
     return number
 
 
-def dies_once(item: tuple[str, str], shared: Any = None) -> str:
+def dies_once(item, shared=None):
     """Kills its worker the first time that ``item`` (folder, name) is run, and leaves a line for
     every run that ends."""
     folder, name = item
@@ -96,7 +95,7 @@ def dies_once(item: tuple[str, str], shared: Any = None) -> str:
     return name
 
 
-def wait_for(item: tuple[str, int], shared: Any = None) -> int:
+def wait_for(item, shared=None):
     """Says in a folder who runs it, and ends when ``go`` is there."""
     folder, number = item
     (Path(folder) / f"{number}-{os.getpid()}").touch()

@@ -1,7 +1,5 @@
 """Energy surfaces with known answers, for the SSCHA tests."""
 
-from __future__ import annotations
-
 import numpy as np
 from ase import Atoms
 from ase.calculators.calculator import Calculator, all_changes
@@ -26,16 +24,14 @@ class LatticeSprings(Calculator):
 
     implemented_properties = ("energy", "forces", "stress")
 
-    def __init__(self, a: float = 3.0, longitudinal: float = 2.0, transverse: float = 0.5) -> None:
+    def __init__(self, a=3.0, longitudinal=2.0, transverse=0.5):
         super().__init__()
         self.a = a
         self.springs = np.full((3, 3), transverse) + np.eye(3) * (longitudinal - transverse)
         self.n_structures = 0
         self.model_id = f"lattice-springs-{a:g}-{longitudinal:g}-{transverse:g}"
 
-    def calculate(
-        self, atoms: Atoms | None = None, properties=("energy",), system_changes=all_changes
-    ) -> None:
+    def calculate(self, atoms=None, properties=("energy",), system_changes=all_changes):
         super().calculate(atoms, properties, system_changes)
         self.n_structures += 1
         supercell_matrix = np.rint(self.atoms.cell.lengths() / self.a).astype(int)
@@ -51,11 +47,11 @@ class LatticeSprings(Calculator):
             forces += pull - np.roll(pull, 1, axis)
         self.results = {"energy": energy, "forces": forces[index], "stress": np.zeros(6)}
 
-    def quanta(self, q: np.ndarray, mass: float) -> np.ndarray:
+    def quanta(self, q, mass):
         """hbar omega in eV at fractional q (m, 3), (m, 3)."""
         return HBAR * np.sqrt(2.0 / mass * (1.0 - np.cos(2.0 * np.pi * q)) @ self.springs.T)
 
-    def free_energy(self, mesh: tuple[int, int, int], mass: float, temperature: float) -> float:
+    def free_energy(self, mesh, mass, temperature):
         """Harmonic free energy per atom on a q mesh without the translations, eV."""
         q = np.array(list(np.ndindex(*mesh)))[1:] / np.array(mesh)
         quanta = self.quanta(q, mass)
@@ -73,21 +69,19 @@ class QuarticPair(Calculator):
 
     implemented_properties = ("energy", "forces", "stress")
 
-    def __init__(self, a: float = 3.0, k: float = -1.0, c: float = 8.0) -> None:
+    def __init__(self, a=3.0, k=-1.0, c=8.0):
         super().__init__()
         self.a, self.k, self.c = a, k, c
         self.model_id = f"quartic-pair-{a:g}-{k:g}-{c:g}"
 
-    def calculate(
-        self, atoms: Atoms | None = None, properties=("energy",), system_changes=all_changes
-    ) -> None:
+    def calculate(self, atoms=None, properties=("energy",), system_changes=all_changes):
         super().calculate(atoms, properties, system_changes)
         d = self.atoms.positions[1] - self.atoms.positions[0] - self.a / 2.0
         pull = self.k * d + 4.0 * self.c * d**3
         energy = float((0.5 * self.k * d**2 + self.c * d**4).sum())
         self.results = {"energy": energy, "forces": np.array([pull, -pull]), "stress": np.zeros(6)}
 
-    def scha_free_energy(self, reduced_mass: float, temperature: float) -> float:
+    def scha_free_energy(self, reduced_mass, temperature):
         """Minimum over omega of F_0(omega) + <v - v_0>, three equal oscillators, eV; moments by
         Gauss-Hermite quadrature."""
         from scipy.optimize import minimize_scalar
@@ -95,7 +89,7 @@ class QuarticPair(Calculator):
         nodes, weights = np.polynomial.hermite_e.hermegauss(40)
         weights = weights / weights.sum()
 
-        def free_energy(log_hbar_omega: float) -> float:
+        def free_energy(log_hbar_omega):
             hbar_omega = np.exp(log_hbar_omega)
             spring = reduced_mass * (hbar_omega / HBAR) ** 2
             variance = HBAR**2 / (2.0 * reduced_mass * hbar_omega)
@@ -124,13 +118,11 @@ class CountingCalculator(Calculator):
 
     implemented_properties = ("energy", "forces", "stress")
 
-    def __init__(self, calculator: Calculator, stop_after: int | None = None) -> None:
+    def __init__(self, calculator, stop_after=None):
         super().__init__()
         self.inner, self.count, self.stop_after = calculator, 0, stop_after
 
-    def calculate(
-        self, atoms: Atoms | None = None, properties=("energy",), system_changes=all_changes
-    ) -> None:
+    def calculate(self, atoms=None, properties=("energy",), system_changes=all_changes):
         super().calculate(atoms, properties, system_changes)
         self.count += 1
         if self.stop_after is not None and self.count > self.stop_after:
@@ -142,9 +134,7 @@ class CountingCalculator(Calculator):
 EV = as_evaluator(EMT())
 
 
-def harmonic_state(
-    atoms: Atoms, supercell_matrix, evaluator=EV, temperature: float = 0.0, *, raised: bool = False
-) -> SschaState:
+def harmonic_state(atoms, supercell_matrix, evaluator=EV, temperature=0.0, *, raised=False):
     """Harmonic force constants; with ``raised`` as a start has them, without imaginary modes."""
     symmetry = Symmetry(atoms, supercell_matrix)
     compact = harmonic_force_constants(atoms, supercell_matrix, symmetry, evaluator)
@@ -152,9 +142,7 @@ def harmonic_state(
     return floor_modes(state, symmetry) if raised else state
 
 
-def evaluated(
-    state: SschaState, evaluator, n_configs: int, seed: np.random.Generator | int | list[int] = 0
-) -> Ensemble:
+def evaluated(state, evaluator, n_configs, seed=0):
     """Draw and evaluate an ensemble; ``seed`` may be a generator."""
     u = sample(state, n_configs, np.random.default_rng(seed))
     found = evaluator.evaluate(displaced(state, u))
@@ -173,7 +161,7 @@ class AnharmonicCell:
 
     model_id = "anharmonic-cell"
 
-    def __init__(self, cubic: bool = False, a: float = 2.0) -> None:
+    def __init__(self, cubic=False, a=2.0):
         rng = np.random.default_rng(11)
         sites = np.array(list(np.ndindex(2, 2, 2)), dtype=float)
         self.atoms = Atoms("H8", positions=a * sites, cell=[2 * a] * 3, pbc=True)
@@ -211,23 +199,23 @@ class AnharmonicCell:
         forces = -(pull @ self.rows).reshape(u.shape)
         return Evaluation(energy, list(forces), np.zeros((len(u), 3, 3)))
 
-    def start(self, temperature: float) -> SschaState:
+    def start(self, temperature):
         """Harmonic force constants about the reference positions, 20 per cent too stiff."""
         return SschaState(
             self.atoms, (1, 1, 1), self._compact(1.2 * self._matrix(self.springs)), temperature
         )
 
-    def _matrix(self, springs: np.ndarray) -> np.ndarray:
+    def _matrix(self, springs):
         return (self.rows * springs[:, None]).T @ self.rows
 
-    def _compact(self, matrix: np.ndarray) -> np.ndarray:
+    def _compact(self, matrix):
         return matrix.reshape(8, 3, 8, 3).transpose(0, 2, 1, 3)[None]
 
-    def _moments(self, state: SschaState) -> tuple[np.ndarray, np.ndarray]:
+    def _moments(self, state):
         mean = self.rows @ (state.atoms.positions - self.reference).ravel()
         return mean, np.einsum("bi,ij,bj->b", self.rows, state.covariance, self.rows, optimize=True)
 
-    def free_energy(self, state: SschaState) -> float:
+    def free_energy(self, state):
         """F of any state, eV per cell, without sampling."""
         m, s = self._moments(state)
         potential = (
@@ -239,7 +227,7 @@ class AnharmonicCell:
             potential.sum() - 0.5 * np.sum(state.full * state.covariance)
         )
 
-    def minimum(self, temperature: float) -> tuple[float, SschaState]:
+    def minimum(self, temperature):
         """Smallest F in eV per cell and its state: half-way self-consistent steps until nothing
         moves."""
         from dataclasses import replace
@@ -266,7 +254,7 @@ class AnharmonicCell:
         return self.free_energy(state), state
 
 
-def cu3au(turned: bool = False) -> Atoms:
+def cu3au(turned=False):
     """L1_2 crystal of four atoms, if wanted in an orientation in which no axis is an axis of the
     crystal."""
     atoms = Atoms(

@@ -239,7 +239,7 @@ def test_other_errors_are_not_taken_for_memory(tiny_checkpoint, h3s):
 
 def test_a_structure_that_is_larger_than_the_memory_alone_is_named(
     tiny_checkpoint, h3s, monkeypatch
-) -> None:
+):
     narrow = Potential(checkpoint.read(tiny_checkpoint)[0])
     fails_above(narrow, 0, MemoryError())
     with pytest.raises(
@@ -254,7 +254,7 @@ def test_a_structure_that_is_larger_than_the_memory_alone_is_named(
         small.evaluate([Atoms("H", cell=[20] * 3, pbc=True), h3s(3.0)])
 
 
-def test_the_memory_model_sets_the_batch(potential, monkeypatch) -> None:
+def test_the_memory_model_sets_the_batch(potential, monkeypatch):
     monkeypatch.setattr(evaluate, "available_bytes", lambda device: 1e6)
     limited = Potential(potential.module)
     limited.memory = MemoryModel(1000.0, 300.0)
@@ -268,7 +268,7 @@ def test_the_memory_model_sets_the_batch(potential, monkeypatch) -> None:
 class Peak(TorchDispatchMode):
     """Largest sum of the storages that live at the same time."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.live = self.peak = 0
         self.known: set[int] = set()
@@ -285,19 +285,19 @@ class Peak(TorchDispatchMode):
                     weakref.finalize(storage, self.leave, storage._cdata, storage.nbytes())
         return result
 
-    def leave(self, key: int, size: int) -> None:
+    def leave(self, key, size):
         self.known.discard(key)
         self.live -= size
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("blocks", "units"), [(1, 8), (2, 64), (3, 128)])
-def test_an_evaluation_takes_no_more_memory_than_the_model_of_it_says(blocks, units, dtype) -> None:
+def test_an_evaluation_takes_no_more_memory_than_the_model_of_it_says(blocks, units, dtype):
     from mattersim.forcefield.m3gnet.m3gnet import M3Gnet
 
     model = FactorisedM3GNet(M3Gnet(num_blocks=blocks, units=units, device="cpu").to(dtype))
 
-    def peak(cell: float, count: int) -> tuple[float, int]:
+    def peak(cell, count):
         """Bytes at the peak, and edges."""
         structures = [Atoms("H", cell=[cell] * 3, pbc=True)] * count
         graph = build_graph(structures, model.cutoff, dtype)

@@ -27,9 +27,9 @@ from magus_anharmonic.campaign.steps import (
     plan,
     read_records,
     step_key,
+    write_part,
     write_records,
 )
-from magus_anharmonic.campaign.tables import write_part
 from magus_anharmonic.cli import app
 from magus_anharmonic.errors import InputError, MagusAnharmonicError
 from magus_anharmonic.io.files import write_json

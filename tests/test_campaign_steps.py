@@ -16,9 +16,17 @@ from ase.io import read, write
 from campaign_inputs import write_campaign
 from campaign_tables import read_rows
 
-from magus_anharmonic.campaign import closing, learning, modes, production, structures
+from magus_anharmonic.campaign import learning, modes, production, structures
+from magus_anharmonic.campaign import run as driver
 from magus_anharmonic.campaign.production import _read_relaxed
-from magus_anharmonic.campaign.steps import Context, Step, plan, structure_file
+from magus_anharmonic.campaign.steps import (
+    Context,
+    Step,
+    assemble,
+    plan,
+    structure_file,
+    write_part,
+)
 from magus_anharmonic.campaign.structures import (
     Found,
     Phase,
@@ -28,7 +36,6 @@ from magus_anharmonic.campaign.structures import (
     phase_name,
     relaxed_structures,
 )
-from magus_anharmonic.campaign.tables import assemble, write_part
 from magus_anharmonic.errors import DamagedFile, InputError, MagusAnharmonicError
 from magus_anharmonic.evaluator import CalculatorEvaluator
 from magus_anharmonic.learning.dataset import LabelStore
@@ -371,7 +378,7 @@ def test_a_lost_name_of_the_run_behind_the_modes_fails_its_step_alone_and_says_h
     for content in ('{"run": "a', '{"run": 3}'):
         (tmp_path / "run.json").write_text(content)
         with pytest.raises(MagusAnharmonicError, match="--only hessian") as found:
-            closing.run_of_record(tmp_path)
+            modes.run_of_record(tmp_path)
         assert not isinstance(found.value, InputError), "this would end the campaign"
 
 
@@ -529,13 +536,13 @@ def test_the_step_of_gradient_errors_gives_the_ensembles_of_the_hessians_to_the_
     step = next(step for step in plan(context.settings) if step.id == "errors")
     hessians = tmp_path / "campaign/hessian"
     with pytest.raises(MagusAnharmonicError, match="has no SSCHA run of Im-3m-100GPa"):
-        closing.errors(context, step)
+        modes.errors(context, step)
     for pressure in (100, 150):
         (hessians / f"Im-3m-{pressure}GPa").mkdir(parents=True)
         (hessians / f"Im-3m-{pressure}GPa" / modes.RUN_OF_RECORD).write_text(
             '{"run": "sscha-0123"}'
         )
-    assert closing.errors(context, step).n_labels == 2 * 61
+    assert modes.errors(context, step).n_labels == 2 * 61
     assert [source for source, _ in asked] == [
         (hessians / "Im-3m-100GPa/sscha-0123", "Im-3m"),
         (hessians / "Im-3m-150GPa/sscha-0123", "Im-3m"),
@@ -558,7 +565,7 @@ def test_the_last_step_writes_the_report_and_draws_every_figure_once(tmp_path, m
     monkeypatch.setattr(
         figures, "make_figures", lambda folder: asked.append(Path(folder)) or draw(folder)
     )
-    assert closing.report(context, Step("report", "report")).output == "1 figures"
+    assert driver.report(context, Step("report", "report")).output == "1 figures"
     assert asked == [context.root] and (context.root / "figures/learning.png").is_file()
     assert "Errors of the models while they learn" in (context.root / "report.html").read_text(
         encoding="utf-8"

@@ -17,7 +17,6 @@ from scipy.stats import norm
 from test_fitness import INFO
 
 from magus_anharmonic.errors import InputError
-from magus_anharmonic.hull import comparable
 from magus_anharmonic.learning.choose import lowest_distinct
 from magus_anharmonic.ranking.candidate import by_composition, numbered, read_ranking
 from magus_anharmonic.ranking.elimination import Rules, Standing, race
@@ -32,7 +31,7 @@ from magus_anharmonic.ranking.structures import reevaluate
 from magus_anharmonic.ranking.uncertainty import ModelTerm, with_probabilities
 from magus_anharmonic.report.contents import gather
 from magus_anharmonic.report.screen import show_ranking
-from magus_anharmonic.report.summary import hull_sentences
+from magus_anharmonic.report.text import hull_sentences
 from magus_anharmonic.search import host, run
 from magus_anharmonic.settings import parse_settings
 
@@ -101,12 +100,6 @@ def test_estimates_stand_against_the_hull_but_do_not_make_it():
     assert found["mixed"].gibbs_above_hull == pytest.approx(0.025)
     assert found["guess"].gibbs_above_hull == pytest.approx(-3.0 + 1.825)
     assert found["beyond"].gibbs_above_hull is None and found["guess"].p_on_hull_sampling is None
-
-
-def test_one_composition_has_no_hull():
-    same = [candidate("a", "H3S", -1.0), candidate("b", "S2H6", -0.9)]
-    assert with_heights(same, 0.01) == same
-    assert comparable(["H3S", "S2H6"], [-1.2, np.inf]) == [-1.2, np.inf]
 
 
 def test_ranks_and_probabilities_are_those_inside_of_a_composition():
@@ -216,11 +209,6 @@ def test_the_fitness_is_finite_whatever_the_infos_of_several_compositions_hold(p
     )
 
 
-def test_one_composition_is_ranked_by_g_itself():
-    infos = [{"enthalpy": -1.0, "model": "m"}, {"enthalpy": -2.0, "model": "m"}]
-    assert fitness_values(infos, ["H3S", "H3S"]) == fitness_values(infos) == [1.0, 2.0]
-
-
 # --- ranking and search ---------------------------------------------------------------------------
 
 
@@ -281,7 +269,7 @@ def test_a_ranking_of_several_compositions_says_who_is_on_the_hull(tmp_path, cap
         "Al " in on
         and "Cu " in on
         and "AlCu" not in on
-        and f"AlCu {1000 * heights[3]:.1f} +- " in over
+        and f"AlCu {1000 * heights[3]:.1f} ± " in over
     )
     contents = gather(tmp_path)
     assert [view.title for view in contents.rankings] == [
@@ -293,7 +281,8 @@ def test_a_ranking_of_several_compositions_says_who_is_on_the_hull(tmp_path, cap
     show_ranking(tmp_path)
     shown = capsys.readouterr().out
     assert all(
-        f"{name}: ranking by free energy" in shown and (tmp_path / f"ranking-{name}.png").is_file()
+        f"{name}, 0 GPa, 0 K: ranking by free energy" in shown
+        and (tmp_path / f"ranking-{name}.png").is_file()
         for name in ("Al", "Cu", "AlCu")
     )
     assert "On the hull of the free energies" in shown

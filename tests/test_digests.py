@@ -17,8 +17,7 @@ from two_phases import HIGH, LOW, data
 from typer.testing import CliRunner
 
 from magus_anharmonic.campaign.production import read_statics
-from magus_anharmonic.campaign.steps import structure_file
-from magus_anharmonic.campaign.tables import assemble, write_part
+from magus_anharmonic.campaign.steps import assemble, structure_file, write_part
 from magus_anharmonic.cli import app
 from magus_anharmonic.errors import DamagedFile, InputError
 from magus_anharmonic.generation import measured_terms

@@ -16,8 +16,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from records import a_candidate, stored_run
 
-from magus_anharmonic.campaign.closing import run_of_record
 from magus_anharmonic.campaign.learning import read_identity, validation_rmse
+from magus_anharmonic.campaign.modes import run_of_record
 from magus_anharmonic.campaign.production import _read_relaxed, read_statics
 from magus_anharmonic.campaign.structures import _frames
 from magus_anharmonic.errors import MagusAnharmonicError

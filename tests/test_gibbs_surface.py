@@ -1,11 +1,9 @@
 """One smooth G(P, T) from G, V and S: exact data come back, the identities hold, and error bars
 mean what they say."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
-from two_phases import LOW, Phase, data
+from two_phases import LOW, Phase, changed, data
 
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.phase_diagram.points import read_points, with_same_phase
@@ -68,10 +66,7 @@ def test_errors_that_are_too_small_are_found_out_and_made_larger():
 
 def test_entropies_that_contradict_the_free_energies_show_in_the_residuals():
     wrong = [
-        replace(p, entropy_eV_per_K_per_atom=1.5 * p.entropy_eV_per_K_per_atom)
-        if p.temperature_K
-        else p
-        for p in data({"A": LOW}, 6)
+        changed(p, entropy=1.5 * p.entropy) if p.temperature_K else p for p in data({"A": LOW}, 6)
     ]
     assert fit_surface(wrong).quality.inflation > 5.0
 
@@ -100,7 +95,7 @@ def test_thin_grids_give_their_points_back_and_nothing_beyond(pressures, tempera
     surface = fit_surface(points)
     for point in points:
         found = float(surface.gibbs(point.pressure_GPa, point.temperature_K))
-        assert abs(found - point.gibbs_eV_per_atom) < 4 * point.gibbs_error_eV_per_atom
+        assert abs(found - point.gibbs) < 4 * point.gibbs_error
         assert surface.inside(point.pressure_GPa, point.temperature_K)
     assert not surface.inside(pressures[-1] + 1.0, temperatures[0])
     assert not surface.inside(pressures[0], temperatures[-1] + 1.0)
@@ -108,19 +103,12 @@ def test_thin_grids_give_their_points_back_and_nothing_beyond(pressures, tempera
 
 def test_the_finite_size_term_is_in_the_free_energy_and_leaves_the_identities_of_the_rest_alone():
     plain = data({"A": LOW}, None)
-    shifted = [
-        replace(p, finite_size_eV_per_atom=2e-3, gibbs_eV_per_atom=p.gibbs_eV_per_atom + 2e-3)
-        for p in plain
-    ]
+    shifted = [changed(p, finite_size=2e-3, gibbs=p.gibbs + 2e-3) for p in plain]
     a, b = fit_surface(plain), fit_surface(shifted)
     np.testing.assert_allclose(b.gibbs(P, T) - a.gibbs(P, T), 2e-3, atol=1e-7)
     assert b.quality.chi2 == pytest.approx(a.quality.chi2, abs=1e-6)
     sloped = [
-        replace(
-            p,
-            finite_size_eV_per_atom=1e-5 * p.pressure_GPa,
-            gibbs_eV_per_atom=p.gibbs_eV_per_atom + 1e-5 * p.pressure_GPa,
-        )
+        changed(p, finite_size=1e-5 * p.pressure_GPa, gibbs=p.gibbs + 1e-5 * p.pressure_GPa)
         for p in plain
     ]
     np.testing.assert_allclose(
@@ -132,17 +120,17 @@ def test_points_that_failed_or_became_another_phase_do_not_enter():
     points = data({"A": LOW}, 1)
     spoilt = [
         *points,
-        replace(
+        changed(
             points[0],
             pressure_GPa=200.0,
-            gibbs_eV_per_atom=99.0,
+            gibbs=99.0,
             status="transformed",
             space_group="Im-3m (229)",
         ),
     ]
     np.testing.assert_array_equal(fit_surface(spoilt).gibbs(P, T), fit_surface(points).gibbs(P, T))
     with pytest.raises(InputError, match="no point"):
-        fit_surface([replace(points[0], status="failed")])
+        fit_surface([changed(points[0], status="failed")])
 
 
 def test_a_wide_range_of_temperatures_with_soft_and_hard_oscillators_is_followed():
@@ -192,8 +180,8 @@ def test_a_wrong_table_is_explained(tmp_path, text, words):
 
 
 def test_a_point_that_became_another_phase_of_the_diagram_says_which():
-    cubic = [replace(p, space_group="Im-3m (229)") for p in data({"Im-3m": LOW}, 1)]
-    rhombic = [replace(p, phase="R3m", space_group="R3m (160)") for p in cubic]
-    rhombic[-1] = replace(rhombic[-1], status="transformed", space_group="Im-3m (229)")
+    cubic = [changed(p, space_group="Im-3m (229)") for p in data({"Im-3m": LOW}, 1)]
+    rhombic = [changed(p, phase="R3m", space_group="R3m (160)") for p in cubic]
+    rhombic[-1] = changed(rhombic[-1], status="transformed", space_group="Im-3m (229)")
     found = with_same_phase([*cubic, *rhombic])
     assert found[-1].same_as == "Im-3m" and not any(p.same_as for p in found[:-1])

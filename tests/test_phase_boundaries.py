@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from two_phases import HIGH, LOW, Phase, boundary, data, slope
+from two_phases import HIGH, LOW, Phase, boundary, changed, data, slope
 
 from magus_anharmonic.phase_diagram.boundaries import (
     all_boundaries,
@@ -147,9 +147,9 @@ def test_clausius_and_clapeyron_agree_where_the_data_do_and_disagree_where_an_en
     assert check is not None and check.deviation < 3.0
     assert check.by_gibbs == pytest.approx(slope(check.temperature), abs=4 * check.by_gibbs_error)
     swapped = [
-        replace(
+        changed(
             p,
-            entropy_eV_per_K_per_atom=float((LOW if p.phase == "high" else HIGH).s(p.temperature_K))
+            entropy=float((LOW if p.phase == "high" else HIGH).s(p.temperature_K))
             - 2e-5 * (p.phase == "low"),
         )
         for p in points
@@ -200,11 +200,7 @@ def test_two_phases_that_become_one_have_no_boundaries_where_only_noise_tells_th
         slope = -2 * 0.006 / 20.0 * EV_PER_A3_IN_GPA
         high = [
             (
-                replace(
-                    p,
-                    gibbs_eV_per_atom=p.gibbs_eV_per_atom + 0.006,
-                    volume_A3_per_atom=p.volume_A3_per_atom + slope,
-                )
+                changed(p, gibbs=p.gibbs + 0.006, volume=p.volume + slope)
                 if p.pressure_GPa == 60.0
                 else p
             )

@@ -1128,7 +1128,7 @@ def test_free_energies_rank_by_any_calculator_of_magus_or_by_the_one_that_is_nam
     search = search_of(magus, keys)
     from magus_anharmonic.plugins import hook
 
-    calls: list[Atoms] = []
+    calls = []
     state = hook._ROUNDS[search].state
     state.free_energy = sscha_stand_in(calls)
     search.one_step([bulk("Cu", a=3.5), bulk("Cu", "bcc", a=2.8)])

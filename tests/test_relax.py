@@ -14,7 +14,6 @@ from ase.optimize import BFGS, FIRE
 from ase.units import GPa
 from threadpoolctl import threadpool_info, threadpool_limits
 
-from magus_anharmonic.errors import InputError
 from magus_anharmonic.evaluator import CalculatorEvaluator, Evaluation
 from magus_anharmonic.potential import optimizers as optimizers_module
 from magus_anharmonic.potential import relax as relax_module
@@ -553,22 +552,6 @@ def test_diverging_cells_are_stopped(stress, optimizer):
         optimizer=optimizer,
     )
     assert result.failed and "diverging cell" in result.reason
-
-
-def test_invalid_arguments_are_refused():
-    for arguments in (
-        {"force_tolerance": 0},
-        {"max_steps": 0},
-        {"max_move": -1.0},
-        {"pressure": np.nan},
-        {"optimizer": "gd"},
-        {"edges_in_flight": 0},
-    ):
-        with pytest.raises(InputError, match=next(iter(arguments))):
-            relax(Counted(), [bulk("Cu")], **arguments)
-    with pytest.raises(InputError, match="perturbations = 1: .*fix_symmetry"):
-        relax(Counted(), [bulk("Cu")], perturbations=1, fix_symmetry=True)
-    assert relax(Counted(), []) == []
 
 
 def test_long_runs_report_progress_with_an_estimate(monkeypatch, caplog):

@@ -42,10 +42,10 @@ class Loud:
 @pytest.mark.parametrize(
     "arguments",
     [
-        {"optimizer": None}, {"optimizer": [["ase"]]}, {"optimizer": ""}, {"optimizer": []}, {"optimizer": 3},
+        {"optimizer": None}, {"optimizer": [["ase"]]}, {"optimizer": ""}, {"optimizer": []}, {"optimizer": 3}, {"optimizer": "gd"}, {"max_steps": 0}, {"force_tolerance": 0},
         {"pressure": None}, {"pressure": "100"}, {"pressure": [100.0]}, {"pressure": 1e300}, {"pressure": -1e300}, {"pressure": 2001},
         {"max_steps": np.nan}, {"max_steps": np.inf}, {"max_steps": 2.5}, {"max_steps": None},
-        {"perturbations": np.nan}, {"perturbations": 1.5}, {"perturbations": -1}, {"perturbations": None},
+        {"perturbations": np.nan}, {"perturbations": 1.5}, {"perturbations": -1}, {"perturbations": None}, {"perturbations": 1, "fix_symmetry": True},
         {"force_tolerance": "0.1"}, {"force_tolerance": np.nan}, {"stress_tolerance": None}, {"max_move": [1]}, {"edges_in_flight": 0.5},
     ],
     ids=str,

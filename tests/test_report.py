@@ -9,8 +9,9 @@ from rich.console import Console
 
 from magus_anharmonic.io.tables import columns
 from magus_anharmonic.ranking.candidate import Candidate, numbered, read_ranking
-from magus_anharmonic.report.screen import console
-from magus_anharmonic.report.summary import picture, sentences, table
+from magus_anharmonic.report.figures import slope_chart
+from magus_anharmonic.report.screen import console, table
+from magus_anharmonic.report.text import ranking_views, sentences
 
 R3M = {
     "id": "aaaaaaaaaaaa",
@@ -66,9 +67,14 @@ def ranks(rows, by="rank_quantum"):
     return {row.id: getattr(row, by) for row in numbered(rows) if getattr(row, by)}
 
 
+def table_of(rows, width=160):
+    (view,) = ranking_views("ranking.csv", rows)
+    return table(view, width=width)
+
+
 def text_of(rows):
     console = Console(width=160, record=True, file=open("/dev/null", "w"))
-    console.print(table(rows))
+    console.print(table_of(rows))
     return console.export_text()
 
 
@@ -77,12 +83,29 @@ def test_the_order_of_free_energies_is_told_apart_from_that_of_enthalpies(rows):
     assert ranks(found, "rank_static") == {"bbbbbbbbbbbb": 1, "aaaaaaaaaaaa": 2}
     assert ranks(found) == {"aaaaaaaaaaaa": 1, "bbbbbbbbbbbb": 2}
     said = " ".join(sentences(found))
-    assert "static R3m (160), quantum (SSCHA) Im-3m (229)" in said
+    assert "aaaaaaaa: R3m (160) static, Im-3m (229) with SSCHA." in said
+    assert "Lowest free energy: aaaaaaaa (Im-3m (229))." in said
     assert (
-        "bbbbbbbb has the lowest enthalpy, aaaaaaaa (Im-3m (229)) the lowest free energy, by 10.0"
-        " +- 1.4 meV/atom" in said
+        "Lowest static enthalpy: bbbbbbbb (Cccm (66)), in free energy 10.0 ± 1.4 meV/atom (sampling"
+        " alone) higher." in said
     )
-    assert "adds 190 to 210 meV/atom" in said
+    assert "G - H: 190 to 210 meV/atom" in said
+
+
+def test_probabilities_cost_and_all_errors_of_a_difference_are_said(rows):
+    winner = {**R3M, "p_lowest_sampling": "0.99", "p_lowest_total": "0.84", "n_evaluations": "1200"}
+    other = {
+        **CCCM,
+        "difference_sampling_error_eV_per_atom": "0.003",
+        "difference_model_error_eV_per_atom": "0.004",
+        "n_evaluations": "34",
+    }
+    said = sentences(rows(winner, other))
+    assert said[0].endswith("probability 99 % by sampling, 84 % with all errors.")
+    assert "10.0 ± 5.0 meV/atom (sampling 3.0, finite size unknown, model 4.0) higher" in said[2]
+    assert said[-1] == "Cost: 1,234 evaluations of energy and forces in 2 SSCHA runs."
+    less_sure = {**other, "difference_model_error_eV_per_atom": "0.006"}
+    assert "not told apart" in sentences(rows(winner, less_sure))[2]
 
 
 def test_an_estimate_is_never_the_best_even_when_its_number_is_lower(rows):
@@ -98,14 +121,14 @@ def test_a_difference_within_two_errors_is_called_undecided(rows):
     parts = {"sampling": "0.001", "finite_size": "0.006", "model": ""}
     named = {f"difference_{part}_error_eV_per_atom": value for part, value in parts.items()}
     (said,) = (line for line in sentences(rows(R3M, {**CCCM, **named})) if "told apart" in line)
-    assert "6.1 (sampling 1.0, finite size 6.0, model unknown)" in said, "all three count"
+    assert "6.1 meV/atom (sampling 1.0, finite size 6.0, model unknown)" in said, "all three count"
 
 
 def test_at_80_columns_nothing_is_cut_and_what_did_not_converge_has_no_height(rows, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     long = {**CCCM, "name": "a-rather-long-folder/with-a-long-name-of-a-file.vasp"}
     screen = type(console())(record=True, width=80, file=io.StringIO())
-    screen.print(table(rows(R3M, long, SADDLE), width=80))
+    screen.print(table_of(rows(R3M, long, SADDLE), 80))
     text = screen.export_text()
     assert "…" not in text and max(map(len, text.splitlines())) <= 80
     cells = [line.split("│") for line in text.splitlines() if "│" in line]
@@ -115,7 +138,7 @@ def test_at_80_columns_nothing_is_cut_and_what_did_not_converge_has_no_height(ro
         for line, gibbs in ((R3M, "-722.2826"), (CCCM, "-722.2816"))
     )
     found = rows(one, other, {**FAILED, "gibbs_eV_per_atom": "-999"})
-    screen.print(table(found, width=80))
+    screen.print(table_of(found, 80))
     text = screen.export_text()
     assert text.count("not│") == 2 and not re.search("722|999|…", text)
     assert text.count("unconverged") == 2, "whole words"
@@ -129,9 +152,7 @@ def test_a_phase_found_twice_counts_once(rows):
     assert shown.index("same as aaaaaaaa") < shown.index("estimated"), (
         "what was computed comes before what was estimated"
     )
-    assert "aaaaaaaa (R3m (160)) and bbbbbbbb (Cccm (66)) are one and the same phase" in " ".join(
-        sentences(found)
-    )
+    assert "Im-3m (229): aaaaaaaa (R3m (160)), bbbbbbbb (Cccm (66))." in " ".join(sentences(found))
 
 
 def test_without_any_free_energy_the_report_says_so(rows):
@@ -147,15 +168,15 @@ def test_the_table_shows_failures_and_how_many_places_were_gained(rows):
 
 @pytest.mark.parametrize("lines", [(), (R3M,), (R3M, CCCM, FAILED, ESTIMATED)])
 def test_the_picture_is_drawn_for_any_number_of_points(rows, tmp_path, lines):
-    assert picture(rows(*lines), tmp_path / "out" / "ranking.png").stat().st_size > 5000
+    for path in slope_chart(rows(*lines), tmp_path, "ranking"):
+        assert path.stat().st_size > 5000
 
 
 def test_a_winner_that_changed_its_symmetry_is_named_by_both(rows):
     lowest = {**R3M, "enthalpy_eV_per_atom": "-1.02"}
-    assert (
-        "aaaaaaaa is lowest with and without the motion, as R3m (160) without and as Im-3m (229)"
-        " with it." in sentences(rows(lowest, CCCM))
-    )
+    said = sentences(rows(lowest, CCCM))
+    assert "Lowest static enthalpy: the same structure, R3m (160)." in said
+    assert said[0] == "Lowest free energy: aaaaaaaa (Im-3m (229))."
 
 
 def test_a_structure_of_the_winning_phase_may_have_the_lowest_enthalpy(rows):
@@ -168,12 +189,10 @@ def test_a_structure_of_the_winning_phase_may_have_the_lowest_enthalpy(rows):
         "same_as": R3M["id"],
     }
     said = sentences(rows(R3M, duplicate))
-    assert any(
-        "bbbbbbbb" in line
-        and "has the lowest enthalpy, and becomes the phase of the lowest free energy" in line
-        for line in said
+    assert (
+        "Lowest static enthalpy: bbbbbbbb (Cccm (66)), which becomes the phase of the lowest G."
+        in said
     )
-    assert not any("lowest with and without" in line or "order changed" in line for line in said)
 
 
 def test_one_that_did_not_converge_is_shown_named_and_never_the_best(rows, tmp_path):
@@ -186,15 +205,14 @@ def test_one_that_did_not_converge_is_shown_named_and_never_the_best(rows, tmp_p
     found = rows(R3M, open_)
     assert ranks(found) == {"aaaaaaaaaaaa": 1}
     said = " ".join(sentences(found))
-    assert "Not converged within the budget: bbbbbbbb." in said and "aaaaaaaa is lowest" in said
+    assert "Not converged within the budget: bbbbbbbb." in said and "energy: aaaaaaaa" in said
     assert "unconverged" in text_of(found) and "-140.0" in text_of(found), (
         "its upper bound stays in the table"
     )
     assert (
-        sentences(rows(open_))[-1]
+        sentences(rows(open_))[0]
         == "No free energy has converged; the order is that of the static enthalpy."
     )
-    assert picture(rows(open_), tmp_path / "ranking.png").stat().st_size > 5000
 
 
 SADDLE = {
@@ -222,20 +240,19 @@ def test_a_saddle_point_is_named_is_never_the_best_and_what_lies_below_it_is(row
     assert ranks(found) == {"ffffffffffff": 1, "bbbbbbbbbbbb": 2}
     said = " ".join(sentences(found))
     assert (
-        "eeeeeeee (Im-3m (229)) is a saddle point of the free energy (a mode at -310 +- 42 cm^-1)"
-        " and not ranked" in said
+        "Saddle point, not ranked: eeeeeeee (Im-3m (229)), mode at -310 ± 42 cm⁻¹; below it:"
+        " ffffffff (R3m (160))." in said
     )
-    assert "below it lies ffffffff (R3m (160))" in said and "ffffffff (R3m (160)) is lowest" in said
+    assert "energy: ffffffff (R3m (160)), found below the saddle point eeeeeeee." in said
     assert " saddle " in text_of(found) and " stable " in text_of(found), "words of ranking.csv"
-    assert picture(found, tmp_path / "ranking.png").stat().st_size > 5000
 
 
 def test_a_saddle_point_below_which_nothing_was_found_is_said_to_be_missing_from_the_ranking(rows):
     alone = rows(SADDLE)
     assert ranks(alone) == {}
     assert (
-        "what lies below it was not found" in sentences(alone)[0]
-        and "No structure has a free energy" in sentences(alone)[1]
+        "below it: nothing was found" in sentences(alone)[1]
+        and "No structure has a free energy" in sentences(alone)[0]
     )
 
 
@@ -247,9 +264,6 @@ def test_a_phase_that_noise_leaves_open_is_no_finding(rows):
     }
     found = rows(open_)
     said = " ".join(sentences(found))
-    assert "both times" not in said and "quantum (SSCHA)" not in said and "for certain" in said
-    assert (
-        "as R3m (160) without and as R3m (160) or Im-3m (229): not decided, 2.3 sigma with it"
-        in said
-    )
+    assert "with SSCHA" in said and "static," not in said and "for certain" in said
+    assert "aaaaaaaa (R3m (160) or Im-3m (229): not decided, 2.3 sigma)" in said
     assert "R3m -> R3m or Im-3m " in text_of(found)

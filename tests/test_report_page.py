@@ -18,11 +18,16 @@ from ase.build import bulk
 from ase.io import read, write
 from records import stored_run
 from synthetic_campaign import synthetic_campaign, table
+from two_phases import HIGH, LOW, data
 from typer.testing import CliRunner
 
 from magus_anharmonic.errors import MagusAnharmonicError
+from magus_anharmonic.io import pictures
 from magus_anharmonic.io.tables import columns
 from magus_anharmonic.paper import findings, tables
+from magus_anharmonic.paper.quantities import learning_curves
+from magus_anharmonic.phase_diagram.diagram import phase_diagram
+from magus_anharmonic.phase_diagram.report import sentences, write_diagram
 from magus_anharmonic.ranking.candidate import Candidate
 from magus_anharmonic.ranking.store import NAME, FreeEnergyStore, Key, read_records
 from magus_anharmonic.report import report_at_end, structures, write_report
@@ -89,7 +94,25 @@ RANKED = {
     "gibbs_error_eV_per_atom": "0.0006",
     "status": "stable",
     "model": "639d0585f6b8",
+    "n_evaluations": "1200",
+    "p_lowest_sampling": "0.97",
+    "p_lowest_total": "0.83",
+    "model_error_eV_per_atom": "0.0072",
 }
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Pictures are made and not drawn, which takes most of a page's time."""
+
+    def save(made, folder, name):
+        paths = [folder / f"{name}{suffix}" for suffix in (".svg", ".png")]
+        folder.mkdir(exist_ok=True)
+        for path in paths:
+            path.write_text("<svg/>")
+        return paths
+
+    monkeypatch.setattr(pictures, "save", save)
 
 
 @pytest.fixture
@@ -121,7 +144,16 @@ def search(tmp_path, h3s):
     (own / "run.json").write_text(json.dumps(record))
     (own / "search.json").write_text(json.dumps({"finished": 2, "volume_ratio": 2.5}))
     metrics = [
-        {"generation": g, "new": {"validation": {"energy_rmse": 0.05 / g, "force_rmse": 0.8}}}
+        {
+            "generation": g,
+            "n_labels": 4,
+            "seconds_labels": 30.0,
+            "test_from": "the dataset",
+            "new": {
+                "validation": {"energy_rmse": 0.5 * g, "force_rmse": 0.8, "n": 2 * g},
+                "test": {"energy_rmse": 0.05 / g, "force_rmse": 0.8, "n": 101},
+            },
+        }
         for g in (1, 2)
     ]
     (own / "metrics.jsonl").write_text(
@@ -140,7 +172,11 @@ def test_the_page_of_a_search_holds_ranking_structures_figures_failures_settings
 ):
     page = Page(write_report(search))
     assert "2 of 2 generations are finished" in page.words
-    assert "static R3m (160), quantum (SSCHA) Im-3m (229)" in page.words
+    assert "Search demo: H3S, 150 GPa, 0 K" in page.words and "finished. H3S, 150 GPa" in page.words
+    assert "68d68cae: R3m (160) static, Im-3m (229) with SSCHA" in page.words
+    assert "probability 97 % by sampling, 83 % with all errors" in page.words
+    assert "0.6 7.2 83 % 1,200" in page.words, "errors, probability and cost stand in the table"
+    assert "8 DFT labels" in page.words and "learning, generation 2" in page.words
     assert (
         "1 × dissociated" in page.words
         and "639d0585f6b8" in page.words
@@ -149,10 +185,34 @@ def test_the_page_of_a_search_holds_ranking_structures_figures_failures_settings
     )
     titles = [image["alt"] for image in page.all("img")]
     assert (
-        titles[0].startswith("Slope chart at 150 GPa, 0 K")
-        and "energy 50 meV/atom at first, 25 at the end" in titles[1]
+        titles[0] == "By G: 1. Im-3m (229) (2. by enthalpy)."
+        and titles[1] == "search, test (101 labels): energy 50 to 25 meV/atom"
     )
     assert len(page.all("option")) == 2, "the static structure and the centroids can be viewed"
+
+
+def test_a_phase_diagram_has_a_page_too(tmp_path, undrawn):
+    diagram = phase_diagram(data({"R3m": LOW, "Im-3m": HIGH}, 1), n_samples=50)
+    write_diagram(diagram, tmp_path / "pd")
+    page = Page(write_report(tmp_path / "pd"))
+    assert "Phase diagram pd: H3S, 60 to 160 GPa, 0 to 600 K" in page.words
+    assert all(line in page.words for line in sentences(diagram))
+    assert "Boundaries" in page.words and len(page.all("img")) == 1
+
+
+def test_a_line_of_the_learning_curve_joins_rounds_judged_by_the_same_labels():
+    def rounds(name, *sizes):
+        return [
+            tables.LearningPoint("s", i, "m", name, 0.1, 0.1, None, 4, n, "dataset")
+            for i, n in enumerate(sizes)
+        ]
+
+    def joined(*rows):
+        return [len(points) for points in learning_curves(rows).values()]
+
+    assert joined(*rounds("validation", 2, 109), *rounds("test", 101, 101)) == [2]
+    assert joined(*rounds("validation", 2, 109, 109)) == [1, 2]
+    assert joined(*rounds("validation", None, None)) == [1, 1], "of old tables nobody knows"
 
 
 def test_the_same_page_comes_from_the_search_its_results_and_their_own_folder(search):
@@ -171,11 +231,11 @@ def test_the_page_of_a_campaign_tells_every_table_in_sentences(campaign):
             " 8.4 meV/atom, forces 350 to 128 meV/Å"
         ),
         "12 of 91 structures changed their space group",
-        "9 more did not converge within the budget and are not ranked",
+        "Not converged within the budget",
         "11 of 12 candidates that SSCHA brings to another space group keep their static one",
         "The T1u mode of Im-3m (harmonic, by the potential) turns from imaginary to real at",
         "averaging over 500 configurations leaves 4.5 of 128 meV/Å",
-        "30 DFT labels of its ensemble change G by 12.3 +- 0.4 meV/atom",
+        "30 DFT labels of its ensemble change G by 12.3 ± 0.4 meV/atom",
         "23,400 force evaluations, 400 DFT labels",
         "From ranking-50GPa.csv",
     ):
@@ -310,7 +370,7 @@ DAMAGE = {
     ],
 )
 def test_tables_that_are_absent_or_damaged_cost_their_own_part_of_the_page_only(
-    tmp_path, names, kind
+    tmp_path, names, kind, undrawn
 ):
     folder = synthetic_campaign(tmp_path / "c", 6, pressures=(50, 100))
     content = DAMAGE[kind]
@@ -483,7 +543,7 @@ def test_files_of_an_earlier_report_are_removed_and_those_of_others_kept(search)
     assert {"notes.cif", "mine.vasp"} <= names and "150GPa-001-ffffffffffff-static.cif" not in names
 
 
-def test_an_id_that_reads_as_a_number_is_found_among_the_structures(tmp_path):
+def test_an_id_that_reads_as_a_number_is_found_among_the_structures(tmp_path, undrawn):
     folder = synthetic_campaign(tmp_path / "c", 4, pressures=(100,))
     tables = folder / "campaign" / "tables"
     rows = list(csv.reader((tables / "ranking-100GPa.csv").open()))
@@ -495,7 +555,7 @@ def test_an_id_that_reads_as_a_number_is_found_among_the_structures(tmp_path):
     assert (folder / "campaign" / "structures" / "100GPa-001-12345e678901-static.cif").is_file()
 
 
-def test_of_many_structures_only_those_shown_are_parsed(tmp_path, monkeypatch):
+def test_of_many_structures_only_those_shown_are_parsed(tmp_path, monkeypatch, undrawn):
     folder = synthetic_campaign(tmp_path / "c", 230, pressures=(100,))
     parsed = []
     original = structures._parsed

@@ -1,7 +1,5 @@
 """The embedded host: what it makes, what it leaves, and that a search survives being killed."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import logging

@@ -13,7 +13,7 @@ from sscha_models import EV, LatticeSprings, evaluated, harmonic_state
 
 from magus_anharmonic.errors import SschaError
 from magus_anharmonic.evaluator import as_evaluator
-from magus_anharmonic.sscha.anharmonic import ThirdOrder, transformed
+from magus_anharmonic.sscha.anharmonic import transformed
 from magus_anharmonic.sscha.ensemble import Ensemble, static_response
 from magus_anharmonic.sscha.hessian import (
     Hessian,
@@ -104,7 +104,7 @@ def third_order_of(state, ensemble, symmetry):
     return real_space(tensor)
 
 
-def real_space(tensor: ThirdOrder) -> np.ndarray:
+def real_space(tensor):
     """The tensor, eV/A^3: (3n, 3 n_supercell, 3 n_supercell), first index in the first cell."""
     modes = tensor.modes
     n_q, size = modes.hbar_omega.shape

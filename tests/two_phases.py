@@ -8,11 +8,13 @@ The curvature in p is the same for both, so that the difference is linear in the
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 
 from magus_anharmonic.phase_diagram.points import GibbsPoint
+from magus_anharmonic.sscha.record import FreeEnergy
 from magus_anharmonic.units import EV_PER_A3_IN_GPA, KELVIN
 
 CURVATURE = 0.6
@@ -70,6 +72,13 @@ def slope(temperature, low=LOW, high=HIGH):
     )
 
 
+def changed(point: GibbsPoint, **values: Any) -> GibbsPoint:
+    """A point with other values, its own or of its free energy."""
+    own = {one.name for one in fields(GibbsPoint)}
+    numbers = {name: value for name, value in values.items() if name not in own}
+    return replace(point.updated(**numbers), **{n: values[n] for n in values if n in own})
+
+
 def data(
     phases,
     seed,
@@ -101,9 +110,14 @@ def data(
                         formula,
                         p,
                         t,
-                        float(phase.gibbs(p, t)) + gibbs_error * noise[0],
-                        gibbs_error,
-                        float(phase.v(p)) + volume_error * noise[1] if "V" in kinds else nan,
+                        FreeEnergy(
+                            status="converged",
+                            gibbs=float(phase.gibbs(p, t)) + gibbs_error * noise[0],
+                            gibbs_error=gibbs_error,
+                            volume=float(phase.v(p)) + volume_error * noise[1]
+                            if "V" in kinds
+                            else None,
+                        ),
                         volume_error if "V" in kinds else nan,
                         s if "S" in kinds else nan,
                         (0.0 if t == 0 else entropy_error) if "S" in kinds else nan,

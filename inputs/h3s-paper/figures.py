@@ -21,6 +21,7 @@ from magus_anharmonic.io import pictures as style
 from magus_anharmonic.io.digests import safe_name
 from magus_anharmonic.io.files import read_json, remove
 from magus_anharmonic.paper import enthalpies, quantities, tables
+from magus_anharmonic.runs.record import CampaignFolder
 
 from . import figures_sscha
 from .drawing import MANY, Drawing, Missing, diagonal, rows_of_step
@@ -74,12 +75,12 @@ def make_figures(campaign_folder: str | Path) -> Figures:
     longer possible are removed. A table that is missing or wrong costs its figures alone. Raises
     ``InputError`` when there is no such folder.
     """
-    campaign = find_campaign(campaign_folder)
-    folder, made, missing = campaign / "figures", [], []
+    campaign = CampaignFolder.find(campaign_folder) or CampaignFolder(Path(campaign_folder))
+    folder, made, missing = campaign.figures, [], []
     for name, maker in MAKERS.items():
         problems: list[str] = []
         try:
-            for drawing in maker(campaign / tables.TABLES_FOLDER, problems):
+            for drawing in maker(campaign.tables, problems):
                 made.append(_write(drawing, folder))
         except (Missing, InputError) as reason:
             problems.append(str(reason))
@@ -93,19 +94,6 @@ def make_figures(campaign_folder: str | Path) -> Figures:
             remove(path)
     log.info("%d figures in %s, %d missing", len(made), folder, len(missing))
     return Figures(made, missing)
-
-
-def find_campaign(folder: str | Path) -> Path:
-    """The folder that holds ``tables/``: the given one or its ``campaign/``; raises ``InputError``
-    when neither is a folder."""
-    path = Path(folder)
-    if (path / "campaign").is_dir() and not (path / tables.TABLES_FOLDER).is_dir():
-        return path / "campaign"
-    if not path.is_dir():
-        raise InputError(
-            f"{path}: no such folder; give the folder of campaign.yaml, or its campaign/"
-        )
-    return path
 
 
 def _write(drawing: Drawing, folder: Path) -> FigureMade:
@@ -187,35 +175,54 @@ def _parity(folder: Path, problems: list[str]) -> Iterator[Drawing]:
 
 
 def _learning(folder: Path, problems: list[str]) -> Iterator[Drawing]:
-    rows = rows_of_step(tables.LearningPoint, folder, "the first learning search")
+    yield learning(rows_of_step(tables.LearningPoint, folder, "the first learning search"))
+
+
+def learning(rows: Sequence[tables.LearningPoint]) -> Drawing:
+    """Errors against the round of learning; a line joins rounds that were judged by the same
+    labels."""
+    curves = quantities.learning_curves(rows)
     panels = {
         "energy RMSE (meV/atom)": ("energy_rmse_eV_per_atom", 1e3),
         "force RMSE (meV/Å)": ("force_rmse_eV_per_A", 1e3),
         "stress RMSE (GPa)": ("stress_rmse_GPa", 1.0),
     }
+    steps = list(dict.fromkeys(step for step, *_ in curves))
 
     def draw(axes: Sequence[Any]) -> None:
         for panel, (label, (column, factor)) in zip(axes, panels.items(), strict=True):
-            for index, key in enumerate(dict.fromkeys((row.step, row.set) for row in rows)):
-                mine = [
-                    row
-                    for row in rows
-                    if (row.step, row.set) == key and getattr(row, column) is not None
-                ]
+            named: set[tuple[str, str, int | None]] = set()
+            for key, points in curves.items():
+                mine = [row for row in points if getattr(row, column) is not None]
                 heights = [factor * getattr(row, column) for row in mine]
-                x = [row.generation for row in mine]
-                style.points(panel, x, heights, index=index, label=", ".join(key))
-            panel.set(xlabel="round", ylabel=label)
+                style.points(
+                    panel,
+                    [row.generation for row in mine],
+                    heights,
+                    index=steps.index(key[0]),
+                    label="" if key[:3] in named else _set_in_words(*key[:3]),
+                    mfc="white" if key[1] == "validation" else None,
+                )
+                named.add(key[:3])
+            panel.set(xlabel="round of learning", ylabel=label)
             panel.set_ylim(bottom=0.0)
+            style.room(panel, [float(row.generation) for row in rows])
             panel.xaxis.get_major_locator().set_params(integer=True)
         style.legend(axes[0], fontsize=8)
 
-    last, error = rows[-1], ""
-    if last.energy_rmse_eV_per_atom is not None:
-        error = f", energy RMSE {1e3 * last.energy_rmse_eV_per_atom:.1f} meV/atom"
-    alt = f"{len(rows)} points; the last is {last.step}, round {last.generation}, {last.set}{error}"
+    told = []
+    for (step, name, n, *_), points in curves.items():
+        first, last = points[0], points[-1]
+        if first.energy_rmse_eV_per_atom is not None and last.energy_rmse_eV_per_atom is not None:
+            energies = (1e3 * row.energy_rmse_eV_per_atom for row in (first, last))
+            ends = dict.fromkeys(f"{energy:.3g}" for energy in energies)
+            told.append(f"{_set_in_words(step, name, n)}: energy {' to '.join(ends)} meV/atom")
     title = "Errors of the models while they learn"
-    yield Drawing("learning", title, alt, rows, draw, panels=(3, 1), headline="")
+    return Drawing("learning", title, "; ".join(told), rows, draw, panels=(3, 1), headline="")
+
+
+def _set_in_words(step: str, name: str, n: int | None) -> str:
+    return f"{step}, {name}" + ("" if n is None else f" ({n} labels)")
 
 
 # --- Figs. 2 and 5: static enthalpies ---

@@ -46,7 +46,8 @@ def modes(folder: Path, problems: list[str]) -> Iterator[Drawing]:
                 )
                 where, error = one.critical_pressure_GPa, one.error_GPa
                 bars = [None if p.error_cm2 is None else p.error_cm2 / 1e6 for p in points]
-                x = [p.pressure_GPa for p in points]
+                beside = 0.006 * index * np.ptp([row.pressure_GPa for row in shown])
+                x = [p.pressure_GPa + beside for p in points]
                 y = [p.frequency_squared_cm2 / 1e6 for p in points]
                 look = {"mfc": "none"} if dft else {}
                 look["linestyle"] = "none" if len(x) < 2 else "--" if dft else "-"

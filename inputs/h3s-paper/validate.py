@@ -37,6 +37,7 @@ from magus_anharmonic.paper.tables import (
     ranking_files,
 )
 from magus_anharmonic.ranking.candidate import Candidate
+from magus_anharmonic.runs.record import CampaignFolder
 
 from .expected import NAMES, ExpectedValue, ExpectedValues, load_expected
 from .explain import Context, Found, explanations, near, read_context, sources_of, why_absent
@@ -245,14 +246,11 @@ class Validated:
 def tables_folder(campaign: str | Path) -> Path:
     """Where the tables of a campaign are: below its folder, below ``campaign/`` in it, or the
     folder itself. Raises ``InputError``."""
-    root = Path(campaign)
-    if not root.is_dir():
-        raise InputError(f"{root}: no such folder")
-    for folder in (root / "campaign" / "tables", root / "tables", root):
-        if folder.is_dir() and any(folder.glob("*.csv")):
-            return folder
-    if (root / "campaign").is_dir() or (root / "steps.json").is_file():
-        return root / "campaign" / "tables"
+    root, found = Path(campaign), CampaignFolder.find(campaign)
+    if found is not None:
+        return found.tables
+    if any(root.glob("*.csv")):
+        return root
     raise InputError(f"{root}: no campaign (no tables/*.csv in it or in its campaign/)")
 
 

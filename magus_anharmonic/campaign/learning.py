@@ -30,6 +30,7 @@ from magus_anharmonic.campaign.steps import (
     file_digest,
     foundation_digest,
     structure_file,
+    write_part,
 )
 from magus_anharmonic.campaign.structures import (
     LABELS,
@@ -40,7 +41,6 @@ from magus_anharmonic.campaign.structures import (
     populations,
     relaxed_structures,
 )
-from magus_anharmonic.campaign.tables import write_part
 from magus_anharmonic.errors import DamagedFile, InputError, MagusAnharmonicError
 from magus_anharmonic.io.digests import as_stored
 from magus_anharmonic.io.files import (
@@ -51,7 +51,14 @@ from magus_anharmonic.io.files import (
     write_json,
     write_text,
 )
-from magus_anharmonic.paper.tables import UNITS, Enthalpy, LearningPoint, ModelError, Parity
+from magus_anharmonic.paper.tables import (
+    UNITS,
+    Enthalpy,
+    LearningPoint,
+    ModelError,
+    Parity,
+    learning_points,
+)
 from magus_anharmonic.settings import parse_settings
 from magus_anharmonic.settings.section import load_yaml
 
@@ -59,8 +66,6 @@ log = logging.getLogger(__name__)
 
 IDENTITY = "identity.json"
 """In the folder of a search: what it was started with, and whether it came to its end."""
-
-PUBLIC_NAMES = {"train": "training", "validation": "validation", "test": "test"}
 
 
 def learn(context: Context, step: Step) -> Outcome:
@@ -82,7 +87,7 @@ def learn(context: Context, step: Step) -> Outcome:
             f"{folder}: the search ended without a round of learning; see its log"
         )
     latest = {record["generation"]: record for record in metrics}
-    rows = (row for record in latest.values() for row in _learning_rows(step.id, record))
+    rows = (row for record in latest.values() for row in learning_points(step.id, record))
     write_part(folder, LearningPoint, rows)
     failed = [
         record
@@ -97,15 +102,6 @@ def learn(context: Context, step: Step) -> Outcome:
         output=str(latest[max(latest)]["new_model"]),
         failures=[(str(record["id"]), str(record["reason"])) for record in failed],
     )
-
-
-def _learning_rows(step: str, record: dict[str, Any]) -> Iterator[LearningPoint]:
-    for side, public in PUBLIC_NAMES.items():
-        found = record.get("new", {}).get(side)
-        if found and found.get("n"):
-            errors = found["energy_rmse"], found["force_rmse"], found["stress_rmse"]
-            names = step, record["generation"], record["new_model"], public
-            yield LearningPoint(*names, *errors, record["n_labels"])
 
 
 def produce(context: Context, step: Step) -> Outcome:

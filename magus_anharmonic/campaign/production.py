@@ -13,14 +13,23 @@ import io
 import logging
 import shutil
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ase import Atoms
 from ase.io import read, write
 
-from magus_anharmonic.campaign.steps import Context, Outcome, Step, at, productions, structure_file
+from magus_anharmonic.campaign.steps import (
+    Context,
+    Outcome,
+    Step,
+    at,
+    productions,
+    structure_file,
+    write_part,
+)
 from magus_anharmonic.campaign.structures import (
     Found,
     Phase,
@@ -30,7 +39,6 @@ from magus_anharmonic.campaign.structures import (
     phases_of,
     relaxed_structures,
 )
-from magus_anharmonic.campaign.tables import write_part
 from magus_anharmonic.errors import DamagedFile, MagusAnharmonicError
 from magus_anharmonic.io.digests import digest, to_json, versions
 from magus_anharmonic.io.files import (
@@ -56,58 +64,79 @@ log = logging.getLogger(__name__)
 def relax(context: Context, step: Step) -> Outcome:
     """Every low-enthalpy distinct structure of the searches, and every phase given as a file, at
     each pressure."""
-    settings = context.settings.relax
+    settings, model = context.settings.relax, context.final_model
     assert settings is not None
-    folder, phases = context.folder(step), phases_of(context.settings.phases)
-    starts = [
-        found.atoms for found in low_enthalpy(context, settings.max_structures, settings.window)
-    ]
-    known = [phase for phase in phases if phase.atoms is not None]
-    rows: list[Enthalpy] = []
-    failures: list[tuple[str, str]] = []
-    evaluations = 0
-    with structure_file(folder) as file:
+    found = low_enthalpy(context, settings.max_structures, settings.window)
+    with Relaxations(context, step, model, "relax") as relaxations:
         for number, pressure in enumerate(settings.pressures, start=1):
-            free = _relaxed_at(context.final_model, context, folder, starts, pressure, fixed=False)
-            symmetric = _relaxed_at(
-                context.final_model,
-                context,
-                folder,
-                [phase.atoms for phase in known],
-                pressure,
-                fixed=True,
+            relaxations.run([one.atoms for one in found], pressure)
+            log.info("relax: %d of %d pressures", number, len(settings.pressures))
+    return relaxations.outcome(f"{len(relaxations.rows)} {model.model_id}")
+
+
+def foundation(context: Context, step: Step) -> Outcome:
+    """The lowest structures of the nearest production search as the foundation model orders
+    them."""
+    settings, name = context.settings.foundation_check, step.needs[0]
+    assert settings is not None
+    structures = relaxed_structures(context.folder(name), name)
+    starts = [one.atoms for one in lowest_distinct(structures, settings.max_structures)]
+    with Relaxations(context, step, context.foundation, "foundation") as relaxations:
+        relaxations.run(starts, settings.pressure)
+    return relaxations.outcome(context.foundation.model_id)
+
+
+class Relaxations(ExitStack):
+    """Structures, and the phases given as files in their symmetry, relaxed with one model: rows of
+    ``enthalpies.csv``, the structures themselves, and what failed."""
+
+    def __init__(
+        self, context: Context, step: Step, model: Any, source: Literal["relax", "foundation"]
+    ) -> None:
+        super().__init__()
+        self.context, self.step, self.model, self.source = context, step, model, source
+        self.folder, self.phases = context.folder(step), phases_of(context.settings.phases)
+        self.rows: list[Enthalpy] = []
+        self.failures: list[tuple[str, str]] = []
+        self.evaluations = 0
+
+    def __enter__(self) -> Relaxations:
+        super().__enter__()
+        self.file = self.enter_context(structure_file(self.folder))
+        return self
+
+    def run(self, starts: Sequence[Atoms], pressure: GPa) -> None:
+        """Relax at one pressure (GPa); structures that end as one are one row."""
+        known = [phase for phase in self.phases if phase.atoms is not None]
+        fixed = [phase.atoms for phase in known if phase.atoms is not None]
+        named: dict[int, str] = {}
+        results: list[tuple[Atoms, Relaxed]] = []
+        for structures, keep in ((starts, False), (fixed, True)):
+            found = _relaxed_at(
+                self.model, self.context, self.folder, structures, pressure, fixed=keep
             )
-            named = {id(result): phase for result, phase in zip(symmetric, known, strict=True)}
-            found: dict[str, tuple[Found, Any]] = {}
-            for start, result in [
-                *zip(starts, free, strict=True),
-                *zip([phase.atoms for phase in known], symmetric, strict=True),
-            ]:
-                evaluations += result.n_steps
-                if result.failed:
-                    failures.append((structure_id(start), f"{pressure:g} GPa: {result.reason}"))
-                else:
-                    item = Found(stripped(result.atoms), float(result.enthalpy), step.id)
-                    found.setdefault(item.id, (item, named.get(id(result))))
-            for item, phase in found.values():
-                name = "" if phase is None else phase.name
-                model_id = context.final_model.model_id
-                row = enthalpy_row(item, phases, pressure, model_id, "relax", name)
-                rows.append(row)
-                file.add(item.atoms, item.id, row.space_group, pressure, "static")
-            log.info(
-                "relax: %d of %d pressures, %d structures each",
-                number,
-                len(settings.pressures),
-                len(starts) + len(known),
-            )
-    write_part(folder, Enthalpy, rows)
-    return Outcome(
-        len(rows),
-        evaluations,
-        failures=failures,
-        output=f"{len(rows)} {context.final_model.model_id}",
-    )
+            results += zip(structures, found, strict=True)
+            if keep:
+                named = {id(one): phase.name for one, phase in zip(found, known, strict=True)}
+        seen: set[str] = set()
+        for start, result in results:
+            self.evaluations += result.n_steps
+            if result.failed:
+                reason = f"{pressure:g} GPa: {result.reason}"
+                self.failures.append((structure_id(start), reason))
+                continue
+            item = Found(stripped(result.atoms), float(result.enthalpy), self.step.id)
+            if item.id not in seen:
+                seen.add(item.id)
+                name, model_id = named.get(id(result), ""), self.model.model_id
+                row = enthalpy_row(item, self.phases, pressure, model_id, self.source, name)
+                self.rows.append(row)
+                self.file.add(item.atoms, item.id, row.space_group, pressure, "static")
+
+    def outcome(self, output: str) -> Outcome:
+        """The rows written, and what the step did."""
+        write_part(self.folder, Enthalpy, self.rows)
+        return Outcome(len(self.rows), self.evaluations, failures=self.failures, output=output)
 
 
 def low_enthalpy(context: Context, n: int, window: float | None = None) -> list[Found]:
@@ -206,47 +235,6 @@ def _frame(result: Any) -> Atoms:
     return frame
 
 
-def foundation(context: Context, step: Step) -> Outcome:
-    """The lowest structures of the nearest production search as the foundation model orders
-    them."""
-    settings = context.settings.foundation_check
-    assert settings is not None
-    folder, phases, name = context.folder(step), phases_of(context.settings.phases), step.needs[0]
-    starts = [
-        found.atoms
-        for found in lowest_distinct(
-            relaxed_structures(context.folder(name), name), settings.max_structures
-        )
-    ]
-    known = [phase for phase in phases if phase.atoms is not None]
-    free = _relaxed_at(context.foundation, context, folder, starts, settings.pressure, fixed=False)
-    symmetric = _relaxed_at(
-        context.foundation,
-        context,
-        folder,
-        [phase.atoms for phase in known],
-        settings.pressure,
-        fixed=True,
-    )
-    rows, failures = [], []
-    with structure_file(folder) as file:
-        for result, phase in [
-            *((result, None) for result in free),
-            *zip(symmetric, known, strict=True),
-        ]:
-            if result.failed:
-                failures.append((structure_id(result.atoms), str(result.reason)))
-                continue
-            item = Found(stripped(result.atoms), float(result.enthalpy), step.id)
-            name, model_id = "" if phase is None else phase.name, context.foundation.model_id
-            row = enthalpy_row(item, phases, settings.pressure, model_id, "foundation", name)
-            rows.append(row)
-            file.add(item.atoms, item.id, row.space_group, settings.pressure, "static")
-    write_part(folder, Enthalpy, rows)
-    evaluations = sum(result.n_steps for result in [*free, *symmetric])
-    return Outcome(len(rows), evaluations, failures=failures, output=context.foundation.model_id)
-
-
 def phase_structure(context: Context, phase: Phase, pressure: GPa) -> Atoms | None:
     """A structure of the phase to start from: its file, or the lowest one found by the production
     searches; None when none was."""
@@ -338,34 +326,17 @@ def dft(context: Context, step: Step) -> Outcome:
         for name in step.needs:
             chosen = changed_candidates(context.folder(name), settings.max_structures)
             pressure = chosen[0][0].pressure if chosen else 0.0
-            log.info(
-                "%s: %d candidates changed their space group; relaxing them by DFT",
-                name,
-                len(chosen),
-            )
-            relaxed = relaxed_by_dft(
-                labeler,
-                [atoms for _, atoms in chosen],
-                pressure,
-                folder / "relaxed.jsonl",
-                settings,
-            )
+            told = "%s: %d candidates changed their space group; relaxing them by DFT"
+            log.info(told, name, len(chosen))
+            starts, file = [atoms for _, atoms in chosen], folder / "relaxed.jsonl"
+            relaxed = relaxed_by_dft(labeler, starts, pressure, file, settings)
             for (row, _), record in zip(chosen, relaxed, strict=True):
                 n_labels += int(record["n_steps"])
-                group = record["space_group"]
                 if record["failed"]:
                     failures.append((row.id, str(record["reason"])))
-                rows.append(
-                    SpaceGroups(
-                        row.id,
-                        pressure,
-                        row.spg_static,
-                        group,
-                        row.spg_quantum,
-                        record["enthalpy"],
-                        record["reason"],
-                    )
-                )
+                groups = row.spg_static, record["space_group"], row.spg_quantum
+                end = record["enthalpy"], record["reason"]
+                rows.append(SpaceGroups(row.id, pressure, *groups, *end))
         output = labeler.settings_hash
     write_part(folder, SpaceGroups, rows)
     kept, checked = kept_by_dft(rows)

@@ -23,12 +23,13 @@ from magus_anharmonic.campaign.steps import (
     Outcome,
     Step,
     StepRecord,
+    assemble,
     plan,
     read_records,
     step_key,
+    write_part,
     write_records,
 )
-from magus_anharmonic.campaign.tables import assemble, write_part
 from magus_anharmonic.errors import (
     DamagedFile,
     InputError,
@@ -40,6 +41,7 @@ from magus_anharmonic.io.files import set_aside
 from magus_anharmonic.paper.tables import Cost, FailureRow
 from magus_anharmonic.runs.lock import locked
 from magus_anharmonic.runs.record import (
+    CampaignFolder,
     check_results_version,
     read_run_record,
     record_file,
@@ -59,6 +61,7 @@ class CampaignStatus:
     missing: list[str]
 
 
+COUNTS = ("n_structures", "n_evaluations", "n_labels")
 COLUMNS = ("step", "status", "time", "structures", "force evaluations", "DFT calls", "remark")
 
 
@@ -109,76 +112,76 @@ def _row(step: Step, records: Mapping[str, StepRecord], root: Path, gone: bool) 
         remark = progress(step, root)
     elif record.status == "done" and step_key(step, records) not in (record.key, None):
         word, remark = "outdated", "what it depends on has changed: it will run again"
-    numbers = (
-        str(value) if value else ""
-        for value in (record.n_structures, record.n_evaluations, record.n_labels)
-    )
+    numbers = (str(getattr(record, name) or "") for name in COUNTS)
     return step.id, word, duration(wall) if wall else "", *numbers, remark
 
 
 def _since(record: StepRecord) -> float:
     try:
-        return max(
-            0.0,
-            (datetime.now(UTC) - datetime.fromisoformat(record.started)).total_seconds()
-            - record.wall_s,
-        )
+        began = datetime.fromisoformat(record.started)
     except ValueError:
         return 0.0
+    return max(0.0, (datetime.now(UTC) - began).total_seconds() - record.wall_s)
 
 
 def _total(records: Mapping[str, StepRecord]) -> tuple[str, ...]:
     values = list(records.values())
     done = sum(record.status == "done" for record in values)
-    sums = (
-        str(sum(getattr(record, name) for record in values))
-        for name in ("n_structures", "n_evaluations", "n_labels")
-    )
-    return (
-        "all",
-        f"{done} of {len(values)} done",
-        duration(sum(record.wall_s for record in values)),
-        *sums,
-        "",
-    )
+    sums = (str(sum(getattr(record, name) for record in values)) for name in COUNTS)
+    wall = duration(sum(record.wall_s for record in values))
+    return "all", f"{done} of {len(values)} done", wall, *sums, ""
 
 
-def _status_now(record: StepRecord, gone: bool) -> str:
-    return "interrupted" if gone and record.status == "running" else record.status
+WHAT = {
+    "learn": "labels and a model that learned",
+    "merge": "the data set of the final model",
+    "final": "the final model and Table I",
+    "produce": "structures of the final model",
+    "foundation": "the enthalpy-volume figure",
+    "relax": "enthalpies over pressure",
+    "sscha": "free energies",
+    "dft": "the check of changed space groups by DFT",
+    "hessian": "modes over pressure and dispersions",
+    "errors": "gradient errors and the correction of G",
+    "report": "figures and report",
+}
+"""What each kind of step makes."""
 
 
 def missing(steps: list[Step], records: Mapping[str, StepRecord], gone: bool = False) -> list[str]:
     """What a half-finished campaign lacks, step by step; empty when everything is done. ``gone``:
     nobody works on it."""
-    what = {
-        "learn": "labels and a model that learned",
-        "merge": "the data set of the final model",
-        "final": "the final model and Table I",
-        "produce": "structures of the final model",
-        "foundation": "the enthalpy-volume figure",
-        "relax": "enthalpies over pressure",
-        "sscha": "free energies",
-        "dft": "the check of changed space groups by DFT",
-        "hessian": "modes over pressure and dispersions",
-        "errors": "gradient errors and the correction of G",
-        "report": "figures and report",
-    }
-    return [
-        f"{step.id} is {_status_now(records[step.id], gone)}: {what[step.kind]} missing"
-        + (f" ({records[step.id].reason})" if records[step.id].reason else "")
-        for step in steps
-        if records[step.id].status != "done"
-    ]
+    found = []
+    for step in steps:
+        record = records[step.id]
+        if record.status != "done":
+            word = "interrupted" if gone and record.status == "running" else record.status
+            reason = f" ({record.reason})" if record.reason else ""
+            found.append(f"{step.id} is {word}: {WHAT[step.kind]} missing{reason}")
+    return found
 
 
 log = logging.getLogger(__name__)
+
+
+def report(context: Context, step: Step) -> Outcome:
+    """The page of everything that is there; whoever writes it has the figures drawn that the page
+    shows."""
+    from magus_anharmonic.report.page import write_report
+
+    write_report(context.root)
+    folder = CampaignFolder(context.root).figures
+    n = len(list(folder.glob("*.svg")))
+    log.info("%d figures in %s; report: %s", n, folder, context.root / "report.html")
+    return Outcome(output=f"{n} figures")
+
 
 Run = Callable[[Context, Step], Outcome]
 
 
 def runners() -> Mapping[str, Run]:
     """What is called for each kind of step."""
-    from magus_anharmonic.campaign import closing, learning, modes, production, structures
+    from magus_anharmonic.campaign import learning, modes, production, structures
 
     return {
         "learn": learning.learn,
@@ -190,8 +193,8 @@ def runners() -> Mapping[str, Run]:
         "sscha": production.sscha,
         "dft": production.dft,
         "hessian": modes.hessian,
-        "errors": closing.errors,
-        "report": closing.report,
+        "errors": modes.errors,
+        "report": report,
     }
 
 
@@ -374,9 +377,7 @@ class Campaign:
             status="done",
             finished=_now(),
             wall_s=round(wall, 2),
-            n_structures=outcome.n_structures,
-            n_evaluations=outcome.n_evaluations,
-            n_labels=outcome.n_labels,
+            **{name: getattr(outcome, name) for name in COUNTS},
             output=outcome.output,
             reason=outcome.reason,
         )
@@ -412,27 +413,22 @@ class Campaign:
         write_part(state, Cost, costs)
         failed = (FailureRow(name, "", r.reason) for name, r in records if r.status == "failed")
         write_part(state, FailureRow, failed)
-        assemble(self.context.root / "tables", [*folders, state])
+        assemble(CampaignFolder(self.context.root).tables, [*folders, state])
 
     def _more_cycles(self) -> bool:
         """Plan another cycle of learning when the final model of the last one misses the target;
         whether one was added."""
         from magus_anharmonic.campaign.learning import validation_rmse
 
-        learning, added = self.context.settings.learning, False
-        while (
-            learning is not None
-            and learning.target_rmse is not None
-            and self.cycles < learning.max_cycles
-        ):
+        learning, begun = self.context.settings.learning, self.cycles
+        if learning is None or learning.target_rmse is None:
+            return False
+        while self.cycles < learning.max_cycles:
             last = "final" if self.cycles == 1 else f"final-cycle{self.cycles}"
             record = self.records.get(last)
             step = next(step for step in self.steps if step.id == last)
-            if (
-                record is None
-                or record.status != "done"
-                or record.key != step_key(step, self.records)
-            ):
+            key = step_key(step, self.records)
+            if record is None or record.status != "done" or record.key != key:
                 break
             scores = self.context.folder(last) / f"errors-cycle{self.cycles}.json"
             try:
@@ -441,24 +437,15 @@ class Campaign:
                 set_aside(scores, str(error))
                 self._put(step, record.changed(status="open"))
                 break
+            shown = "no validation labels" if rmse is None else f"{ev_to_mev(rmse):.1f} meV/atom"
+            target = f"target_rmse of {ev_to_mev(learning.target_rmse):.1f} meV/atom"
             if rmse is not None and rmse <= learning.target_rmse:
-                log.info(
-                    "target_rmse reached: %.1f meV/atom on the validation set after cycle %d",
-                    ev_to_mev(rmse),
-                    self.cycles,
-                )
+                log.info("%s reached (%s) after cycle %d", target, shown, self.cycles)
                 break
             self.cycles += 1
-            shown = "no validation labels" if rmse is None else f"{ev_to_mev(rmse):.1f} meV/atom"
-            log.info(
-                "target_rmse of %.1f meV/atom not reached (%s): cycle %d of learning",
-                ev_to_mev(learning.target_rmse),
-                shown,
-                self.cycles,
-            )
+            log.info("%s not reached (%s): cycle %d of learning", target, shown, self.cycles)
             self._plan()
-            added = True
-        return added
+        return self.cycles > begun
 
     def _put(self, step: Step, record: StepRecord) -> None:
         self.records[step.id] = record
@@ -470,12 +457,10 @@ class Campaign:
 
 def counts(record: StepRecord) -> str:
     """What a step did, in words."""
-    parts = [
-        f"{record.n_structures} structures" if record.n_structures else "",
-        f"{record.n_evaluations} force evaluations" if record.n_evaluations else "",
-        f"{record.n_labels} DFT calls" if record.n_labels else "",
-    ]
-    return ", ".join(part for part in parts if part) or record.output or "finished"
+    words = ("structures", "force evaluations", "DFT calls")
+    numbers = [(getattr(record, name), word) for name, word in zip(COUNTS, words, strict=True)]
+    parts = [f"{number} {word}" for number, word in numbers if number]
+    return ", ".join(parts) or record.output or "finished"
 
 
 def _now() -> str:

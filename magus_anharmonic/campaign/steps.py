@@ -11,22 +11,23 @@ What every step works with: folders, settings, models, the labeler; and what it 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ase import Atoms
 
-from magus_anharmonic.campaign.tables import STRUCTURES
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.io.digests import digest, safe_name, versions
-from magus_anharmonic.io.files import remove, replacing_table, write_json
+from magus_anharmonic.io.files import reading_table, remove, replacing_table, write_json
+from magus_anharmonic.io.tables import write
 from magus_anharmonic.labelers import get_labeler
+from magus_anharmonic.runs.record import CampaignFolder, read_steps
 from magus_anharmonic.runs.record import StepRecord as StepRecord
-from magus_anharmonic.runs.record import read_steps
 from magus_anharmonic.settings.campaign import CampaignSettings
 from magus_anharmonic.structures import stripped
 from magus_anharmonic.units import GPa
@@ -248,13 +249,10 @@ def foundation_digest(name: str) -> str | None:
     return file_digest(str(shipped if shipped.is_file() else name))
 
 
-FILE = "steps.json"
-
-
 def read_records(folder: Path) -> dict[str, StepRecord]:
     """The records in ``folder`` by step, in the order of the campaign; none when it has not begun.
     Raises ``InputError``."""
-    file = folder / FILE
+    file = CampaignFolder(folder).steps
     if not file.is_file():
         return {}
     return read_steps(file)
@@ -262,7 +260,9 @@ def read_records(folder: Path) -> dict[str, StepRecord]:
 
 def write_records(folder: Path, records: dict[str, StepRecord]) -> None:
     """Write all records atomically."""
-    write_json(folder / FILE, {step: asdict(record) for step, record in records.items()})
+    write_json(
+        CampaignFolder(folder).steps, {step: asdict(record) for step, record in records.items()}
+    )
 
 
 FOLDER = "campaign"
@@ -341,6 +341,48 @@ class Context:
             yield labeler
         finally:
             labeler.close()
+
+
+# --- tables: every step writes its own part, ``tables/`` is the parts of all finished ones --------
+
+Row = TypeVar("Row")
+STRUCTURES = "structures.extxyz"
+
+
+def write_part(folder: Path, table: type[Row], rows: Iterable[Row], name: str = "") -> None:
+    """Write the rows of one step to ``folder/tables/`` atomically, row by row; ``name``: of the
+    file, where that is not the table's own."""
+    write(table, folder / "tables" / (name or table.FILE), rows)  # type: ignore[attr-defined]
+
+
+def assemble(target: Path, folders: Sequence[Path], inside: str = "tables") -> None:
+    """Make ``target`` (``campaign/tables``) from the parts in the ``folders`` of finished steps;
+    tables without a part are removed.
+
+    ``inside``: where the parts are in each folder.
+
+    Streams line by line, whatever the number of structures.
+    """
+    parts: dict[str, list[Path]] = {}
+    for folder in folders:
+        for part in sorted([*(folder / inside).glob("*.csv"), *(folder / inside).glob(STRUCTURES)]):
+            parts.setdefault(part.name, []).append(part)
+    target.mkdir(parents=True, exist_ok=True)
+    for stale in target.iterdir():
+        if stale.name not in parts and stale.suffix in (".csv", ".extxyz"):
+            remove(stale)
+    for name, files in parts.items():
+        _concatenate(target / name, files, header=name.endswith(".csv"))
+
+
+def _concatenate(target: Path, files: Sequence[Path], header: bool) -> None:
+    with replacing_table(target) as temporary, temporary.open("wb") as output:
+        for number, file in enumerate(files):
+            with reading_table(file) as part:
+                first = part.readline() if header else b""
+                if number == 0:
+                    output.write(first)
+                shutil.copyfileobj(part, output)
 
 
 class StructureFile:

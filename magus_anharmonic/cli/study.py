@@ -6,7 +6,7 @@
 
 ``status``: where a running or dead search is.
 
-``report``: one page of a campaign, a search or a ranking.
+``report``: one page of a campaign, a search, a ranking or a phase diagram.
 
 ``validate``: does a campaign reproduce what is known?
 
@@ -115,7 +115,10 @@ def status(
 @command()
 def report(
     folder: Annotated[
-        Path, typer.Argument(help="Where a campaign or a search was run, or the output of rank.")
+        Path,
+        typer.Argument(
+            help="Where a campaign or a search was run, or the output of rank or phase-diagram."
+        ),
     ] = Path("."),
 ) -> None:
     """Write one self-contained page, report.html, and the structures as CIF, POSCAR and extxyz

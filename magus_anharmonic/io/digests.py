@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -58,6 +59,15 @@ def _any_plain(value: Any) -> Any:
 def to_json(data: Any, *, indent: int | None = None, ordered: bool = False) -> str:
     """``data`` as JSON (NumPy scalars, arrays and paths allowed), ``ordered``: by its keys."""
     return json.dumps(data, indent=indent, sort_keys=ordered, default=_plain)
+
+
+def finite(data: Any) -> Any:
+    """``data`` with ``None`` for numbers that are not finite: JSON knows none."""
+    if isinstance(data, dict):
+        return {name: finite(value) for name, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [finite(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
 def from_json(text: str | bytes) -> Any:

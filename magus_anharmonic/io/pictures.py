@@ -128,6 +128,18 @@ def points(
     axes.errorbar(x, y, yerr=bars, label=label or None, **options)
 
 
+def lanes(low: Sequence[float], high: Sequence[float]) -> list[int]:
+    """For each bar from ``low`` to ``high`` the first lane in which it meets no other, so that the
+    bars of one place stand side by side."""
+    ends: list[float] = []
+    found = [0] * len(low)
+    for i in sorted(range(len(low)), key=lambda i: low[i]):
+        lane = next((lane for lane, end in enumerate(ends) if end < low[i]), len(ends))
+        ends[lane : lane + 1] = [high[i]]
+        found[i] = lane
+    return found
+
+
 def room(axes: Axes, x: Sequence[float]) -> None:
     """Space around a single abscissa, which would else fill the panel."""
     distinct = sorted(set(x))

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from magus_anharmonic.errors import InputError
-from magus_anharmonic.io.digests import RENAMED
+from magus_anharmonic.io.digests import RENAMED, finite
 from magus_anharmonic.io.files import reading_table, replacing_table
 
 Row = TypeVar("Row")
@@ -68,6 +68,14 @@ def column(
     return field(default=default, metadata=own)
 
 
+def held(record: Any, digits: str = "", **changes: Mapping[str, Any]) -> Any:
+    """A field with a record of its own, whose columns come along, numbers with ``digits`` (empty:
+    as there); ``changes``: of a field of that one, what its column here has otherwise (name,
+    default, needed)."""
+    all_ = {"digits": digits} if digits else {}
+    return field(default=record, metadata={"held": (all_, changes)})
+
+
 @dataclass(frozen=True)
 class Column:
     """One column of the tables of a record: ``path`` leads from the record to its value."""
@@ -101,7 +109,8 @@ def columns_of(record: type) -> tuple[Column, ...]:
     for one in fields(record):
         hint = hints[one.name]
         if is_dataclass(hint) and isinstance(hint, type):
-            found += [_within(one.name, inner) for inner in columns_of(hint)]
+            changes = one.metadata.get("held", ({}, {}))
+            found += [_within(one.name, inner, changes) for inner in columns_of(hint)]
         elif "meaning" in one.metadata:
             found.append(_described(one.name, hint, one.default, one.metadata))
         elif not described:
@@ -110,8 +119,9 @@ def columns_of(record: type) -> tuple[Column, ...]:
     return tuple(found)
 
 
-def _within(name: str, inner: Column) -> Column:
-    return Column(**{**vars(inner), "path": (name, *inner.path)})
+def _within(name: str, inner: Column, changes: tuple[Any, Any]) -> Column:
+    other = {**changes[0], **changes[1].get(inner.path[-1], {})}
+    return Column(**{**vars(inner), **other, "path": (name, *inner.path)})
 
 
 def _described(name: str, hint: Any, default: Any, told: Mapping[str, Any]) -> Column:
@@ -145,11 +155,7 @@ def line(record: Any) -> dict[str, str]:
 
 def values(record: Any) -> dict[str, Any]:
     """The values of a record by their columns; ``None`` for what is no finite number."""
-    found = {one.name: one.value(record) for one in columns_of(type(record))}
-    return {
-        name: None if isinstance(value, float) and not math.isfinite(value) else value
-        for name, value in found.items()
-    }
+    return finite({one.name: one.value(record) for one in columns_of(type(record))})
 
 
 def read(table: type[Row], path: str | Path) -> list[Row]:
@@ -177,11 +183,11 @@ def rows_of(table: type[Row], path: str | Path) -> Iterator[Row]:
     with table_rows(file) as lines:
         there = {name.strip(): name for name in lines.fieldnames or () if name}
         _check_columns(table, file, list(there))
-        shown = [one for one in columns_of(table) if one.name in there]
+        shown = [one for one in columns_of(table) if one.name in there or len(one.path) > 1]
         for found in lines:
             values: dict[str, Any] = {}
             for one in shown:
-                text = (found.get(there[one.name]) or "").strip()
+                text = (found.get(there.get(one.name, "")) or "").strip()
                 try:
                     missing = not text or (text.lower() == "nan" and bool(one.unit))
                     known = one.default is not MISSING
@@ -301,6 +307,14 @@ def _number(text: str) -> float:
     if not math.isfinite(value):
         raise ValueError("must be a finite number")
     return value
+
+
+def number(text: str | None) -> float | None:
+    """The finite number that a cell of an unknown table holds, or None."""
+    try:
+        return _number(text or "")
+    except ValueError:
+        return None
 
 
 def cell(value: Any, digits: str = ".10g") -> str:

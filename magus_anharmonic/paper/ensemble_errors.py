@@ -20,7 +20,7 @@ from ase import Atoms
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.evaluator import Evaluator
 from magus_anharmonic.gate import read_structures
-from magus_anharmonic.io.digests import versions
+from magus_anharmonic.io.digests import finite, versions
 from magus_anharmonic.io.files import write_json
 from magus_anharmonic.labelers.base import Labeler
 from magus_anharmonic.paper import gradient_errors as gibbs
@@ -403,21 +403,10 @@ def summary(report: ErrorsReport, model_id: str) -> dict[str, Any]:
         "model_of_the_state": source.model_id,
         "n_configs": report.errors.n_configs,
         "n_failed": report.n_failed,
-        "errors": _finite(asdict(report.errors)),
-        "correction_eV_per_atom": _finite(asdict(report.correction)),
+        "errors": finite(asdict(report.errors)),
+        "correction_eV_per_atom": finite(asdict(report.correction)),
         "pressure_reference_minus_model_GPa": report.pressure_error,
         "gibbs_model_eV_per_atom": source.gibbs,
         "gibbs_reference_first_order_eV_per_atom": None if corrected is None else corrected[0],
         "gibbs_reference_error_eV_per_atom": None if corrected is None else corrected[1],
-    }
-
-
-def _finite(values: dict[str, Any]) -> dict[str, Any]:
-    """Numbers that do not exist (errors of two pairs) as None: JSON knows no infinity."""
-    plain = {
-        key: _finite(value) if isinstance(value, dict) else value for key, value in values.items()
-    }
-    return {
-        key: None if isinstance(value, float) and not np.isfinite(value) else value
-        for key, value in plain.items()
     }

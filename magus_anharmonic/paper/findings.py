@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+from magus_anharmonic.io.tables import rows_of
 from magus_anharmonic.paper import script
 from magus_anharmonic.paper.enthalpies import transitions
 from magus_anharmonic.paper.quantities import (
@@ -31,6 +32,39 @@ BY = {"model": "by the potential", "dft": "by DFT"}
 
 def _with_error(value: float, error: float | None, digits: int = 1) -> str:
     return f"{value:.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
+
+
+def stored(folder: Path) -> list[str]:
+    """How many structures at which pressures, and which is lowest in static enthalpy; the
+    foundation model's are another energy scale."""
+    count = 0
+    lowest: dict[float, Enthalpy] = {}
+    path = folder / Enthalpy.FILE
+    for row in rows_of(Enthalpy, path) if path.is_file() else ():
+        count += 1
+        if row.source != "foundation":
+            known = lowest.setdefault(row.pressure_GPa, row)
+            lowest[row.pressure_GPa] = min(known, row, key=lambda r: r.enthalpy_eV_per_atom)
+    if not lowest:
+        return []
+    pressures = sorted(lowest)
+    where = f"{pressures[0]:g}"
+    if len(pressures) > 1:
+        where = f"{len(pressures)} pressures from {where} to {pressures[-1]:g}"
+    runs: list[tuple[str, list[float]]] = []
+    for pressure in pressures:
+        name = lowest[pressure].phase or lowest[pressure].space_group
+        if not runs or runs[-1][0] != name:
+            runs.append((name, []))
+        runs[-1][1].append(pressure)
+    told = [
+        f"{name} at {' to '.join(f'{p:g}' for p in dict.fromkeys((found[0], found[-1])))} GPa"
+        for name, found in runs
+    ]
+    return [
+        f"{count:,} relaxed structures at {where} GPa are stored.",
+        f"Lowest in static enthalpy: {', '.join(told)}.",
+    ]
 
 
 def models(folder: Path) -> list[str]:
@@ -118,7 +152,7 @@ def corrections(folder: Path) -> list[str]:
     found = []
     for row in read_if_there(GibbsCorrection, folder):
         error = row.correction_error_eV_per_atom
-        margin = "" if error is None else f" +- {ev_to_mev(error):.2g}"
+        margin = "" if error is None else f" ± {ev_to_mev(error):.2g}"
         change = f"{ev_to_mev(row.correction_eV_per_atom):.3g}{margin}"
         found.append(
             f"{row.phase} at {row.pressure_GPa:g} GPa: {row.n_labels} DFT labels of its ensemble"

@@ -19,6 +19,7 @@ import numpy as np
 from magus_anharmonic.paper.tables import (
     UNITS,
     GradientError,
+    LearningPoint,
     Mode,
     ModelError,
     Parity,
@@ -100,6 +101,25 @@ def parity_statistics(rows: Sequence[Parity]) -> list[ParityStatistics]:
         means = float(np.sqrt(np.mean(error**2))), float(np.abs(error).mean()), float(error.mean())
         r_squared = 1.0 - float(np.sum(error**2)) / spread if spread > 0 else None
         found.append(ParityStatistics(*key, UNITS[key[2]], len(members), *means, r_squared))
+    return found
+
+
+# --- learning curves ------------------------------------------------------------------------------
+
+Curve = tuple[str, str, int | None, str, int]
+"""Step, set, number of its labels, where they came from, and the round where that is not known."""
+
+
+def learning_curves(rows: Sequence[LearningPoint]) -> dict[Curve, list[LearningPoint]]:
+    """Errors against the round on one and the same set of labels each: of the test set where a step
+    has one, else of the validation set. Rounds of different sets are different curves."""
+    tested = {row.step for row in rows if row.set == "test"}
+    found: dict[Curve, list[LearningPoint]] = {}
+    for row in rows:
+        if row.set == ("test" if row.step in tested else "validation"):
+            alone = row.generation if row.n_set is None else 0
+            key = row.step, row.set, row.n_set, row.set_from, alone
+            found.setdefault(key, []).append(row)
     return found
 
 

@@ -4,9 +4,10 @@ dataclass each; see `columns`."""
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.io.digests import safe_name
@@ -212,7 +213,8 @@ class GibbsCorrection:
 
 @dataclass(frozen=True)
 class LearningPoint:
-    """A model after one round of learning, and its errors on one set."""
+    """A model after one round of learning, and its errors on one set of ``n_set`` labels that came
+    from ``set_from`` (the dataset, rounds)."""
 
     FILE: ClassVar[str] = "learning.csv"
     step: str
@@ -223,6 +225,22 @@ class LearningPoint:
     force_rmse_eV_per_A: float | None
     stress_rmse_GPa: float | None
     n_labels: int
+    n_set: int | None = None
+    set_from: str = ""
+
+
+PUBLIC_NAMES = {"train": "training", "validation": "validation", "test": "test"}
+
+
+def learning_points(step: str, record: Mapping[str, Any]) -> Iterator[LearningPoint]:
+    """The errors of a round's model on each set, from its line of ``metrics.jsonl``."""
+    for side, public in PUBLIC_NAMES.items():
+        found = record.get("new", {}).get(side)
+        if found and found.get("n"):
+            errors = (found.get(f"{name}_rmse") for name in ("energy", "force", "stress"))
+            labels = record.get("n_labels", 0), found["n"], record.get(f"{side}_from", "")
+            round_ = step, record["generation"], record.get("new_model", "")
+            yield LearningPoint(*round_, public, *errors, *labels)
 
 
 @dataclass(frozen=True)
@@ -263,9 +281,6 @@ TABLES: tuple[type, ...] = (
     FailureRow,
 )
 """Every table of a campaign."""
-
-TABLES_FOLDER = "tables"
-"""Below ``campaign/``."""
 
 RANKING = "ranking-<P>GPa.csv"
 """Fig. 6: a `Candidate` a row; files are named by `ranking_file`."""

@@ -366,7 +366,7 @@ def slope_check(
 
     found, reason = (math.nan,) * 4, ""
     warm = [p for mine in pairs for p in mine if p.usable and p.temperature_K > 0]
-    if all(p.volume_error_A3_per_atom > 0 and p.entropy_error_eV_per_K_per_atom > 0 for p in warm):
+    if all(p.volume_error > 0 and p.entropy_error > 0 for p in warm):
         try:
             found = (*slope("G"), *slope("V", "S"))
         except InputError as error:

@@ -9,6 +9,7 @@ above the hull for more.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -43,8 +44,7 @@ ABOVE: dict[str, Any] = {
 def draw(diagram: PhaseDiagram, folder: Path) -> list[Path]:
     """``phase-diagram.svg`` and ``.png`` in ``folder``: P-T with bands on the left, differences of
     G with their points on the right."""
-    look = {"font.size": 9, "svg.fonttype": "none"}
-    with style.figure(2, size=(10.0, 4.6), settings=look) as (made, (left, right)):
+    with style.figure(2, size=(10.0, 4.6)) as (made, (left, right)):
         colors = {p.phase: "" for p in diagram.points}
         colors = {name: style.color(index) for index, name in enumerate(colors)}
         _diagram(left, diagram, colors)
@@ -80,9 +80,35 @@ def _diagram(axes: Axes, diagram: PhaseDiagram, colors: Mapping[str, str]) -> No
             ls = _line(order.index(one.isotopes))["ls"]
             ends = [one.last, one.first]
             axes.plot(ends, [one.temperature] * 2, **BRACKET, ls=ls, lw=1.5, zorder=2)
+    _names(axes, diagram, colors)
     _legend(axes, diagram, colors)
     axes.set_xlabel("pressure (GPa)")
     axes.set_ylabel("temperature (K)")
+
+
+def _names(axes: Axes, diagram: PhaseDiagram, colors: Mapping[str, str]) -> None:
+    """Each phase named in the middle of its field, that of the first isotopes; at its point nearest
+    to there where the middle belongs to another phase."""
+    fields = {
+        (one.pressure_GPa, one.temperature_K): one.phase
+        for one in diagram.stable
+        if one.isotopes == diagram.isotopes[0]
+    }
+    limits = np.array([axes.get_xlim(), axes.get_ylim()])
+    for name in dict.fromkeys(fields.values()):
+        mine = [at for at, phase in fields.items() if phase == name]
+        middle = np.mean(mine, axis=0)
+
+        def away(at: tuple[float, float], middle: np.ndarray = middle) -> float:
+            return float(np.linalg.norm((np.array(at) - middle) / np.ptp(limits, axis=1)))
+
+        own = fields[min(fields, key=away)] == name
+        inner = limits @ [[0.9, 0.1], [0.1, 0.9]]
+        where = np.clip(middle if own else min(mine, key=away), *inner.T)
+        look: dict[str, Any] = {"color": colors[name], "fontsize": 11, "fontweight": "bold"}
+        box = {"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 1.0}
+        place: dict[str, Any] = {"textcoords": "offset points", "ha": "center", "va": "bottom"}
+        axes.annotate(name, tuple(where), (0, 7), **place, **look, bbox=box, zorder=5)
 
 
 def _compared(diagram: PhaseDiagram, one: Stable) -> bool:
@@ -148,6 +174,8 @@ def _differences(axes: Axes, diagram: PhaseDiagram, colors: Mapping[str, str]) -
     axes.axhline(0.0, color="0.6", lw=0.8, zorder=0)
     axes.set_xlabel("pressure (GPa)")
     drawn, reference = False, ""
+    width = 0.01 * (np.ptp([p.pressure_GPa for p in diagram.points]) or 1.0)
+    places = (width * (k // 2 + k % 2) * (-1) ** k for k in itertools.count())  # side by side
     for (isotopes, formula), phases in diagram.sets.items():
         if len(phases.surfaces) < 2:
             continue
@@ -159,12 +187,16 @@ def _differences(axes: Axes, diagram: PhaseDiagram, colors: Mapping[str, str]) -
         ]
         temperatures = [p.temperature_K for p in mine]
         ends = sorted({min(temperatures), max(temperatures)})
-        for temperature, alpha in zip(ends, (1.0, 0.45), strict=False):
-            for name in phases.surfaces:
-                if name != reference:
-                    look = _line(diagram.isotopes.index(isotopes)) | {"color": colors[name]}
-                    pair = (reference, name)
-                    drawn |= _difference(axes, phases, pair, temperature, mine, look, alpha)
+        shown = [
+            (temperature, alpha, name)
+            for temperature, alpha in zip(ends, (1.0, 0.45), strict=False)
+            for name in phases.surfaces
+            if name != reference
+        ]
+        for temperature, alpha, name in shown:
+            look = _line(diagram.isotopes.index(isotopes)) | {"color": colors[name]}
+            here = temperature, mine, look, alpha, next(places)
+            drawn |= _difference(axes, phases, (reference, name), *here)
     if not drawn:
         text = "no two phases with free energies\nat the same pressure and temperature"
         axes.text(0.5, 0.6, text, ha="center", transform=axes.transAxes)
@@ -184,9 +216,10 @@ def _difference(
     points: Sequence[GibbsPoint],
     look: Mapping[str, str],
     alpha: float,
+    shift: float,
 ) -> bool:
-    """G of the second phase of ``pair`` minus that of the first; False where there is nothing to
-    draw."""
+    """G of the second phase of ``pair`` minus that of the first, its points moved by ``shift``
+    (GPa); False where there is nothing to draw."""
     a, b = (phases.surfaces[name] for name in pair)
     color = look["color"]
     grid = common_pressures([a, b], temperature)
@@ -200,18 +233,15 @@ def _difference(
     here = [p for p in points if p.temperature_K == temperature]
     base, other = ({p.pressure_GPa: p for p in here if p.phase == name} for name in pair)
     common = sorted(base.keys() & other.keys())
-    for p, q in ((base[pressure], other[pressure]) for pressure in common):
-        axes.errorbar(
-            p.pressure_GPa,
-            ev_to_mev(q.gibbs_eV_per_atom - p.gibbs_eV_per_atom),
-            yerr=ev_to_mev(math.hypot(p.error, q.error)),
-            fmt="o",
-            ms=4,
-            color=color,
-            alpha=alpha,
-            capsize=2,
-            mfc=color if look["ls"] == "-" else "white",
-        )
+    found = [(base[pressure], other[pressure]) for pressure in common]
+    bars = {"fmt": "o", "ms": 4, "alpha": alpha, "capsize": 2, "color": color}
+    axes.errorbar(
+        [pressure + shift for pressure in common],
+        [ev_to_mev(q.gibbs - p.gibbs) for p, q in found],
+        yerr=[ev_to_mev(math.hypot(p.error, q.error)) for p, q in found],
+        mfc=color if look["ls"] == "-" else "white",
+        **bars,
+    )
     return bool(len(grid) or common)
 
 
@@ -270,7 +300,7 @@ def _height(axes: Axes, rows: Sequence[HullRow], index: int, label: str) -> None
     axes.plot(grid, hull, "-", color=style.color(index), label=label)
     for row, height in zip(rows, heights, strict=True):
         axes.errorbar(
-            row.entry.fractions[1],
+            row.entry.fractions[1] + 0.008 * index,
             height,
             yerr=ev_to_mev(row.entry.formation_error),
             fmt=style.marker(index),

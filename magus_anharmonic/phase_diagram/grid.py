@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -173,8 +174,8 @@ def _log(point: GibbsPoint, number: int, total: int) -> None:
             number,
             total,
             what,
-            point.gibbs_eV_per_atom,
-            point.gibbs_error_eV_per_atom,
+            point.gibbs,
+            point.gibbs_error,
             point.status,
             f" {point.space_group}" if point.status == "transformed" else "",
         )
@@ -209,32 +210,22 @@ def point_of(
     s, s_error = _entropy(
         result, folder, source if isinstance(source, Path) and result.n_populations == 0 else None
     )
+    left = abs(result.predicted_decrease or 0.0) if status == "unconverged" else 0.0
+    energy = replace(
+        result.numbers, status=status, reason=reason, volume=volume, predicted_decrease=left
+    )
     return GibbsPoint(
         phase,
         isotopes,
         result.centroids.get_chemical_formula(mode="metal", empirical=True),
         result.target_pressure,
         result.temperature,
-        _number(result.numbers.gibbs),
-        _number(result.gibbs_error),
-        volume,
+        energy,
         volume_error,
         s,
         s_error,
-        _number(result.finite_size),
-        abs(result.predicted_decrease or 0.0) if status == "unconverged" else 0.0,
-        status,
-        result.space_group,
-        "",
-        result.n_evaluations,
-        result.n_atoms_supercell or 0,
-        result.model_id,
-        reason,
+        model=result.model_id,
     )
-
-
-def _number(value: float | None) -> float:
-    return math.nan if value is None else value
 
 
 def _volume(result: SschaResult, folder: Path | None) -> tuple[float, float]:

@@ -12,14 +12,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.polynomial import chebyshev
 
 from magus_anharmonic.errors import InputError
-from magus_anharmonic.io.tables import column, columns_of, read, table_rows, write
+from magus_anharmonic.io.tables import column, columns_of, held, read, table_rows, write
 from magus_anharmonic.settings import check_pressure, nearest
+from magus_anharmonic.sscha.record import FreeEnergy, WithFreeEnergy
 from magus_anharmonic.units import KELVIN, ev_per_a3_to_gpa
 
 
@@ -104,100 +104,85 @@ class Basis:
         return einstein(theta, temperature)
 
 
-NAN = float("nan")
 NATURAL = "natural"
 """Name of the isotopes of the natural elements."""
-STATES = ("converged", "unconverged", "failed", "transformed")
-OLD_STATES = {"became": "transformed"}
-"""Of files of earlier versions."""
 LARGEST_ERROR = 0.1
 """eV/atom; a free energy known worse than that decides nothing, and its volume and entropy are
 those of a diverged run."""
-
-
-def _number(
-    meaning: str,
-    unit: str,
-    equation: str = "",
-    origin: str = "sscha.task.finished_result",
-    default: float = NAN,
-) -> Any:
-    return column(
-        meaning,
-        unit,
-        equation=equation,
-        origin=origin,
-        default=default,
-        digits=".10g",
-        needed=unit in ("GPa", "K", "eV/atom") and math.isnan(default),
-    )
+_OF_THE_RUN = "phase_diagram.grid.point_of"
+_OPTIONAL = {"default": "", "needed": False}
 
 
 @dataclass(frozen=True)
-class GibbsPoint:
-    """One SSCHA free energy (or one of another method) with its errors; NaN where there is no
-    number.
+class GibbsPoint(WithFreeEnergy):
+    """One free energy (of an SSCHA run, or of another method) with its errors; NaN where there is
+    no number.
 
-    gibbs : finite-size term included, gibbs_error : sampling alone; predicted_decrease : what the
-    minimisation may still gain; finite_size : part of gibbs that the identities below do not hold
-    for (it is not stationary). eV/atom. volume : A^3/atom at ``pressure_GPa``, entropy : eV/K per
-    atom; without finite-size term V = dG/dP and S = -dG/dT. status : "converged"; "unconverged",
-    with a G that is an upper bound and counts for nothing, because no error bar says how far it is
-    off; "failed"; or "transformed": the structure is another phase now, ``space_group`` says which,
-    ``same_as`` is the phase of the diagram that it is.
+    ``free_energy`` as the run made it, its volume brought to ``pressure_GPa``; without finite-size
+    term V = dG/dP and S = -dG/dT. Its status is "converged"; "unconverged", with a G that is an
+    upper bound and counts for nothing, because no error bar says how far it is off; "failed"; or
+    "transformed": the structure is another phase now, ``space_group`` says which, ``same_as`` is
+    the phase of the diagram that it is.
     """
 
     phase: str = column("name of the phase", default="", needed=True)
     isotopes: str = column("masses: `natural`, or as in the settings", default=NATURAL)
     formula: str = column("formula, metals first", default="")
-    pressure_GPa: float = _number("pressure", "GPa", origin="")  # noqa: N815
-    temperature_K: float = _number("temperature", "K", origin="")  # noqa: N815
-    gibbs_eV_per_atom: float = _number(  # noqa: N815
-        "Gibbs free energy, finite-size term included", "eV/atom", "(F + P V) / N + finite_size"
+    pressure_GPa: float = column(  # noqa: N815
+        "pressure", "GPa", default=math.nan, digits=".10g", needed=True
     )
-    gibbs_error_eV_per_atom: float = _number(  # noqa: N815
-        "standard error of G by sampling alone", "eV/atom"
+    temperature_K: float = column(  # noqa: N815
+        "temperature", "K", default=math.nan, digits=".10g", needed=True
     )
-    volume_A3_per_atom: float = _number(  # noqa: N815
-        "volume at the pressure",
-        "A^3/atom",
-        "V (1 + (P_run - P) / B)",
-        "phase_diagram.grid.point_of",
+    free_energy: FreeEnergy = held(
+        FreeEnergy(status="converged"),
+        ".10g",
+        status={"default": "converged", "needed": False},
+        reason=_OPTIONAL,
+        space_group={"name": "space_group", **_OPTIONAL},
     )
-    volume_error_A3_per_atom: float = _number("its standard error", "A^3/atom")  # noqa: N815
-    entropy_eV_per_K_per_atom: float = _number(  # noqa: N815
-        "entropy", "eV/K/atom", "-dG/dT without finite-size term", "phase_diagram.grid.point_of"
+    volume_error: float = column(
+        "standard error of the volume", "A^3/atom", origin=_OF_THE_RUN, default=math.nan
     )
-    entropy_error_eV_per_K_per_atom: float = _number(  # noqa: N815
-        "its standard error", "eV/K/atom"
+    entropy: float = column(
+        "entropy",
+        "eV/K/atom",
+        equation="-dG/dT without finite-size term",
+        origin=_OF_THE_RUN,
+        default=math.nan,
+        digits=".10g",
     )
-    finite_size_eV_per_atom: float = _number(  # noqa: N815
-        "finite-size term, part of G", "eV/atom", default=0.0
+    entropy_error: float = column(
+        "its standard error", "eV/K/atom", origin=_OF_THE_RUN, default=math.nan, digits=".10g"
     )
-    predicted_decrease_eV_per_atom: float = _number(  # noqa: N815
-        "by how much the relaxation may still lower G", "eV/atom", default=0.0
-    )
-    status: str = column(
-        "`converged`, `unconverged` (G is an upper bound), `failed`, `transformed` (another phase"
-        " now)",
-        default="converged",
-        old=OLD_STATES,
-    )
-    space_group: str = column("space group of the SSCHA centroids", default="")
     same_as: str = column("phase of the diagram that a transformed one is", default="")
-    n_evaluations: int = column("energies and forces that were evaluated", default=0)
-    natoms_supercell: int = column("atoms of the supercell", default=0)
     model: str = column("identity of the model", default="")
-    reason: str = column("why there is no free energy that counts", default="")
+
+    @property
+    def gibbs(self) -> float:
+        """eV/atom, finite-size term included."""
+        return _number(self.free_energy.gibbs)
+
+    @property
+    def gibbs_error(self) -> float:
+        """eV/atom, by sampling alone."""
+        return _number(self.free_energy.gibbs_error)
+
+    @property
+    def volume(self) -> float:
+        """A^3/atom at the pressure of the point."""
+        return _number(self.free_energy.volume)
+
+    @property
+    def space_group(self) -> str:
+        """Of the SSCHA centroids."""
+        return self.free_energy.space_group
 
     @property
     def usable(self) -> bool:
         """True with a free energy of the phase itself that is known at all."""
-        return (
-            self.status == "converged"
-            and math.isfinite(self.gibbs_eV_per_atom)
-            and self.error <= LARGEST_ERROR
-        )
+        known = self.status == "converged" and math.isfinite(self.gibbs)
+        return known and self.error <= LARGEST_ERROR
 
     @property
     def useless(self) -> bool:
@@ -208,23 +193,30 @@ class GibbsPoint:
     @property
     def bound(self) -> bool:
         """True where the free energy is an upper bound alone, of a run that did not converge."""
-        return self.status == "unconverged" and math.isfinite(self.gibbs_eV_per_atom)
+        return self.status == "unconverged" and math.isfinite(self.gibbs)
+
+    @property
+    def finite_size(self) -> float:
+        """The part of ``gibbs`` that V and S do not belong to (it is not stationary), eV/atom."""
+        return self.free_energy.finite_size or 0.0
 
     @property
     def raw(self) -> float:
         """G without finite-size term, eV/atom: what V and S belong to."""
-        return self.gibbs_eV_per_atom - self.finite_size_eV_per_atom
+        return self.gibbs - self.finite_size
 
     @property
     def error(self) -> float:
         """Sampling error and what the minimisation may still gain, eV/atom."""
-        return math.hypot(self.gibbs_error_eV_per_atom, self.predicted_decrease_eV_per_atom)
+        return math.hypot(self.gibbs_error, self.free_energy.predicted_decrease or 0.0)
 
 
-WITH_ERRORS = (
-    ("volume_A3_per_atom", "volume_error_A3_per_atom"),
-    ("entropy_eV_per_K_per_atom", "entropy_error_eV_per_K_per_atom"),
-)
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value
+
+
+WITH_ERRORS = {"volume": "volume_error_A3_per_atom", "entropy": "entropy_error_eV_per_K_per_atom"}
+"""Numbers that need an error, and its column."""
 
 
 def write_points(path: str | Path, points: Sequence[GibbsPoint]) -> None:
@@ -287,19 +279,16 @@ def _check_point(where: str, point: GibbsPoint) -> None:
         raise InputError(
             f"{where}: temperature_K: {point.temperature_K:g}: must be in K, not below 0"
         )
-    if point.status not in STATES:
-        raise InputError(
-            f"{where}: status: {point.status!r}: must be {', '.join(STATES[:-1])} or {STATES[-1]}"
-        )
-    given = point.status in ("converged", "unconverged") and math.isfinite(point.gibbs_eV_per_atom)
-    if given and not point.gibbs_error_eV_per_atom > 0:
+    given = point.status in ("converged", "unconverged") and math.isfinite(point.gibbs)
+    if given and not point.gibbs_error > 0:
         raise InputError(
             f"{where}: gibbs_error_eV_per_atom: must be above 0 (its standard error in eV/atom)"
         )
-    for value, error in WITH_ERRORS:
-        at_rest = value.startswith("entropy") and point.temperature_K == 0
-        if math.isfinite(getattr(point, value)) and not at_rest and not getattr(point, error) > 0:
-            raise InputError(f"{where}: {error}: must be above 0, because {value} is given")
+    for value, column_ in WITH_ERRORS.items():
+        at_rest = value == "entropy" and point.temperature_K == 0
+        known = math.isfinite(getattr(point, value)) and not at_rest
+        if known and not getattr(point, f"{value}_error") > 0:
+            raise InputError(f"{where}: {column_}: must be above 0, because {value} is given")
 
 
 def with_same_phase(points: Sequence[GibbsPoint]) -> list[GibbsPoint]:

@@ -6,15 +6,22 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable
-from dataclasses import asdict, astuple
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from magus_anharmonic.hull import ON_HULL
+from magus_anharmonic.io.digests import finite
 from magus_anharmonic.io.files import write_json
-from magus_anharmonic.io.tables import cell, write, write_table
+from magus_anharmonic.io.tables import write
 from magus_anharmonic.phase_diagram.boundaries import BoundaryPoint
-from magus_anharmonic.phase_diagram.diagram import ContinuousTransition, PhaseDiagram, Stable, lines
+from magus_anharmonic.phase_diagram.diagram import (
+    ContinuousTransition,
+    HullRow,
+    PhaseDiagram,
+    Stable,
+    lines,
+)
 from magus_anharmonic.phase_diagram.figures import draw, draw_hull
 from magus_anharmonic.phase_diagram.points import GibbsPoint, write_points
 from magus_anharmonic.units import GPa, ev_to_mev
@@ -25,7 +32,7 @@ SHOWN = 5
 
 
 def sentences(diagram: PhaseDiagram) -> list[str]:
-    """What the diagram says, what it rests on, and what it does not say."""
+    """What the diagram says, what it rests on, and what it does not say: one line per finding."""
     return [
         *_points(diagram),
         *_continuous_transitions(diagram),
@@ -45,8 +52,12 @@ def _where(pressure: GPa, temperature: float) -> str:
     return f"{pressure:g} GPa, {temperature:g} K"
 
 
+def _at(point: GibbsPoint) -> str:
+    return _where(point.pressure_GPa, point.temperature_K)
+
+
 def _meV(value: float, error: float) -> str:  # noqa: N802
-    return f"{ev_to_mev(value):.1f} +- {ev_to_mev(error):.1f}"
+    return f"{ev_to_mev(value):.1f} ± {ev_to_mev(error):.1f}"
 
 
 def _unique(values: Iterable[str], word: str) -> str:
@@ -58,9 +69,8 @@ def _points(diagram: PhaseDiagram) -> list[str]:
     pressures = [point.pressure_GPa for point in usable]
     temperatures = [point.temperature_K for point in usable]
     text = [
-        f"{len(usable)} of {len(diagram.points)} free energies are used, {min(pressures):g} to"
-        f" {max(pressures):g} GPa and {min(temperatures):g} to {max(temperatures):g} K; nothing is"
-        " said outside of them."
+        f"{len(usable)} of {len(diagram.points)} free energies are used: {min(pressures):g} to"
+        f" {max(pressures):g} GPa, {min(temperatures):g} to {max(temperatures):g} K."
     ]
     failed = [_failed(point) for point in diagram.points if point.useless]
     unfinished = [_unfinished(point) for point in diagram.points if point.status == "unconverged"]
@@ -72,20 +82,14 @@ def _points(diagram: PhaseDiagram) -> list[str]:
 
 
 def _failed(point: GibbsPoint) -> str:
-    return (
-        f"{point.phase} ({point.isotopes}) failed at"
-        f" {_where(point.pressure_GPa, point.temperature_K)}:"
-        f" {point.reason or 'no reason is known'}."
-    )
+    reason = point.reason or "no reason is known"
+    return f"{point.phase} ({point.isotopes}) failed at {_at(point)}: {reason}."
 
 
 def _unfinished(point: GibbsPoint) -> str:
-    bound = f"its {point.gibbs_eV_per_atom:.4f} eV/atom is an upper bound and "
-    return (
-        f"{point.phase} ({point.isotopes}) did not converge at"
-        f" {_where(point.pressure_GPa, point.temperature_K)}"
-        f" ({point.reason or 'no reason is known'}): {bound if point.bound else ''}not used."
-    )
+    bound = f"its {point.gibbs:.4f} eV/atom is an upper bound and " if point.bound else ""
+    head = f"{point.phase} ({point.isotopes}) did not converge at {_at(point)}"
+    return f"{head} ({point.reason or 'no reason is known'}): {bound}not used."
 
 
 def _continuous_transitions(diagram: PhaseDiagram) -> list[str]:
@@ -98,8 +102,8 @@ def _continuous_transitions(diagram: PhaseDiagram) -> list[str]:
         where = "; ".join(f"{_pressure_range(one)} at {one.temperature:g} K" for one in found)
         targets = _unique((one.other or one.space_group for one in found), "or")
         same = _unique((one.other for one in found if one.other), "and")
-        merged = f" Beyond, {phase} and {same} are one and the same phase." if same else ""
-        text.append(f"{phase} ({isotopes}) transforms into {targets} {where}.{merged}")
+        merged = f"; beyond, {phase} and {same} are one and the same phase" if same else ""
+        text.append(f"{phase} ({isotopes}) transforms into {targets} {where}{merged}.")
     return text
 
 
@@ -113,22 +117,18 @@ def _alike(diagram: PhaseDiagram) -> list[str]:
     """Phases with different space groups that agree in G and in volume somewhere: perhaps one
     phase, its symmetry hidden by noise."""
     text = []
-    groups: dict[tuple[str, str, float, float], list[GibbsPoint]] = {}
+    groups: dict[tuple[str, str, str], list[GibbsPoint]] = {}
     for one in (point for point in diagram.points if point.usable):
-        at = (one.isotopes, one.formula, one.pressure_GPa, one.temperature_K)
-        groups.setdefault(at, []).append(one)
-    for (isotopes, _, *at), found in groups.items():
+        groups.setdefault((one.isotopes, one.formula, _at(one)), []).append(one)
+    for (isotopes, _, where), found in groups.items():
         for one, other in itertools.combinations(found, 2):
-            gap = abs(one.gibbs_eV_per_atom - other.gibbs_eV_per_atom)
-            error = math.hypot(one.error, other.error)
-            swelling = abs(one.volume_A3_per_atom - other.volume_A3_per_atom)
-            volume_error = math.hypot(one.volume_error_A3_per_atom, other.volume_error_A3_per_atom)
+            gap, error = abs(one.gibbs - other.gibbs), math.hypot(one.error, other.error)
+            swelling = abs(one.volume - other.volume)
+            volume_error = math.hypot(one.volume_error, other.volume_error)
             if gap <= 2 * error and swelling <= 2 * volume_error:
                 text.append(
-                    f"At {_where(*at)} ({isotopes}) {one.phase} and {other.phase} agree in G"
-                    f" ({_meV(gap, error)} meV/atom apart) and in volume within two standard"
-                    " errors: perhaps they are one phase there, and a boundary between them is then"
-                    " a continuous transition."
+                    f"At {where} ({isotopes}) {one.phase} and {other.phase} agree in G"
+                    f" ({_meV(gap, error)} meV/atom) and in volume: perhaps they are one phase."
                 )
     return text
 
@@ -147,19 +147,16 @@ def _boundary(boundary: list[BoundaryPoint]) -> list[str]:
         for one in ends
     )
     return [f"{first.below} gives way to {first.above} ({first.isotopes}) at {where}{kind}."] + [
-        f"At {one.temperature_K:g} K this boundary is not pinned down by the grid: with a"
-        f" probability of {1 - one.probability_inside:.0%} the two do not cross between the"
-        " pressures that were run."
+        f"At {one.temperature_K:g} K this boundary lies outside of the grid with a probability of"
+        f" {1 - one.probability_inside:.0%}."
         for one in ends
         if one.probability_inside < SURE
     ]
 
 
 def _band(low: float, high: float) -> str:
-    return (
-        f"{f'{low:.1f}' if math.isfinite(low) else 'below the grid'} to"
-        f" {f'{high:.1f}' if math.isfinite(high) else 'above the grid'}"
-    )
+    ends = (low, "below the grid"), (high, "above the grid")
+    return " to ".join(f"{end:.1f}" if math.isfinite(end) else word for end, word in ends)
 
 
 def _no_boundary(diagram: PhaseDiagram) -> list[str]:
@@ -178,17 +175,14 @@ def _no_boundary(diagram: PhaseDiagram) -> list[str]:
             and math.isfinite(one.gap_eV_per_atom)
         ]
         if not compared:
-            text.append(
-                f"No two phases of {formula} ({isotopes}) have free energies at the same pressure"
-                " and temperature."
-            )
+            text.append(f"{formula} ({isotopes}): no two phases at one pressure and temperature.")
             continue
         closest = min(compared, key=lambda one: one.gap_eV_per_atom)
+        lowest = _unique((one.phase for one in compared), "and")
+        gap = _meV(closest.gap_eV_per_atom, closest.gap_error_eV_per_atom)
         text.append(
-            f"Lowest for {formula} ({isotopes}) wherever phases can be compared:"
-            f" {_unique((one.phase for one in compared), 'and')}; no boundary crosses the grid. The"
-            f" smallest gap is {_meV(closest.gap_eV_per_atom, closest.gap_error_eV_per_atom)}"
-            f" meV/atom, at {_where(closest.pressure_GPa, closest.temperature_K)}."
+            f"{formula} ({isotopes}): {lowest} is lowest, no boundary crosses the grid; smallest"
+            f" gap {gap} meV/atom at {_where(closest.pressure_GPa, closest.temperature_K)}."
         )
     return text
 
@@ -199,9 +193,9 @@ def _shifts(diagram: PhaseDiagram) -> list[str]:
     for line in lines(diagram.shifts):
         first, ends = line[0], _ends(line)
         where = " and ".join(
-            f"{one.shift_GPa:+.1f} GPa"
-            + (f" +- {one.error_GPa:.1f}" if math.isfinite(one.error_GPa) else " (error open)")
-            + f" at {one.temperature_K:g} K"
+            f"{one.shift_GPa:+.1f} ± "
+            + (f"{one.error_GPa:.1f}" if math.isfinite(one.error_GPa) else "unknown")
+            + f" GPa at {one.temperature_K:g} K"
             for one in ends
         )
         sure = all(abs(one.shift_GPa) > 2 * one.error_GPa for one in ends)
@@ -216,28 +210,25 @@ def _shifts(diagram: PhaseDiagram) -> list[str]:
 def _checks(diagram: PhaseDiagram) -> list[str]:
     text = []
     for one in diagram.checks:
-        found = f"not checked ({one.reason})."
+        found = f"not checked ({one.reason})"
         if not one.reason:
+            by_gibbs = _meV(one.by_gibbs, one.by_gibbs_error)
+            other = _meV(one.by_entropy_volume, one.by_entropy_volume_error)
+            agree = "agree" if one.deviation <= 2 else "DISAGREE"
             found = (
-                f"dP/dT by the free energies alone {_meV(one.by_gibbs, one.by_gibbs_error)} MPa/K,"
-                " dS/dV by the entropies and volumes alone"
-                f" {_meV(one.by_entropy_volume, one.by_entropy_volume_error)} MPa/K: they"
-                f" {'agree' if one.deviation <= 2 else 'DISAGREE'} ({one.deviation:.1f} standard"
-                " errors)."
+                f"dP/dT {by_gibbs}, dS/dV {other} MPa/K: they {agree} ({one.deviation:.1f} standard"
+                " errors)"
             )
-        text.append(
-            f"Clausius-Clapeyron, {one.below} to {one.above} ({one.isotopes}) at"
-            f" {one.temperature:.0f} K: {found}"
-        )
+        pair = f"{one.below} to {one.above} ({one.isotopes})"
+        text.append(f"Clausius-Clapeyron, {pair} at {one.temperature:.0f} K: {found}.")
     return text
 
 
 def _fits(diagram: PhaseDiagram) -> list[str]:
     """Fits that leave more than the errors explain."""
     return [
-        f"The smooth G(P,T) of {name} ({isotopes}) leaves chi^2 = {quality.chi2:.0f} for"
-        f" {quality.dof} degrees of freedom: its errors were multiplied by"
-        f" {math.sqrt(quality.inflation):.1f}."
+        f"G(P,T) of {name} ({isotopes}): chi^2 = {quality.chi2:.0f} for {quality.dof} degrees of"
+        f" freedom, errors multiplied by {math.sqrt(quality.inflation):.1f}."
         for (isotopes, _), phases in diagram.sets.items()
         for name, surface in phases.surfaces.items()
         if (quality := surface.quality).dof > 0 and quality.inflation > 1.5
@@ -247,6 +238,7 @@ def _fits(diagram: PhaseDiagram) -> list[str]:
 def _hull(diagram: PhaseDiagram) -> list[str]:
     """At the lowest and highest pressure of the lowest temperature: who is on the hull."""
     text = []
+    against = " and ".join(diagram.end_members)
     for isotopes in dict.fromkeys(row.isotopes for row in diagram.hull):
         rows = [row for row in diagram.hull if row.isotopes == isotopes]
         coldest = min(row.temperature_K for row in rows)
@@ -259,37 +251,15 @@ def _hull(diagram: PhaseDiagram) -> list[str]:
                 else f"{one.name} on it (probability {one.p_on_hull:.0%})"
                 for one in entries
             )
-            against = " and ".join(diagram.end_members)
             text.append(f"Hull against {against} at {_where(*at)} ({isotopes}): {found}.")
     return text
 
 
 def _errors(diagram: PhaseDiagram) -> str:
-    model = (
-        f"and {ev_to_mev(diagram.model_error):g} meV/atom for the potential in each phase"
-        if diagram.model_error > 0
-        else "but not the error of the potential (key model_error)"
-    )
-    return (
-        f"The bands hold the sampling error of G, V and S and the choice of the fit, {model}; "
-        "finite size enters through the term in G only."
-    )
-
-
-HULL_COLUMNS = (
-    "isotopes",
-    "pressure_GPa",
-    "temperature_K",
-    "phase",
-    "formula",
-    "fractions",
-    "formation_eV_per_atom",
-    "formation_error_eV_per_atom",
-    "distance_eV_per_atom",
-    "margin_eV_per_atom",
-    "error_eV_per_atom",
-    "p_on_hull",
-)
+    model = "but not the error of the potential (key model_error)"
+    if diagram.model_error > 0:
+        model = f"and {ev_to_mev(diagram.model_error):g} meV/atom for the potential in each phase"
+    return f"The bands hold the sampling error of G, V and S and the choice of the fit, {model}."
 
 
 def write_diagram(diagram: PhaseDiagram, folder: str | Path) -> dict[str, Path]:
@@ -306,11 +276,7 @@ def write_diagram(diagram: PhaseDiagram, folder: str | Path) -> dict[str, Path]:
     svg, png = draw(diagram, target)
     pictures = {"png": png, "svg": svg}
     if diagram.hull:
-        rows = (
-            [row.isotopes, row.pressure_GPa, row.temperature_K, *astuple(row.entry)]
-            for row in diagram.hull
-        )
-        write_table(target / "hull.csv", HULL_COLUMNS, ([cell(x) for x in row] for row in rows))
+        write(HullRow, target / "hull.csv", diagram.hull)
         pictures["hull"] = draw_hull(diagram.hull, diagram.end_members, target)[1]
     write_json(target / "summary.json", summary(diagram))
     return pictures
@@ -342,7 +308,7 @@ def summary(diagram: PhaseDiagram) -> dict[str, Any]:
         for (isotopes, formula), phases in diagram.sets.items()
         for name, surface in phases.surfaces.items()
     ]
-    return _finite(
+    return finite(
         {
             "sentences": sentences(diagram),
             "n_points": len(diagram.points),
@@ -360,11 +326,3 @@ def summary(diagram: PhaseDiagram) -> dict[str, Any]:
             "notes": list(diagram.notes),
         }
     )
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -341,8 +341,8 @@ def _data(points: Sequence[GibbsPoint], kinds: Sequence[str]) -> _Data:
     for p in points:
         given = {
             "G": (p.raw, max(p.error, 1e-7)),
-            "V": (p.volume_A3_per_atom, p.volume_error_A3_per_atom),
-            "S": (p.entropy_eV_per_K_per_atom, p.entropy_error_eV_per_K_per_atom),
+            "V": (p.volume, p.volume_error),
+            "S": (p.entropy, p.entropy_error),
         }
         rows += [
             (p.pressure_GPa, p.temperature_K, *given[kind], kind)
@@ -475,7 +475,7 @@ def _quality(
 def _finite_size(points: Sequence[GibbsPoint]) -> Model | None:
     """The finite-size term as a smooth function of its own: a parabola in P, one Einstein term in
     T; errors from what is left over."""
-    values = np.array([point.finite_size_eV_per_atom for point in points])
+    values = np.array([point.finite_size for point in points])
     if not np.isfinite(values).all() or not values.any():
         return None
     n = len(points)

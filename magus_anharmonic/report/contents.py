@@ -6,7 +6,7 @@ from __future__ import annotations
 import functools
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,17 +15,24 @@ from ase import Atoms
 from magus_anharmonic.errors import InputError, MagusAnharmonicError, reason_of
 from magus_anharmonic.io.digests import digest
 from magus_anharmonic.io.files import read_json_if_there, read_jsonl
-from magus_anharmonic.io.tables import text_rows
-from magus_anharmonic.paper import findings
-from magus_anharmonic.paper.tables import DISPERSIONS, RANKINGS, ranking_files
+from magus_anharmonic.io.tables import number, text_rows
+from magus_anharmonic.paper import findings, script
+from magus_anharmonic.paper.tables import DISPERSIONS, RANKINGS, learning_points, ranking_files
 from magus_anharmonic.ranking.candidate import read_ranking
-from magus_anharmonic.report import figures, text
+from magus_anharmonic.report import figures
 from magus_anharmonic.report import structures as found_crystals
 from magus_anharmonic.report.figures import Picture
-from magus_anharmonic.report.raw_tables import RawTable, number, read_raw_table
 from magus_anharmonic.report.structures import Crystal
-from magus_anharmonic.report.text import RankingView, ranking_views
+from magus_anharmonic.report.text import (
+    RankingView,
+    conditions,
+    hull_parts,
+    ranking_views,
+    sentences,
+)
+from magus_anharmonic.runs.record import CampaignFolder
 from magus_anharmonic.runs.status import present_steps
+from magus_anharmonic.units import duration
 
 ROWS = 200
 """Most rows of a table on the page; the file holds all."""
@@ -46,16 +53,42 @@ EXPECTED = (
 )
 """Files of ``campaign/tables`` and what is missing on the page without them."""
 
-TABLES = (
-    ("model_errors.csv", "Errors of the models"),
-    ("space_groups.csv", "Space groups"),
-    ("modes.csv", "Soft modes"),
-    ("gradient_errors.csv", "Errors of forces and of free-energy gradients"),
-    ("gibbs_correction.csv", "Corrections of the free energies by DFT labels"),
-)
-"""Tables that the page shows as they are."""
+TABLES = {
+    "model_errors.csv": "Errors of the models",
+    "space_groups.csv": "Space groups",
+    "modes.csv": "Soft modes",
+    "gradient_errors.csv": "Errors of forces and of free-energy gradients",
+    "gibbs_correction.csv": "Corrections of the free energies by DFT labels",
+}
+"""Tables of a campaign that the page shows as they are."""
+
+DIAGRAM_TABLES = {
+    "boundaries.csv": "Boundaries",
+    "stability.csv": "Stable phases",
+    "hull.csv": "Convex hull",
+    "gibbs.csv": "Free energies",
+}
+"""Those of a phase diagram."""
+
+COUNTS = ("n_structures", "n_evaluations", "n_labels", "wall_s")
+"""What a step costs."""
 
 Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class RawTable:
+    """The first rows of a table as text. ``total`` counts all rows of the file, shown or not."""
+
+    name: str
+    columns: tuple[str, ...] = ()
+    rows: list[dict[str, str]] = field(default_factory=list)
+    total: int = 0
+
+    @property
+    def hidden(self) -> int:
+        """Rows of the file that are not in ``rows``."""
+        return self.total - len(self.rows)
 
 
 @dataclass
@@ -90,69 +123,119 @@ class Contents:
             self.problems.append(reason_of(error))
         return otherwise
 
+    def json(self, name: str) -> dict[str, Any]:
+        """A JSON file of the folder, empty where there is none to read."""
+        return self.attempt(lambda: read_json_if_there(self.folder / name), {})
+
+    def table(self, path: Path, limit: int | None = ROWS) -> RawTable:
+        """The first ``limit`` rows (None: all) of a CSV file; a missing file is an empty table."""
+        rows: list[dict[str, str]] = []
+        total = 0
+
+        def read() -> None:
+            nonlocal total
+            for total, line in enumerate(text_rows(path, shown=path.name), start=1):
+                if limit is None or total <= limit:
+                    rows.append(line)
+
+        if path.is_file():
+            self.attempt(read, None)
+        return RawTable(path.name, tuple(rows[0]) if rows else (), rows, total)
+
+    def show_tables(self, folder: Path, titles: dict[str, str]) -> None:
+        """Those tables of a folder that have rows."""
+        found = [(title, self.table(folder / name)) for name, title in titles.items()]
+        self.tables = [(title, table) for title, table in found if table.rows]
+
+    def add_rankings(self, paths: Sequence[Path]) -> None:
+        """The rankings of these files, by pressure and temperature."""
+        for path in paths:
+            views = functools.partial(lambda p: ranking_views(p.name, read_ranking(p)), path)
+            self.rankings += self.attempt(views, [])
+        self.rankings.sort(key=lambda view: (view.pressure, view.temperature))
+
+    def finish(self, parts: Sequence[tuple[str, list[str]]], files: Sequence[Path]) -> Contents:
+        """The summary of those ``parts`` that say something, and where everything came from."""
+        where = conditions(self.rankings)
+        self.title += f": {where}" if where else ""
+        self.problems = list(dict.fromkeys(self.problems))
+        self.summary = [(title, lines) for title, lines in parts if lines]
+        named = [
+            row.get("model_id", row.get("model", "")) for _, t in self.tables for row in t.rows
+        ]
+        named += [row.model for view in self.rankings for row in view.rows]
+        self.models = list(filter(None, dict.fromkeys([self.record.get("model"), *named])))
+        self.hashes = [(path.name, digest(path)) for path in files if path.is_file()]
+        return self
+
+    def cost(self) -> list[str]:
+        """What everything took together."""
+        evaluations, labels, seconds = (
+            sum(step.get(name) or 0.0 for step in self.steps) for name in COUNTS[1:]
+        )
+        parts = {
+            f"{evaluations:,.0f} force evaluations": evaluations,
+            f"{labels:,.0f} DFT labels": labels,
+            duration(seconds): seconds,
+        }
+        told = [words for words, value in parts.items() if value]
+        return [f"{', '.join(told)} in all."] if told else []
+
 
 def gather(folder: str | Path) -> Contents:
     """Contents of a campaign (``folder``, ``folder/campaign``), a search (``folder``, ``results``,
-    ``results/anharmonic``) or a ranking.
+    ``results/anharmonic``), a ranking or a phase diagram.
 
     Raises ``InputError``: no such folder, or nothing of ours in it.
     """
-    root = Path(folder)
-    if not root.is_dir():
-        raise InputError(f"{root}: no such folder")
-    for campaign in (root / "campaign", root):
-        if (campaign / "steps.json").is_file() or (campaign / "tables").is_dir():
-            return campaign_contents(campaign)
+    root, campaign = Path(folder), CampaignFolder.find(folder)
+    if campaign is not None:
+        return campaign_contents(campaign.root)
+    if (root / "summary.json").is_file() and (root / "gibbs.csv").is_file():
+        return diagram_contents(root)
     for anharmonic in (root / "results" / "anharmonic", root / "anharmonic", root):
         if (anharmonic / "run.json").is_file() or (anharmonic / "ranking.csv").is_file():
             return search_contents(anharmonic)
     raise InputError(
         f"{root}: neither a campaign (campaign/steps.json, campaign/tables) nor a search"
-        " (results/anharmonic/run.json) nor a ranking (ranking.csv); give the folder in which one"
-        " of them was run"
+        " (results/anharmonic/run.json) nor a ranking (ranking.csv) nor a phase diagram"
+        " (summary.json); give the folder in which one of them was run"
     )
+
+
+# --- a campaign -----------------------------------------------------------------------------------
 
 
 def campaign_contents(folder: Path) -> Contents:
     """Contents of ``campaign/``."""
     contents = Contents(folder, "campaign", f"Campaign {folder.resolve().parent.name}")
-    tables = folder / "tables"
-    contents.record = contents.attempt(lambda: read_json_if_there(folder / "run.json"), {})
-    steps = contents.attempt(lambda: read_json_if_there(folder / "steps.json"), {})
-    steps = present_steps(
-        folder,
-        {
-            name: step
-            for name, step in steps.items()
-            if isinstance(step, dict) and not _writes_this(name, step)
-        },
-    )
-    contents.steps = _steps(
-        steps, contents.attempt(lambda: read_raw_table(tables / "cost.csv"), RawTable("cost.csv"))
-    )
-    for path in ranking_files(tables):
-        contents.rankings += contents.attempt(
-            lambda path=path: ranking_views(path.name, read_ranking(path)), []
-        )
-    contents.rankings.sort(key=lambda view: (view.pressure, view.temperature))
-    raw_tables = {}
-    for name, title in TABLES:
-        raw_tables[name] = contents.attempt(
-            lambda name=name: read_raw_table(tables / name, ROWS), RawTable(name)
-        )
-        if raw_tables[name]:
-            contents.tables.append((title, raw_tables[name]))
+    files = CampaignFolder(folder)
+    tables = files.tables
+    contents.record = contents.json("run.json")
+    stored = contents.json("steps.json").items()
+    steps = {n: step for n, step in stored if isinstance(step, dict) and not _writes_this(n, step)}
+    steps = present_steps(folder, steps)
+    contents.steps = _steps(steps, contents.table(tables / "cost.csv", None))
+    contents.add_rankings(ranking_files(tables))
+    contents.show_tables(tables, TABLES)
     contents.crystals = contents.attempt(
         lambda: found_crystals.campaign_crystals(tables / "structures.extxyz", contents.rankings),
         [],
     )
-    _failures(contents, tables / "failures.csv")
-    contents.summary = _campaign_summary(contents, tables, steps)
-    contents.pictures = _campaign_pictures(contents, folder)
+    _failures(contents, contents.table(tables / "failures.csv", None))
+    contents.pictures = _analysed(contents, files)
     contents.missing = [*_campaign_missing(tables, steps, contents), *contents.missing]
-    contents.models = _models(contents, raw_tables["model_errors.csv"])
-    contents.hashes = _hashes(sorted(tables.glob("*")) if tables.is_dir() else [])
-    return contents
+
+    def found(finding: Callable[[Path], list[str]]) -> list[str]:
+        return contents.attempt(lambda: finding(tables), [])
+
+    parts = [
+        ("", [*_progress(steps), *found(findings.stored), *found(findings.models)]),
+        *((view.title, sentences(view.rows)) for view in contents.rankings),
+        ("Checks", [line for check in findings.CHECKS for line in found(check)]),
+        ("Cost", contents.cost()),
+    ]
+    return contents.finish(parts, sorted(tables.glob("*")))
 
 
 def _writes_this(name: str, step: dict[str, Any]) -> bool:
@@ -165,106 +248,43 @@ def _steps(steps: dict[str, dict[str, Any]], cost: RawTable) -> list[dict[str, A
     """One row per step: its state from steps.json, its numbers from there or from cost.csv."""
     spent = {row.get("step", ""): row for row in cost.rows}
     rows = []
-    for name in [*steps, *(name for name in spent if name not in steps)]:
+    for name in dict.fromkeys([*steps, *spent]):
         step, paid = steps.get(name, {}), spent.get(name, {})
-        row: dict[str, Any] = {
-            "step": name,
-            "status": step.get("status", "done"),
-            "reason": step.get("reason") or "",
-        }
-        for key in ("n_structures", "n_evaluations", "n_labels", "wall_s"):
-            row[key] = (
-                number(str(step.get(key)))
-                if number(str(step.get(key))) is not None
-                else number(paid.get(key))
-            )
-        rows.append(row)
+        told = {"status": step.get("status", "done"), "reason": step.get("reason") or ""}
+        found = ((number(str(step.get(key))), number(paid.get(key))) for key in COUNTS)
+        counts = (paid if own is None else own for own, paid in found)
+        rows.append({"step": name, **told, **dict(zip(COUNTS, counts, strict=True))})
     return rows
 
 
-def _campaign_summary(
-    contents: Contents, tables: Path, steps: dict[str, Any]
-) -> list[tuple[str, list[str]]]:
-    tally = text.EnthalpyTally()
-    if (tables / "enthalpies.csv").is_file():
-        contents.attempt(
-            lambda: [
-                tally.add(row)
-                for row in text_rows(tables / "enthalpies.csv", shown="enthalpies.csv")
-            ].clear(),
-            None,
-        )
-    parts = [
-        (
-            "",
-            [
-                *text.step_sentence(steps),
-                *tally.sentences(),
-                *contents.attempt(lambda: findings.models(tables), []),
-            ],
-        ),
-        *((view.title, text.ranking_sentences(view)) for view in contents.rankings),
-        (
-            "Checks",
-            [
-                line
-                for check in findings.CHECKS
-                for line in contents.attempt(functools.partial(check, tables), [])
-            ],
-        ),
-        ("Cost", text.cost_sentence(contents.steps)),
+def _progress(steps: dict[str, dict[str, Any]]) -> list[str]:
+    """How far a campaign has come."""
+    counts = Counter(str(step.get("status", "open")) for step in steps.values())
+    rest = [
+        f"{counts[status]} {'not begun' if status == 'open' else status}"
+        for status in ("failed", "running", "interrupted", "open")
+        if counts[status]
     ]
-    return [(title, lines) for title, lines in parts if lines]
+    if not rest:
+        return [f"All {len(steps)} steps of the campaign are done."] * bool(steps)
+    done = f"{counts['done']} of {len(steps)} steps of the campaign are done"
+    return [f"{done} ({', '.join(rest)}): what follows is what there is so far."]
 
 
-def _campaign_pictures(contents: Contents, folder: Path) -> list[Picture]:
-    pictures = _analysed(contents, folder)
-    drawn = {picture.name for picture in pictures}
-    pictures += [
-        picture
-        for picture in figures.stored_pictures(folder / "figures")
-        if picture.name not in drawn
-    ]
-    names = " ".join(picture.name for picture in pictures)
-    if "learning" not in names:
-        raw = contents.attempt(
-            lambda: read_raw_table(folder / "tables" / "learning.csv"), RawTable("learning.csv")
-        )
-        points = [
-            {
-                "step": row.get("step", ""),
-                "generation": number(row.get("generation")) or 0,
-                "energy": number(row.get("energy_rmse_eV_per_atom")),
-                "force": number(row.get("force_rmse_eV_per_A")),
-            }
-            for row in raw.rows
-            if row.get("set") == "validation"
-        ]
-        learning = figures.learning_picture(points, "tables/learning.csv")
-        pictures += [learning] if learning else []
-    return pictures
-
-
-def _analysed(contents: Contents, folder: Path) -> list[Picture]:
+def _analysed(contents: Contents, files: CampaignFolder) -> list[Picture]:
     """Have the analysis draw every figure that the tables allow; what it cannot draw is missing,
     with its reason (once: not for a table that is said to be missing anyway)."""
-    if not (folder / "tables").is_dir():
-        return []
-    from magus_anharmonic.paper import script
-
-    figures_made, figures_missing = script("figures").make_figures(folder)
-    named = [name for name, _ in EXPECTED if not any((folder / "tables").glob(name))]
-    told = [
-        one
-        for one in figures_missing
+    made, missing = [], []
+    if files.tables.is_dir():
+        made, missing = script("figures").make_figures(files.root)
+    named = [name for name, _ in EXPECTED if not any(files.tables.glob(name))]
+    contents.missing += [
+        f"Figure {one.name}: {one.reason}."
+        for one in missing
         if not any(one.reason.startswith(f"{name} is not there") for name in named)
     ]
-    contents.missing += [f"Figure {one.name}: {one.reason}." for one in told]
-    pictures = [
-        figures.stored_picture(folder / "figures", one.name, title=one.title, alt=one.alt)
-        for one in figures_made
-    ]
-    return [picture for picture in pictures if picture is not None]
+    words = {one.name: {"title": one.title, "alt": one.alt} for one in made}
+    return figures.stored_pictures(files.figures, words)
 
 
 def _campaign_missing(tables: Path, steps: dict[str, Any], contents: Contents) -> list[str]:
@@ -276,29 +296,28 @@ def _campaign_missing(tables: Path, steps: dict[str, Any], contents: Contents) -
             lines.append(f"Step {name} is {'not begun' if status == 'open' else status}{reason}.")
     missing = [f"{what} ({name})" for name, what in EXPECTED if not any(tables.glob(name))]
     lines += [f"Not there yet: {what}." for what in missing]
-    shown = {crystal.line.id for crystal in contents.crystals}
-    lacking = {
-        line.id for view in contents.rankings for line in view.lines[: found_crystals.FILES]
-    } - shown
-    if contents.rankings and lacking and any(tables.glob("structures.extxyz")):
+    first = {line.id for view in contents.rankings for line in view.lines[: found_crystals.FILES]}
+    lacking = first - {crystal.line.id for crystal in contents.crystals}
+    if lacking and any(tables.glob("structures.extxyz")):
         lines.append(
             f"{len(lacking)} of the lowest structures of the rankings are not in structures.extxyz."
         )
     return lines
 
 
+# --- a search or a ranking ------------------------------------------------------------------------
+
+
 def search_contents(folder: Path) -> Contents:
     """Contents of ``results/anharmonic/`` or of a folder of ``rank``."""
     absolute = folder.resolve()
-    name = absolute.parent.parent.name if absolute.name == "anharmonic" else absolute.name
-    kind = "search" if absolute.name == "anharmonic" else "ranking"
+    searched = absolute.name == "anharmonic"
+    kind, name = ("search", absolute.parents[1].name) if searched else ("ranking", absolute.name)
     contents = Contents(folder, kind, f"{kind.capitalize()} {name}")
-    contents.record = contents.attempt(lambda: read_json_if_there(folder / "run.json"), {})
+    contents.record = contents.json("run.json")
     ranking = folder / "ranking.csv"
     if ranking.is_file():
-        contents.rankings = contents.attempt(
-            lambda: ranking_views(ranking.name, read_ranking(ranking)), []
-        )
+        contents.add_rankings([ranking])
     else:
         contents.missing.append(
             "No ranking yet: ranking.csv is written at the end of the first generation."
@@ -310,27 +329,29 @@ def search_contents(folder: Path) -> Contents:
     contents.crystals = contents.attempt(
         lambda: found_crystals.search_crystals(folder, contents.rankings, starts), []
     )
-    _failures(contents, folder / "failures.jsonl")
-    progress = contents.attempt(lambda: read_json_if_there(folder / "search.json"), {})
-    contents.summary = [
-        *_progress(contents, progress),
-        *((view.title, text.ranking_sentences(view)) for view in contents.rankings),
-        *text.hull_parts(contents.rankings),
+    failed = read_jsonl(folder / "failures.jsonl")
+    _failures(contents, _failed_rows(failed))
+    rounds = [one for one in read_jsonl(folder / "metrics.jsonl") if _whole(one.get("generation"))]
+    contents.steps = _search_cost(contents.rankings, rounds)
+    contents.pictures = _search_pictures(contents, rounds[-ROWS:])
+    parts = [
+        ("", _generations(contents)),
+        *((view.title, sentences(view.rows)) for view in contents.rankings),
+        *hull_parts(contents.rankings),
+        ("Cost", contents.cost() if rounds else []),
     ]
-    contents.pictures = _search_pictures(contents, folder)
-    contents.models = _models(contents, RawTable(""))
-    contents.hashes = _hashes(
-        [
-            path
-            for path in (ranking, folder / "metrics.jsonl", folder / "quantum.traj")
-            if path.is_file()
-        ]
-    )
-    return contents
+    files = [ranking, folder / "metrics.jsonl", folder / "quantum.traj"]
+    return contents.finish(parts, files)
 
 
-def _progress(contents: Contents, progress: dict[str, Any]) -> list[tuple[str, list[str]]]:
-    finished, planned = progress.get("finished"), _setting(contents.record, "num_gen")
+def _whole(value: object) -> bool:
+    return isinstance(value, int)
+
+
+def _generations(contents: Contents) -> list[str]:
+    settings = contents.record.get("settings")
+    finished = contents.json("search.json").get("finished")
+    planned = settings.get("num_gen") if isinstance(settings, dict) else None
     if not isinstance(finished, int) or not isinstance(planned, int):
         return []
     if finished < planned:
@@ -338,33 +359,36 @@ def _progress(contents: Contents, progress: dict[str, Any]) -> list[tuple[str, l
             f"Generations {finished + 1} to {planned}: the search is not finished (start it again"
             " with -r)."
         )
-    return [("", [f"{finished} of {planned} generations are finished."])]
+    return [f"{finished} of {planned} generations are finished."]
 
 
-def _setting(record: dict[str, Any], key: str) -> Any:
-    settings = record.get("settings")
-    return settings.get(key) if isinstance(settings, dict) else None
-
-
-def _search_pictures(contents: Contents, folder: Path) -> list[Picture]:
-    slope_chart = [
-        figures.slope_chart_picture(view.rows, view.title, view.file) for view in contents.rankings
+def _search_cost(
+    rankings: Sequence[RankingView], rounds: Sequence[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """What each round of learning took, and the SSCHA runs together."""
+    latest = {record["generation"]: record for record in rounds}
+    rows = [
+        {
+            **dict.fromkeys(COUNTS),
+            "step": f"learning, generation {generation}",
+            "n_labels": number(str(record.get("n_labels"))),
+            "wall_s": sum(
+                number(str(record.get(f"seconds_{part}"))) or 0.0 for part in ("labels", "training")
+            ),
+        }
+        for generation, record in latest.items()
     ]
-    records = read_jsonl(folder / "metrics.jsonl")[-ROWS:]
-    points = []
-    for record in records:
-        scores = (record.get("new") or {}).get("validation") or {}
-        if isinstance(record.get("generation"), int):
-            energy, force = scores.get("energy_rmse"), scores.get("force_rmse")
-            points.append(
-                {
-                    "step": "search",
-                    "generation": record["generation"],
-                    "energy": energy,
-                    "force": force,
-                }
-            )
-    pictures = [*slope_chart, figures.learning_picture(points, "metrics.jsonl")]
+    runs = [row.free_energy.n_evaluations for view in rankings for row in view.rows]
+    if any(runs):
+        counts = {"n_structures": sum(map(bool, runs)), "n_evaluations": sum(runs)}
+        rows.append({**dict.fromkeys(COUNTS), "step": "SSCHA", **counts})
+    return [{"status": "done", "reason": "", **row} for row in rows]
+
+
+def _search_pictures(contents: Contents, rounds: Sequence[dict[str, Any]]) -> list[Picture]:
+    found = [figures.slope_chart_picture(view) for view in contents.rankings]
+    points = [point for record in rounds for point in learning_points("search", record)]
+    found.append(figures.learning_picture(points, "metrics.jsonl"))
     best = {
         line.sscha_folder: line
         for view in contents.rankings
@@ -372,72 +396,83 @@ def _search_pictures(contents: Contents, folder: Path) -> list[Picture]:
         if line.sscha_folder and line.rank_quantum
     }
     for name, line in best.items():
-        convergence = figures.stored_picture(folder / "sscha" / Path(name).name, "convergence")
-        if convergence is not None:
-            title = f"Convergence of {line.label} ({line.spg_quantum or line.spg_static})"
-            alt = convergence.alt.replace(convergence.title, title, 1)
-            pictures.append(
-                Picture(
-                    f"convergence-{line.id}",
-                    title,
-                    alt,
-                    convergence.uri,
-                    f"sscha/{name}/convergence.csv",
-                )
-            )
-    return [picture for picture in pictures if picture is not None]
+        run = contents.folder / "sscha" / Path(name).name
+        title = f"Convergence of {line.label} ({line.spg_quantum or line.spg_static})"
+        one = figures.stored_picture(run, "convergence", title=title)
+        if one is not None:
+            data = f"sscha/{run.name}/convergence.csv"
+            found.append(replace(one, name=f"convergence-{line.id}", data=data))
+    return [picture for picture in found if picture is not None]
 
 
-def _failures(contents: Contents, path: Path) -> None:
-    """Failures of a file (CSV or JSON lines) and of the rankings, and how often each reason
-    occurs."""
-    reasons: Counter[str] = Counter()
-    rows: list[dict[str, str]] = []
-    total = 0
-    if path.suffix == ".jsonl":
-        records = read_jsonl(path)
-        total = len(records)
-        lines = [
+# --- a phase diagram ------------------------------------------------------------------------------
+
+
+def diagram_contents(folder: Path) -> Contents:
+    """Contents of a folder of ``phase-diagram``."""
+    contents = Contents(folder, "phase diagram", f"Phase diagram {folder.resolve().name}")
+    contents.record = contents.json("run.json")
+    contents.show_tables(folder, DIAGRAM_TABLES)
+    points = contents.table(folder / "gibbs.csv", None).rows
+    contents.title += _range_of(points)
+    rows: dict[str, dict[str, Any]] = {}
+    for point in points:
+        name = f"{point.get('phase')} ({point.get('isotopes') or 'natural'})"
+        told = {"step": name, "status": "done", "reason": "", "n_structures": 0, "n_evaluations": 0}
+        row = rows.setdefault(name, {**dict.fromkeys(COUNTS), **told})
+        row["n_structures"] += 1
+        row["n_evaluations"] += number(point.get("n_evaluations")) or 0
+    contents.steps = list(rows.values())
+    _failures(
+        contents,
+        _failed_rows(
             {
-                "step": str(r.get("stage", "")),
-                "id": str(r.get("id", "")),
-                "reason": str(r.get("reason", "")),
+                "stage": f"{one['pressure_GPa']} GPa, {one['temperature_K']} K",
+                "id": f"{one['phase']} ({one.get('isotopes') or 'natural'})",
+                "reason": one["reason"],
             }
-            for r in records
-        ]
-        reasons.update(line["reason"] for line in lines)
-        rows = lines[:ROWS]
-    elif path.is_file():
-
-        def count() -> None:
-            nonlocal total
-            for line in text_rows(path, shown=path.name):
-                total += 1
-                reasons[line.get("reason", "")] += 1
-                if total <= ROWS:
-                    rows.append(line)
-
-        contents.attempt(count, None)
-    listed = {row.get("id") for row in rows}
-    for view in contents.rankings:
-        failed = [row for row in view.rows if row.status == "failed" and row.id not in listed]
-        total += len(failed)
-        reasons.update(row.reason for row in failed)
-        rows += [
-            {"step": f"ranking, {view.title}", "id": row.id, "reason": row.reason}
-            for row in failed[:ROWS]
-        ]
-    contents.failures = RawTable(path.name, ("step", "id", "reason"), rows[:ROWS], total)
-    contents.reasons = reasons.most_common(10)
+            for one in points
+            if one.get("status") == "failed"
+        ),
+    )
+    stored = contents.json("summary.json").get("sentences")
+    said = [str(line) for line in stored] if isinstance(stored, list) else []
+    names = {"phase-diagram": "Phase diagram", "hull": "Convex hull of the free energies"}
+    words = {name: {"title": title, "alt": " ".join(said)} for name, title in names.items()}
+    contents.pictures = figures.stored_pictures(folder, words)
+    parts = [("", said), ("Cost", contents.cost())]
+    return contents.finish(parts, sorted(folder.glob("*.csv")))
 
 
-def _models(contents: Contents, errors: RawTable) -> list[str]:
-    """Ids of all models of which numbers are shown, in the order in which they appear."""
-    named = [row.get("model_id", "") for row in errors.rows]
-    named += [row.model for view in contents.rankings for row in view.rows]
-    started = contents.record.get("model")
-    return [name for name in dict.fromkeys([str(started or ""), *named]) if name]
+def _range_of(points: Sequence[dict[str, str]]) -> str:
+    """``": H3S, 50 to 150 GPa, 0 to 300 K"``."""
+    parts = [", ".join(dict.fromkeys(filter(None, (one.get("formula") for one in points))))]
+    for column, unit in (("pressure_GPa", "GPa"), ("temperature_K", "K")):
+        values = [v for v in (number(one.get(column)) for one in points) if v is not None]
+        ends = sorted({min(values), max(values)}) if values else []
+        parts.append(" to ".join(f"{v:g}" for v in ends) + f" {unit}" * bool(ends))
+    shown = ", ".join(filter(None, parts))
+    return f": {shown}" if shown else ""
 
 
-def _hashes(paths: Sequence[Path]) -> list[tuple[str, str]]:
-    return [(path.name, digest(path)) for path in paths if path.is_file()]
+# --- failures -------------------------------------------------------------------------------------
+
+
+def _failed_rows(records: Any) -> RawTable:
+    """Records of failures.jsonl as a table."""
+    keys = {"step": "stage", "id": "id", "reason": "reason"}
+    rows = [{name: str(one.get(key, "")) for name, key in keys.items()} for one in records]
+    return RawTable("failures.jsonl", tuple(keys), rows, len(rows))
+
+
+def _failures(contents: Contents, table: RawTable) -> None:
+    """Failures of a file and of the rankings, and how often each reason occurs."""
+    listed = {row.get("id") for row in table.rows}
+    rows = table.rows + [
+        {"step": f"ranking, {view.title}", "id": row.id, "reason": row.reason}
+        for view in contents.rankings
+        for row in view.rows
+        if row.status == "failed" and row.id not in listed
+    ]
+    contents.reasons = Counter(row.get("reason", "") for row in rows).most_common(10)
+    contents.failures = RawTable(table.name, ("step", "id", "reason"), rows[:ROWS], len(rows))

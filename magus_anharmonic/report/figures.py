@@ -7,18 +7,24 @@ import io
 import re
 import struct
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+import numpy as np
 
 from magus_anharmonic.errors import InputError
-from magus_anharmonic.io.tables import text_rows
-from magus_anharmonic.ranking.candidate import Candidate, numbered
-from magus_anharmonic.report.raw_tables import number
+from magus_anharmonic.io import pictures
+from magus_anharmonic.io.tables import number, text_rows
+from magus_anharmonic.paper import script
+from magus_anharmonic.paper.tables import LearningPoint
+from magus_anharmonic.ranking.candidate import Candidate
+from magus_anharmonic.report.text import RankingView
 from magus_anharmonic.units import ev_to_mev
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 LARGEST_SVG = 400_000
@@ -58,11 +64,14 @@ class Picture:
     wide: bool = False
 
 
-def stored_pictures(folder: Path) -> list[Picture]:
-    """Every figure of ``figures/``: ``NAME.svg`` or, when that is large or absent, ``NAME.png``;
-    described from its own text or CSV."""
+def stored_pictures(
+    folder: Path, words: Mapping[str, Mapping[str, str]] | None = None
+) -> list[Picture]:
+    """Every figure of a folder: ``NAME.svg`` or, when that is large or absent, ``NAME.png``;
+    described by ``words`` (name -> title and alt), else from its own text or CSV."""
     names = sorted({path.stem for path in (*folder.glob("*.svg"), *folder.glob("*.png"))})
-    found = (stored_picture(folder, name) for name in names)
+    known = words or {}
+    found = (stored_picture(folder, name, **known.get(name, {})) for name in names)
     return [picture for picture in found if picture is not None]
 
 
@@ -145,17 +154,12 @@ def described(title: str, table: Path) -> str:
 
 
 def drawn(figure: Figure, name: str, title: str, alt: str, data: str = "") -> Picture:
-    """A matplotlib figure as a picture, text as text where the browser has the font."""
-    from matplotlib import rc_context
-
+    """A matplotlib figure as a picture; call it inside `pictures.figure`."""
     buffer = io.BytesIO()
-    with rc_context({"svg.fonttype": "path", "svg.hashsalt": name}):
-        figure.savefig(
-            buffer, format="svg", metadata={"Date": None, "Title": title, "Description": alt}
-        )
-    return Picture(
-        name, title, alt, _uri(buffer.getvalue(), ".svg"), data, _wide(buffer.getvalue())
-    )
+    words = {"Date": None, "Title": title, "Description": alt}
+    figure.savefig(buffer, format="svg", metadata=words)
+    content = buffer.getvalue()
+    return Picture(name, title, alt, _uri(content, ".svg"), data, _wide(content))
 
 
 def _wide(content: bytes) -> bool:
@@ -174,78 +178,84 @@ def _uri(content: bytes, suffix: str) -> str:
     return f"data:{kind};base64,{base64.b64encode(content).decode('ascii')}"
 
 
-def slope_chart_picture(rows: Sequence[Candidate], where: str, data: str) -> Picture | None:
+def slope_chart_picture(view: RankingView) -> Picture | None:
     """Slope chart of enthalpies and free energies; None without a free energy."""
-    from magus_anharmonic.report.summary import slope_chart
-
-    best = [row for row in numbered([row for row in rows if row.phase_ranked]) if row.rank_quantum]
+    best = [row for row in view.rows if row.rank_quantum]
     if not best:
         return None
     order = ", ".join(
-        f"{row.rank_quantum}. {row.spg_quantum or row.spg_static} (place"
-        f" {row.rank_static or '-'} by enthalpy)"
+        f"{row.rank_quantum}. {row.spg_quantum or row.spg_static} ({row.rank_static or '-'}. by"
+        " enthalpy)"
         for row in best[:5]
     )
-    alt = (
-        f"Slope chart at {where}: enthalpy on the left, free energy on the right,"
-        f" joined by lines. By free energy: {order}."
-    )
-    return drawn(
-        slope_chart(rows), f"ranking-{where}", f"Enthalpy and free energy at {where}", alt, data
-    )
+    title = f"Enthalpy and free energy of {view.title}"
+    with pictures.figure(size=CHART) as (figure, (axes,)):
+        _draw_slopes(axes, view.rows)
+        return drawn(figure, f"ranking-{view.title}", title, f"By G: {order}.", view.file)
 
 
-def learning_picture(points: Sequence[dict[str, Any]], data: str) -> Picture | None:
-    """Errors of energy (meV/atom) and forces (meV/A) on the validation labels against the number of
-    labels; None without a point."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
+def slope_chart(rows: Sequence[Candidate], folder: Path, name: str) -> list[Path]:
+    """Static enthalpy against free energy order of one composition, ``NAME.svg`` and ``.png``."""
+    with pictures.figure(size=CHART) as (figure, (axes,)):
+        _draw_slopes(axes, rows)
+        return pictures.save(figure, folder, name)
 
+
+CHART = (6.4, 4.4)
+"""Inches."""
+
+
+def _draw_slopes(axes: Axes, rows: Sequence[Candidate]) -> None:
+    """What was found below a saddle point has no static enthalpy of its own and stands on the right
+    alone."""
+    done = sorted((row for row in rows if row.ranked), key=lambda row: row.gibbs)[:10]
+    axes.set_ylabel("meV/atom above the lowest")
+    axes.set_xticks([0, 1], ["static enthalpy H", "free energy G (SSCHA)"])
+    axes.set_xlim(-0.55, 1.55)
+    if not done:
+        axes.text(0.5, 0.5, "no free energies", ha="center", transform=axes.transAxes)
+        return
+    first = done[0]
+    axes.set_title(f"{first.formula} at {first.pressure:g} GPa, {first.temperature:g} K")
+    lowest = min((row.enthalpy for row in done if row.enthalpy is not None), default=0.0)
+    static = [0.0 if row.enthalpy is None else ev_to_mev(row.enthalpy - lowest) for row in done]
+    gibbs = [ev_to_mev(row.gibbs - first.gibbs) for row in done]
+    bars = [ev_to_mev(row.gibbs_error or 0.0) for row in done]
+    gap = 0.05 * (max(*static, *gibbs) or 1.0)
+    reach = [bar + 0.2 * gap for bar in bars]
+    lanes = pictures.lanes(*(np.add(gibbs, np.multiply(sign, reach)) for sign in (-1, 1)))
+    right = [1 + 0.03 * lane for lane in lanes]
+    edge = max(right) + 0.06
+    axes.set_xlim(-0.85, edge + 0.5)
+    labels = {"va": "center", "fontsize": 8}
+    for i, (row, left, after) in enumerate(
+        zip(done, _spread(static, gap), _spread(gibbs, gap), strict=True)
+    ):
+        color = pictures.color(i)
+        if row.enthalpy is not None:
+            axes.plot([0, right[i]], [static[i], gibbs[i]], color=color, lw=1.2, alpha=0.8)
+            axes.plot([0], [static[i]], "o", color=color)
+            name = f"{row.spg_static}  {row.label}"
+            axes.text(-0.06, left, name, ha="right", color=color, **labels)
+        axes.errorbar(right[i], gibbs[i], bars[i], fmt="o", color=color, capsize=3)
+        axes.text(edge, after, row.spg_quantum or row.spg_static, color=color, **labels)
+
+
+def _spread(heights: Sequence[float], gap: float) -> list[float]:
+    """Label heights pushed apart so that none overlap."""
+    order = sorted(range(len(heights)), key=lambda i: heights[i])
+    placed = list(heights)
+    for below, above in zip(order, order[1:], strict=False):
+        placed[above] = max(placed[above], placed[below] + gap)
+    return placed
+
+
+def learning_picture(points: Sequence[LearningPoint], data: str) -> Picture | None:
+    """Errors of the models of a search on one set of labels, as the campaign's figure shows them;
+    None without a point."""
     if not points:
         return None
-    figure = Figure(figsize=(6.4, 3.2), layout="constrained")
-    panels = figure.subplots(1, 2)
-    steps = list(dict.fromkeys(point["step"] for point in points))
-    for axes, key, label in zip(
-        panels, ("energy", "force"), ("energy RMSE (meV/atom)", "force RMSE (meV/Å)"), strict=True
-    ):
-        for index, step in enumerate(steps):
-            mine = [point for point in points if point["step"] == step and point[key] is not None]
-            axes.plot(
-                [p["generation"] for p in mine],
-                [ev_to_mev(p[key]) for p in mine],
-                "o-",
-                color=f"C{index}",
-                ms=4,
-                lw=1.3,
-                label=step,
-            )
-        axes.set_xlabel("generation")
-        axes.set_ylabel(label)
-        axes.set_ylim(bottom=0)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        for side in ("top", "right"):
-            axes.spines[side].set_visible(False)
-    if len(steps) > 1:
-        panels[0].legend(fontsize=7, frameon=False)
-    return drawn(
-        figure,
-        "learning",
-        "Learning curves",
-        f"Errors on the validation labels after each generation. {_learned(points)}",
-        data,
-    )
-
-
-def _learned(points: Iterable[dict[str, Any]]) -> str:
-    told = []
-    by_step: dict[str, list[dict[str, Any]]] = {}
-    for point in points:
-        by_step.setdefault(point["step"], []).append(point)
-    for step, mine in by_step.items():
-        energies = [ev_to_mev(point["energy"]) for point in mine if point["energy"] is not None]
-        if energies:
-            told.append(
-                f"{step}: energy {energies[0]:.3g} meV/atom at first, {energies[-1]:.3g} at the end"
-            )
-    return "; ".join(told) + "." if told else ""
+    drawing = script("figures").learning(points)
+    with pictures.figure(*drawing.panels) as (figure, panels):
+        drawing.draw(panels)
+        return drawn(figure, drawing.name, drawing.title, drawing.alt, data)

@@ -20,8 +20,8 @@ from markupsafe import Markup
 
 import magus_anharmonic
 from magus_anharmonic.io.files import write_text
+from magus_anharmonic.io.tables import number
 from magus_anharmonic.report.contents import Contents, gather
-from magus_anharmonic.report.raw_tables import number
 from magus_anharmonic.report.structures import Crystal, as_json, scene, still, write_structures
 from magus_anharmonic.units import duration
 
@@ -48,15 +48,17 @@ UNITS = (
 
 
 def write_report(folder: str | Path) -> Path:
-    """Write ``report.html`` and ``structures/`` (CIF, POSCAR, extxyz) for a campaign, a search or a
-    ranking; returns the page.
+    """Write ``report.html`` and ``structures/`` (CIF, POSCAR, extxyz) for a campaign, a search, a
+    ranking or a phase diagram; returns the page.
 
     ``folder``: where the campaign or search was run, or what it left (``campaign/``,
     ``results/anharmonic/``, the output of ``rank``). A half-finished run gives a page that says
     what is missing. Raises ``InputError`` when there is nothing of ours in ``folder``.
     """
     contents = gather(folder)
-    written = write_structures(contents.folder / "structures", contents.crystals)
+    written = 0
+    if contents.kind != "phase diagram":
+        written = write_structures(contents.folder / "structures", contents.crystals)
     target = contents.folder / NAME
     write_text(target, render(contents))
     log.info(
@@ -84,6 +86,7 @@ def render(contents: Contents) -> str:
         duration=duration,
         thousands=thousands,
         milli=milli,
+        percent=percent,
         anchor=anchor,
         moment=moment,
     )
@@ -182,9 +185,14 @@ def cell(text: str) -> str:
     )
 
 
-def milli(value: float | None, digits: int = 1) -> str:
+def milli(value: float | None) -> str:
     """A number of meV, or a dash."""
-    return "\N{EN DASH}" if value is None else f"{value:.{digits}f}"
+    return "\N{EN DASH}" if value is None else f"{value:.1f}"
+
+
+def percent(value: float | None) -> str:
+    """A probability, or a dash."""
+    return "\N{EN DASH}" if value is None else f"{value:.0%}".replace("%", " %")
 
 
 def thousands(value: Any) -> str:

@@ -4,7 +4,7 @@ are."""
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,10 @@ from magus_anharmonic.errors import MagusAnharmonicError, printable
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
+
+    from magus_anharmonic.ranking.candidate import Candidate
+    from magus_anharmonic.report.text import RankingView
 
 
 def console(width_in_files: int = 120, *, stderr: bool = False) -> Console:
@@ -45,43 +49,98 @@ def console(width_in_files: int = 120, *, stderr: bool = False) -> Console:
 
 
 def show_ranking(folder: Path) -> None:
-    """Print what a finished run found: a table and plain words for each composition, picture and
+    """Print what a finished run found: a table and its findings for each composition, picture and
     folder."""
-    from magus_anharmonic.ranking.candidate import by_composition, read_ranking
-    from magus_anharmonic.report.summary import hull_sentences, picture, sentences, table
+    from magus_anharmonic.ranking.candidate import read_ranking
+    from magus_anharmonic.report.figures import slope_chart
+    from magus_anharmonic.report.text import hull_sentences, ranking_views, sentences
 
     ranking = folder / "ranking.csv"
     if not ranking.exists():
         return
     rows = read_ranking(ranking)
-    blocks = by_composition(rows)
+    views = ranking_views(ranking.name, rows)
     screen = console()
     pictures = []
-    for block in blocks or [rows]:
-        several = len(blocks) > 1
-        named = {"title": f"{block[0].composition}: ranking by free energy"} if several else {}
+    for view in views:
         screen.print()
-        screen.print(table(block, width=screen.width, **named))
-        for line in sentences(block):
+        screen.print(table(view, width=screen.width))
+        for line in sentences(view.rows):
             screen.print(f"* {line}", highlight=False)
-        pictures.append(
-            picture(
-                block,
-                folder / (f"ranking-{block[0].composition}.png" if several else "ranking.png"),
-            )
-        )
+        name = f"ranking-{view.composition}" if len(views) > 1 else "ranking"
+        pictures.append(str(slope_chart(view.rows, folder, name)[1]))
     if hull := hull_sentences(rows):
         screen.print()
         for line in hull:
             screen.print(f"* {line}", highlight=False)
     page = folder / "report.html"
     report = f"\nReport: {page}" if page.is_file() else ""
-    drawn = ", ".join(map(str, pictures))
     screen.print(
-        f"\nPicture: {drawn}{report}\nEverything else: {folder.resolve()}",
+        f"\nPicture: {', '.join(pictures)}{report}\nEverything else: {folder.resolve()}",
         highlight=False,
         soft_wrap=True,
     )
+
+
+COLUMNS = {
+    "rank": 4, "id": 8, "atoms": 5, "space group": 8, "static H": 6, "G": 5, "+-": 3,
+    "rank by H": 4, "change": 6, "status": 11,
+}  # fmt: skip
+"""Of the table on the screen, and how many letters of each are never folded."""
+
+
+def table(view: RankingView, limit: int = 10, width: int = 120) -> Table:
+    """The ranking of one composition for a screen of this ``width``: ranked structures by G, then
+    the rest by enthalpy.
+
+    Where nothing is ranked, no G is: an upper bound has no lowest to stand above.
+    """
+    from rich.table import Table
+
+    from magus_anharmonic.structures import symbol_of
+
+    wide = width > 100
+    title = f"{view.title}: ranking by free energy (meV/atom above the lowest)"
+    result = Table(title=title, padding=(0, int(wide)), show_edge=wide)
+    for name, least in COLUMNS.items():
+        head = name if wide else name.replace(" ", "\n", 1)
+        text = name in ("id", "space group", "status")
+        result.add_column(head, justify="left" if text else "right", min_width=least)
+    for row in view.rows[:limit]:
+        groups = (symbol_of(group) for group in (row.spg_static, row.spg_quantum) if group)
+        height = view.gibbs(row)
+        open_ = height is None and row.status == "unconverged"
+        result.add_row(
+            str(row.rank_quantum or "-"),
+            row.label,
+            str(row.natoms),
+            " -> ".join(groups),
+            _milli(view.enthalpy(row)),
+            "not\nconverged" if open_ else _milli(height),
+            "-" if height is None else _milli(view.error(row)),
+            str(row.rank_static or "-"),
+            _change(row, view.rows),
+            view.status(row),
+        )
+    if view.total > limit:
+        result.caption = f"{view.total - limit} more in {view.file}"
+    return result
+
+
+def _milli(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"
+
+
+def _change(row: Candidate, rows: Sequence[Candidate]) -> str:
+    """Places gained or lost among the structures that have a free energy of their own."""
+    from magus_anharmonic.ranking.candidate import numbered
+
+    compared = [other for other in rows if other.phase_ranked and other.enthalpy is not None]
+    ranks = {other.id: other for other in numbered(compared)}
+    if row.id not in ranks:
+        return "-"
+    gained = (ranks[row.id].rank_static or 0) - (ranks[row.id].rank_quantum or 0)
+    return f"{gained:+d}" if gained else "0"
 
 
 def require_free_energy(folder: Path) -> None:

@@ -25,7 +25,7 @@ from ase.data.colors import jmol_colors
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.io.digests import safe_name
 from magus_anharmonic.io.files import TEMPORARY, readable, reading_table
-from magus_anharmonic.io.tables import columns_of
+from magus_anharmonic.io.tables import values
 from magus_anharmonic.ranking.candidate import Candidate
 from magus_anharmonic.report.text import RankingView
 from magus_anharmonic.sscha.record import SYMPREC
@@ -245,8 +245,8 @@ def write_structures(folder: Path, crystals: Iterable[Crystal]) -> int:
 def _frame(crystal: Crystal) -> Atoms:
     """The structure with everything that the ranking's table says about it in its ``info``."""
     frame = crystal.atoms.copy()
-    cells = {one.name: one.value(crystal.line) for one in columns_of(Candidate)}
-    frame.info = {name: value for name, value in cells.items() if value not in (None, "")}
+    known = values(crystal.line).items()
+    frame.info = {name: value for name, value in known if value not in (None, "")}
     frame.info |= {"space_group": crystal.space_group, "kind": crystal.kind, "file": crystal.stem}
     frame.info["pressure_GPa"] = crystal.pressure
     return frame

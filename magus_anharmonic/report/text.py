@@ -1,40 +1,37 @@
-"""Findings in words.
-
-A ranking as the page shows it: one line per structure, energies in meV/atom above the lowest.
-
-What a campaign found, in plain sentences, each from the numbers of one table alone.
-"""
+"""What a ranking says: one line per finding, each from the numbers of one composition alone; and
+the ranking as the page shows it, energies in meV/atom above the lowest."""
 
 from __future__ import annotations
 
 import functools
-from collections import Counter, defaultdict
+import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from magus_anharmonic.io.tables import Column, columns_of
 from magus_anharmonic.paper.quantities import new_space_group
 from magus_anharmonic.ranking.candidate import Candidate, by_composition, numbered
-from magus_anharmonic.report.raw_tables import number
-from magus_anharmonic.report.summary import hull_sentences, sentences
 from magus_anharmonic.sscha.record import WITH_ERROR
-from magus_anharmonic.units import GPa, duration, ev_to_mev
+from magus_anharmonic.structures import UNDECIDED
+from magus_anharmonic.units import GPa, ev_to_mev
 
 SHOWN = 200
 """Most lines of one ranking on the page; the file holds all."""
+SPELLED_OUT = 12
+"""Most structures that a finding names one by one."""
 
 
 @dataclass(frozen=True)
 class RankingView:
-    """The first `SHOWN` lines of one ranking at one pressure (GPa) and temperature (K), the lowest
-    first."""
+    """The first `SHOWN` lines of one ranking of one composition at one pressure (GPa) and
+    temperature (K), the lowest first."""
 
     file: str
     pressure: GPa
     temperature: float
     rows: Sequence[Candidate] = field(repr=False)
-    composition: str = ""
-    """Empty where the file holds one alone."""
+    composition: str
 
     @property
     def lines(self) -> Sequence[Candidate]:
@@ -48,11 +45,10 @@ class RankingView:
 
     @functools.cached_property
     def _lowest(self) -> tuple[float, float | None]:
-        static = [row.enthalpy for row in self.rows if row.enthalpy is not None]
-        return min(static, default=0.0), min(
-            (row.gibbs for row in self.rows if row.phase_ranked and row.gibbs is not None),
-            default=None,
-        )
+        """Enthalpy, and G of the phases: None where nothing is ranked."""
+        static = (row.enthalpy for row in self.rows if row.enthalpy is not None)
+        ranked = (row.gibbs for row in self.rows if row.phase_ranked)
+        return min(static, default=0.0), min(ranked, default=None)
 
     def enthalpy(self, row: Candidate) -> float | None:
         """Above the lowest, meV/atom."""
@@ -61,26 +57,40 @@ class RankingView:
     def gibbs(self, row: Candidate) -> float | None:
         """Above the lowest phase, meV/atom; None for what failed."""
         lowest = self._lowest[1]
-        if row.gibbs is None or lowest is None or row.status == "failed":
-            return None
-        return ev_to_mev(row.gibbs - lowest)
+        none = row.gibbs is None or lowest is None or row.status == "failed"
+        return None if none else ev_to_mev(row.gibbs - lowest)
 
     def error(self, row: Candidate) -> float | None:
         """Of a G of its own, meV/atom."""
         known = row.gibbs_error is not None and row.status in WITH_ERROR
         return ev_to_mev(row.gibbs_error) if known else None
 
+    def model_error(self, row: Candidate) -> float | None:
+        """Expected of the model, in the difference to the lowest where that is known, meV/atom."""
+        errors = row.difference_model_error, row.model_error
+        known = next((error for error in errors if error), None)
+        return None if known is None else ev_to_mev(known)
+
+    def probability(self, row: Candidate) -> float | None:
+        """To be the lowest, with all errors where they are known."""
+        total = row.p_lowest_total
+        return row.p_lowest_sampling if total is None else total
+
     def status(self, row: Candidate) -> str:
         """In words."""
         if row.same_as:
-            return f"same phase as {row.same_as[:8]}"
+            return f"same as {label_of(row.same_as, self.rows)}"
         return row.status
 
     @property
+    def where(self) -> str:
+        """Pressure and temperature in words."""
+        return f"{self.pressure:g} GPa, {self.temperature:g} K"
+
+    @property
     def title(self) -> str:
-        """Pressure and temperature in words, after the composition where there are several."""
-        where = f"{self.pressure:g} GPa, {self.temperature:g} K"
-        return f"{self.composition}, {where}" if self.composition else where
+        """Composition, pressure and temperature in words."""
+        return f"{self.composition}, {self.where}"
 
     @property
     def total(self) -> int:
@@ -96,162 +106,224 @@ class RankingView:
 def ranking_views(file: str, rows: Sequence[Candidate]) -> list[RankingView]:
     """One view per pressure, temperature and composition of a ranking's file, the first two in
     rising order."""
-    conditions: dict[tuple[float, float], list[Candidate]] = {}
+    return [
+        RankingView(file, *condition, numbered(block), block[0].composition)
+        for condition, group in sorted(_conditions(rows).items())
+        for block in by_composition(group)
+    ]
+
+
+def _conditions(rows: Iterable[Candidate]) -> dict[tuple[float, float], list[Candidate]]:
+    found: dict[tuple[float, float], list[Candidate]] = {}
     for row in rows:
-        conditions.setdefault((row.pressure, row.temperature), []).append(row)
-    views = []
-    for condition, group in sorted(conditions.items()):
-        blocks = by_composition(numbered(group))
-        several = len(blocks) > 1
-        views += [
-            RankingView(file, *condition, block, block[0].composition if several else "")
-            for block in blocks
-        ]
-    return views
+        found.setdefault((row.pressure, row.temperature), []).append(row)
+    return found
 
 
-SPELLED_OUT = 12
-"""Rankings with more computed structures than this are summed up instead of told one by one."""
+def conditions(views: Sequence[RankingView]) -> str:
+    """Compounds, pressures and temperatures in words: ``"H3S, 50 to 150 GPa, 0 K"``."""
+    compounds = list(dict.fromkeys(view.composition for view in views))
+    parts = [", ".join(compounds[:4]) + (" ..." if len(compounds) > 4 else "")] if views else []
+    for values, unit in (
+        ({view.pressure for view in views}, "GPa"),
+        ({view.temperature for view in views}, "K"),
+    ):
+        if values:
+            parts.append(" to ".join(f"{v:g}" for v in sorted({min(values), max(values)})))
+            parts[-1] += f" {unit}"
+    return ", ".join(parts)
 
 
-def ranking_sentences(view: RankingView) -> list[str]:
-    """One ranking in words: every structure where they are few, numbers where they are many."""
-    done = [row for row in view.rows if row.free_energy.computed]
-    if len(done) <= SPELLED_OUT:
-        return sentences(view.rows)
-    changed = [row for row in done if new_space_group(row)]
-    lines = [f"{len(changed)} of {len(done)} structures changed their space group with SSCHA."]
-    if changed:
-        group, count = Counter(new_space_group(row) for row in changed).most_common(1)[0]
-        lines.append(f"{count} of them became {group}, the most frequent.")
-    shifts = sorted(
-        ev_to_mev(row.gibbs - row.enthalpy)
-        for row in done
-        if row.enthalpy is not None and row.gibbs is not None
+def label_of(identity: str, rows: Sequence[Candidate]) -> str:
+    """What the candidate with this id is called."""
+    return next((row.label for row in rows if row.id == identity), identity[:8])
+
+
+def sentences(rows: Sequence[Candidate]) -> list[str]:
+    """What SSCHA changed, from the numbers in ``rows`` alone."""
+    done = sorted((row for row in rows if row.ranked), key=lambda row: row.gibbs)
+    phases = [row for row in done if row.phase_ranked]
+    if not phases:
+        open_ = any(row.status == "unconverged" for row in rows)
+        nothing = "No free energy has converged" if open_ else "No structure has a free energy"
+        first = [f"{nothing}; the order is that of the static enthalpy."]
+    else:
+        first = [_lowest(phases[0], rows), *_static(phases[0], done), *_second(phases)]
+    return [*first, *_changes(done), *_merged(done), *_saddles(rows), *_open(rows), *_cost(rows)]
+
+
+def _group(row: Candidate) -> str:
+    return row.spg_quantum or row.spg_static
+
+
+def _lowest(best: Candidate, rows: Sequence[Candidate]) -> str:
+    below = f", found below the saddle point {label_of(best.parent, rows)}" if best.parent else ""
+    return f"Lowest free energy: {best.label} ({_group(best)}){_probability(best)}{below}."
+
+
+def _probability(row: Candidate) -> str:
+    """``", probability 97 % by sampling, 88 % with all errors"``, as far as it is known."""
+    known = (row.p_lowest_sampling, "by sampling"), (row.p_lowest_total, "with all errors")
+    told = [f"{value:.0%} {word}".replace("%", " %") for value, word in known if value is not None]
+    return f", probability {', '.join(told)}" if told else ""
+
+
+def _static(best: Candidate, done: Sequence[Candidate]) -> list[str]:
+    static = [row for row in done if row.enthalpy is not None]
+    if not static:
+        return []
+    lowest = min(static, key=lambda row: row.enthalpy)
+    told = (
+        f"{lowest.label} ({lowest.spg_static}), in free energy {_difference(lowest, best)} higher"
     )
+    if lowest.same_as == best.id:
+        told = f"{lowest.label} ({lowest.spg_static}), which becomes the phase of the lowest G"
+    if lowest is best:
+        told = f"the same structure, {best.spg_static}"
+    return [f"Lowest static enthalpy: {told}."]
+
+
+def _difference(row: Candidate, best: Candidate) -> str:
+    """``"10.0 ± 3.4 meV/atom (sampling 1.4, finite size 0.3, model 3.1)"``."""
+    total, parts = _error(row, best)
+    shown = f"{ev_to_mev(row.gibbs - best.gibbs):.1f} ± {ev_to_mev(total):.1f} meV/atom"
+    return f"{shown} ({parts})"
+
+
+def _error(row: Candidate, best: Candidate) -> tuple[float, str]:
+    """Total error of the difference of G to the lowest phase, eV/atom, and its parts in words."""
+    if row.difference_sampling_error is None:  # another stands for it, or a table of earlier
+        return math.hypot(row.gibbs_error or 0.0, best.gibbs_error or 0.0), "sampling alone"
+    parts = {
+        "sampling": row.difference_sampling_error,
+        "finite size": row.difference_finite_size_error,
+        "model": row.difference_model_error,
+    }
+    told = (
+        f"{name} {'unknown' if part is None else f'{ev_to_mev(part):.1f}'}"
+        for name, part in parts.items()
+    )
+    return math.hypot(*(part or 0.0 for part in parts.values())), ", ".join(told)
+
+
+def _second(phases: Sequence[Candidate]) -> list[str]:
+    if len(phases) < 2:
+        return []
+    best, second = phases[:2]
+    unsure = second.gibbs - best.gibbs < 2 * _error(second, best)[0]
+    return [
+        f"Next phase: {second.label} ({_group(second)}), {_difference(second, best)} higher"
+        f"{': the two are not told apart' if unsure else ''}."
+    ]
+
+
+def _changes(done: Sequence[Candidate]) -> list[str]:
+    """Space groups that SSCHA changed, and the shift of the energies."""
+    changed = [row for row in done if new_space_group(row)]
+    if not done:
+        return []
+    if not changed:
+        surely = " for certain" if any(UNDECIDED in row.spg_quantum for row in done) else ""
+        lines = [f"No structure changed its space group{surely} with SSCHA."]
+    elif len(done) > SPELLED_OUT:
+        group, count = Counter(map(new_space_group, changed)).most_common(1)[0]
+        lines = [
+            f"{len(changed)} of {len(done)} structures changed their space group with SSCHA,"
+            f" {count} of them to {group}."
+        ]
+    else:
+        lines = [f"{r.label}: {r.spg_static} static, {r.spg_quantum} with SSCHA." for r in changed]
+    shifts = sorted(ev_to_mev(row.gibbs - row.enthalpy) for row in done if row.enthalpy is not None)
     if shifts:
-        middle = shifts[len(shifts) // 2]
+        ends = f"{shifts[0]:.0f} to {shifts[-1]:.0f}" if len(shifts) > 1 else f"{shifts[0]:.0f}"
+        lines.append(f"G - H: {ends} meV/atom (median {shifts[len(shifts) // 2]:.0f}).")
+    return lines
+
+
+def _named(names: Sequence[str]) -> str:
+    more = f" and {len(names) - SPELLED_OUT} more" if len(names) > SPELLED_OUT else ""
+    return ", ".join(names[:SPELLED_OUT]) + more
+
+
+def _merged(done: Sequence[Candidate]) -> list[str]:
+    """Which structures ended in one phase."""
+    lines = []
+    for row in done:
+        members = [row, *(other for other in done if other.same_as == row.id)]
+        if len(members) > 1:
+            names = _named([f"{one.label} ({one.spg_static})" for one in members])
+            lines.append(f"One phase with SSCHA, {row.spg_quantum}: {names}.")
+    return lines
+
+
+def _saddles(rows: Sequence[Candidate]) -> list[str]:
+    """What the Hessian took out of the ranking, and what was found below."""
+    lines = []
+    for row in (row for row in rows if row.status == "saddle"):
+        below = next((other for other in rows if other.parent == row.id), None)
+        lowest, error = row.free_energy.hessian_deciding, row.free_energy.hessian_error or 0.0
+        mode = "" if lowest is None else f", mode at {lowest:.0f} ± {error:.0f} cm⁻¹"
+        found = "nothing was found" if below is None else f"{below.label} ({below.spg_quantum})"
+        if below is not None and below.status == "unconverged":
+            found = f"{below.label}, not converged"
         lines.append(
-            f"The motion of the ions adds {shifts[0]:.0f} to {shifts[-1]:.0f} meV/atom (median"
-            f" {middle:.0f}) to the static enthalpy."
-        )
-    ranked = sorted((row for row in done if row.phase_ranked), key=lambda row: row.gibbs or 0.0)
-    if ranked:
-        best = ranked[0]
-        at_rest = min(
-            (row for row in done if row.enthalpy is not None),
-            key=lambda row: row.enthalpy or 0.0,
-            default=best,
-        )
-        same = ", which becomes the same phase" if at_rest.same_as == best.id else ""
-        tail = (
-            "as with static ions"
-            if at_rest is best
-            else f"while {at_rest.label} ({at_rest.spg_static}) is with static ions{same}"
-        )
-        lines.append(
-            f"{best.label} ({best.spg_quantum or best.spg_static}) is lowest in free energy,"
-            f" {tail}."
-        )
-    unconverged = sum(row.status == "unconverged" for row in view.rows)
-    if unconverged:
-        lines.append(
-            f"{unconverged} more did not converge within the budget and are not ranked: their free"
-            " energies are upper bounds."
+            f"Saddle point, not ranked: {row.label} ({row.spg_quantum}){mode}; below it: {found}."
         )
     return lines
 
 
-def step_sentence(steps: dict[str, dict[str, object]]) -> list[str]:
-    """How far a campaign has come."""
-    if not steps:
-        return []
-    counts = Counter(str(step.get("status", "open")) for step in steps.values())
-    words = {
-        "failed": "failed",
-        "running": "running",
-        "interrupted": "interrupted",
-        "open": "not begun",
-    }
-    rest = [f"{counts[status]} {word}" for status, word in words.items() if counts[status]]
-    if not rest:
-        return [f"All {len(steps)} steps of the campaign are done."]
+def _open(rows: Sequence[Candidate]) -> list[str]:
+    """Who is missing from the ranking for lack of populations."""
+    names = [row.label for row in rows if row.status == "unconverged"]
     return [
-        f"{counts['done']} of {len(steps)} steps of the campaign are done ({', '.join(rest)}): what"
-        " follows is what there is so far."
+        f"Not converged within the budget: {_named(names)}. Their G are upper bounds (raise"
+        " max_populations, n_configs or the budget)."
+    ] * bool(names)
+
+
+def _cost(rows: Sequence[Candidate]) -> list[str]:
+    runs = [row.free_energy.n_evaluations for row in rows if row.free_energy.n_evaluations]
+    if not runs:
+        return []
+    several = "s" * (len(runs) > 1)
+    return [
+        f"Cost: {sum(runs):,} evaluations of energy and forces in {len(runs)} SSCHA run{several}."
     ]
+
+
+def hull_sentences(rows: Sequence[Candidate]) -> list[str]:
+    """Who is on the hull of free energies, and how far above it the lowest of the other
+    compositions are; empty for one composition."""
+    blocks = by_composition(rows)
+    phases = [[row for row in block if row.phase_ranked] for block in blocks]
+    lowest = [min(block, key=lambda row: row.gibbs, default=None) for block in phases]
+    known = [row for row in lowest if row is not None and row.gibbs_above_hull is not None]
+    if len(blocks) < 2 or not known:
+        return []
+    on, above = [], []
+    for row in known:
+        p = "" if row.p_on_hull_sampling is None else f" ({row.p_on_hull_sampling:.0%})"
+        if row.gibbs_above_hull:
+            height, error = row.gibbs_above_hull, row.gibbs_above_hull_error or 0.0
+            above.append(f"{row.composition} {ev_to_mev(height):.1f} ± {ev_to_mev(error):.1f}")
+        else:
+            on.append(f"{row.composition} {row.label}{p}")
+    without = [
+        block[0].composition for block, row in zip(blocks, lowest, strict=True) if row is None
+    ]
+    lines = {
+        "On the hull of the free energies of these structures (probability by sampling)": on,
+        "Above it (meV/atom), the lowest of each composition": above,
+        "Without a computed free energy, and no part of the hull": without,
+    }
+    return [f"{head}: {', '.join(names)}." for head, names in lines.items() if names]
 
 
 def hull_parts(views: Sequence[RankingView]) -> list[tuple[str, list[str]]]:
     """Titled sentences on the hull of each pressure and temperature at which there are several
     compositions."""
-    conditions: dict[tuple[str, float, float], list[Candidate]] = defaultdict(list)
+    rows: dict[tuple[str, str], list[Candidate]] = {}
     for view in views:
-        conditions[view.file, view.pressure, view.temperature].extend(view.rows)
-    parts = [
-        (f"Hull at {pressure:g} GPa, {heat:g} K", hull_sentences(rows))
-        for (_, pressure, heat), rows in conditions.items()
-    ]
+        rows.setdefault((view.file, view.where), []).extend(view.rows)
+    parts = [(f"Hull at {where}", hull_sentences(found)) for (_, where), found in rows.items()]
     return [(title, lines) for title, lines in parts if lines]
-
-
-class EnthalpyTally:
-    """Counts and lowest enthalpies of ``enthalpies.csv``, taken up row by row."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.lowest: dict[float, tuple[float, str]] = {}
-        self.groups: dict[float, set[str]] = defaultdict(set)
-
-    def add(self, row: dict[str, str]) -> None:
-        """Take up one row; one without pressure or enthalpy is only counted. The foundation model's
-        are another energy scale."""
-        self.count += 1
-        pressure, enthalpy = (
-            number(row.get("pressure_GPa")),
-            number(row.get("enthalpy_eV_per_atom")),
-        )
-        if pressure is None or enthalpy is None or row.get("source") == "foundation":
-            return
-        self.groups[pressure].add(row.get("space_group", ""))
-        name = row.get("phase") or row.get("space_group") or row.get("id", "")
-        if pressure not in self.lowest or enthalpy < self.lowest[pressure][0]:
-            self.lowest[pressure] = (enthalpy, name)
-
-    def sentences(self) -> list[str]:
-        """How many structures at which pressures, and what is lowest in static enthalpy."""
-        if not self.lowest:
-            return []
-        pressures = sorted(self.lowest)
-        span = f"{len(pressures)} pressures from {pressures[0]:g} to {pressures[-1]:g}"
-        where = f"at {f'{pressures[0]:g}' if len(pressures) == 1 else span} GPa"
-        lines = [f"{self.count:,} relaxed structures {where} are stored."]
-        runs: list[tuple[str, float, float]] = []
-        for pressure in pressures:
-            name = self.lowest[pressure][1]
-            if runs and runs[-1][0] == name:
-                runs[-1] = (name, runs[-1][1], pressure)
-            else:
-                runs.append((name, pressure, pressure))
-        told = [
-            f"{name} at {low:g} GPa" if low == high else f"{name} from {low:g} to {high:g} GPa"
-            for name, low, high in runs
-        ]
-        return [*lines, f"Lowest in static enthalpy: {', '.join(told)}."]
-
-
-def cost_sentence(rows: Sequence[dict[str, str]]) -> list[str]:
-    """What everything took together."""
-    if not rows:
-        return []
-    evaluations, labels, seconds = (
-        _total(rows, name) for name in ("n_evaluations", "n_labels", "wall_s")
-    )
-    return [
-        f"All of it took {evaluations:,.0f} force evaluations, {labels:,.0f} DFT labels and"
-        f" {duration(seconds)}."
-    ]
-
-
-def _total(rows: Iterable[dict[str, str]], column: str) -> float:
-    return sum(number(row.get(column)) or 0.0 for row in rows)

@@ -29,6 +29,44 @@ logger = logging.getLogger(__name__)
 
 NAME = "run.json"
 
+
+@dataclass(frozen=True)
+class CampaignFolder:
+    """The files of a campaign (``PATH/campaign``)."""
+
+    root: Path
+
+    @classmethod
+    def find(cls, path: str | Path) -> CampaignFolder | None:
+        """The campaign in a folder, below it or the folder itself; None where it holds none. Raises
+        ``InputError``: no such folder."""
+        given = Path(path)
+        if not given.is_dir():
+            raise InputError(f"{given}: no such folder")
+        found = (cls(one) for one in (given / "campaign", given))
+        return next((one for one in found if one.steps.is_file() or one.tables.is_dir()), None)
+
+    @property
+    def steps(self) -> Path:
+        """What is known of every step."""
+        return self.root / "steps.json"
+
+    @property
+    def record(self) -> Path:
+        """What it was started with."""
+        return self.root / NAME
+
+    @property
+    def tables(self) -> Path:
+        """Folder of the tables of all finished steps."""
+        return self.root / "tables"
+
+    @property
+    def figures(self) -> Path:
+        """Folder of the figures."""
+        return self.root / "figures"
+
+
 PACKAGES = (
     "magus-anharmonic",
     "torch",

@@ -17,6 +17,7 @@ from magus_anharmonic.errors import DamagedFile, InputError, one_line, reason_of
 from magus_anharmonic.io.files import read_as, read_jsonl
 from magus_anharmonic.runs.lock import HEARTBEAT, NAME, Owner, lives, read_owner
 from magus_anharmonic.runs.record import (
+    CampaignFolder,
     RecordedSettings,
     RunRecord,
     SearchState,
@@ -94,12 +95,9 @@ def status(folder: str | Path) -> Status:
 
     Raises ``InputError`` when it holds neither.
     """
-    root = Path(folder)
-    if not root.is_dir():
-        raise InputError(f"{root}: no such folder")
-    for steps in (root / "steps.json", root / "campaign" / "steps.json"):
-        if steps.is_file():
-            return _campaign(steps)
+    root, campaign = Path(folder), CampaignFolder.find(folder)
+    if campaign is not None and campaign.steps.is_file():
+        return _campaign(campaign.steps)
     for ours in (root, root / "anharmonic", root / "results" / "anharmonic"):
         if (ours / "run.json").is_file() and ours.name == "anharmonic":
             return _search(ours)

@@ -329,7 +329,7 @@ def _third_orders(
     share = np.ones(len(u)) if weights is None else weights
     stiffness = 1.0 / variance(state.modes.hbar_omega, state.temperature)
     metric = vectors.T @ state.precision @ directions
-    parts = []
+    parts: list[list[np.ndarray]] = []
     for chosen in (np.arange(len(u)) // 2 % n_parts == number for number in range(n_parts)):
         part = share[chosen, None] / share[chosen].sum()
         v, f = inside[chosen], forces[chosen]

@@ -42,7 +42,7 @@ COMPUTED: tuple[State, ...] = (*RANKED, "saddle")
 WITH_ERROR: tuple[State, ...] = (*COMPUTED, "unconverged")
 """States whose free energy is that of an ensemble of their own and has a standard error."""
 
-OLD_STATES = {"sscha": "converged"}
+OLD_STATES = {"sscha": "converged", "became": "transformed"}
 """Words of earlier versions in their files."""
 
 SYMPREC = 0.05

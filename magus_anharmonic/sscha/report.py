@@ -268,7 +268,7 @@ def write_phonopy(state: SschaState, path: BandPath, folder: Path) -> None:
         masses=state.masses,
     )
     matrix = shape_supercell_matrix(state.supercell_matrix).T
-    phonon = Phonopy(cell, supercell_matrix=matrix, primitive_matrix=np.eye(3))
+    phonon = Phonopy(cell, supercell_matrix=matrix, primitive_matrix=np.eye(3), is_symmetry=False)
     order = atom_order(state.supercell, phonon.supercell.positions)
     n = len(order)
     full = state.full.reshape(n, 3, n, 3).transpose(0, 2, 1, 3)
@@ -365,7 +365,8 @@ def _draw(panels: Sequence[Axes], columns: dict[str, list[float]]) -> None:
         last = columns[name][-1]
         heights = [ev_to_mev(value - last) for value in columns[name]]
         label = f"{letter} - ({last:.4f} eV/atom)"
-        pictures.points(energy, x, heights, error, index=index, label=label, mfc="none")
+        beside = [population + 0.1 * index for population in x]
+        pictures.points(energy, beside, heights, error, index=index, label=label, mfc="none")
     energy.set_ylabel("meV/atom")
     pictures.points(pressure, x, columns["pressure_GPa"], columns.get("pressure_error_GPa"))
     pressure.set_ylabel("pressure (GPa)")

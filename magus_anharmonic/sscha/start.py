@@ -10,6 +10,7 @@ Central differences need -d too, unless it is an image of d.
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -377,9 +378,8 @@ def supercell_of(atoms: Atoms, settings: SschaSettings) -> SupercellMatrix:
 
 def composition(kinds_of_atoms: np.ndarray) -> dict[int, float]:
     """Fraction of every kind of atom."""
-    found, counts = np.unique(kinds_of_atoms, return_counts=True)
-    shares = (counts / len(kinds_of_atoms)).round(6)
-    return dict(zip(found.tolist(), shares.tolist(), strict=True))
+    counts = Counter(kinds_of_atoms.tolist())
+    return {kind: round(count / len(kinds_of_atoms), 6) for kind, count in counts.items()}
 
 
 def interpolate(state: SschaState, supercell_matrix: SupercellMatrix) -> np.ndarray:

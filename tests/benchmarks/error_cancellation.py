@@ -10,8 +10,6 @@ package ships by now: labels belong to its state. GPAW's settings are the defaul
 those of the shipped label set. What is kept of earlier measurements: inputs/h3s-error-cancellation.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import logging
@@ -26,7 +24,7 @@ from ase.io import read
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.io.files import write_json
 from magus_anharmonic.labelers import get_labeler
-from magus_anharmonic.labelers.base import Label, Labeler, k_points
+from magus_anharmonic.labelers.base import Label, k_points
 from magus_anharmonic.labelers.codes import Gpaw
 from magus_anharmonic.paper.ensemble_errors import (
     Source,
@@ -42,7 +40,7 @@ from magus_anharmonic.sscha.result import SschaResult
 from magus_anharmonic.sscha.state import SschaState
 
 
-def im3m(a: float = 3.0) -> Atoms:
+def im3m(a=3.0):
     """Primitive cell of Im-3m H3S with lattice constant ``a`` (A)."""
     cell = [[-a / 2, a / 2, a / 2], [a / 2, -a / 2, a / 2], [a / 2, a / 2, -a / 2]]
     return Atoms(
@@ -53,7 +51,7 @@ def im3m(a: float = 3.0) -> Atoms:
     )
 
 
-def r3m(a: float = 3.25, shift: float = 0.12) -> Atoms:
+def r3m(a=3.25, shift=0.12):
     """Primitive cell of R3m H3S: Im-3m with every hydrogen off the middle of its bond by ``shift``
     (A)."""
     atoms = im3m(a)
@@ -67,7 +65,7 @@ CONVENTIONAL = np.array([[0, 1, 1], [1, 0, 1], [1, 1, 0]])
 repeats it."""
 
 
-def in_smaller_cell(state: SschaState, cell: np.ndarray) -> SschaState:
+def in_smaller_cell(state, cell):
     """The state restricted to the modes that repeat with ``cell`` (3, 3) A, whose lattice holds
     that of the state's supercell.
 
@@ -92,14 +90,14 @@ def in_smaller_cell(state: SschaState, cell: np.ndarray) -> SschaState:
     return SschaState(atoms, (1, 1, 1), matrix[None], state.temperature)
 
 
-def state_of(result: SschaResult, options: argparse.Namespace) -> SschaState:
+def state_of(result, options):
     """The state of the run, in its supercell or in the (pseudo)cubic cell."""
     if not options.conventional:
         return result.state
     return in_smaller_cell(result.state, CONVENTIONAL @ result.centroids.cell.array)
 
 
-def sscha(options: argparse.Namespace) -> SschaResult:
+def sscha(options):
     if (options.folder / "sscha" / "result.json").is_file():
         return SschaResult.read(options.folder / "sscha")
     atoms = PHASES[options.phase]() if options.phase in PHASES else read(options.phase)
@@ -115,7 +113,7 @@ def sscha(options: argparse.Namespace) -> SschaResult:
     )
 
 
-def label(options: argparse.Namespace) -> None:
+def label(options):
     result = sscha(options)
     print(
         f"model {result.model_id}: {result.space_group}, G = {result.numbers.gibbs:.5f} +-"
@@ -126,14 +124,14 @@ def label(options: argparse.Namespace) -> None:
         label_locked(state, sample_displacements(state, options.n, seed=0), labeler, options.folder)
 
 
-def gpaw(options: argparse.Namespace, purpose: str) -> Labeler:
+def gpaw(options, purpose):
     return get_labeler(
         LabelerSettings(calculator="gpaw", n_workers=options.workers, timeout=36000.0),
         options.folder / "gpaw" / purpose,
     )
 
 
-def grid(options: argparse.Namespace) -> None:
+def grid(options):
     """The energy of the centroids in the primitive cell minus that in the cell of the labels, by
     their own grids of k points.
 
@@ -160,7 +158,7 @@ def grid(options: argparse.Namespace) -> None:
     )
 
 
-def analyse(options: argparse.Namespace) -> None:
+def analyse(options):
     """Print the errors of the whole pairs that are labelled, of all of them and of halves, and
     write the tables and the figure."""
     result = SschaResult.read(options.folder / "sscha")
@@ -218,7 +216,7 @@ def analyse(options: argparse.Namespace) -> None:
     )
 
 
-def main() -> None:
+def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -17,14 +17,11 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 from ase import Atoms
-from ase.calculators.calculator import Calculator
 
 # this file has the name of python-sscha's package, and its folder comes first
 HERE = Path(__file__).resolve().parent
@@ -41,7 +38,7 @@ STOCK_POPULATIONS = 6
 LOG = Path(tempfile.mkdtemp()) / "log"
 
 
-def beside(name: str) -> ModuleType:
+def beside(name):
     """A script of this folder, which is not on the path."""
     specification = importlib.util.spec_from_file_location(name, HERE / f"{name}.py")
     module = sys.modules[name] = importlib.util.module_from_spec(specification)
@@ -66,10 +63,10 @@ class Row:
     unit: str = "s"
 
     @property
-    def holds(self) -> bool:
+    def holds(self):
         return self.good and self.theirs >= self.bar * self.ours
 
-    def line(self) -> str:
+    def line(self):
         ratio = self.theirs / self.ours
         verdict = "holds" if self.holds else "MISSED"
         sides = f"{self.theirs:10.5g} {self.unit} {self.ours:10.4g} {self.unit}"
@@ -78,7 +75,7 @@ class Row:
         )
 
 
-def cpu(function: Callable[[], object], supercell_matrix: int = 1) -> float:
+def cpu(function, supercell_matrix=1):
     """Shortest processor time in seconds of ``repeats`` calls."""
     times = []
     for _ in range(supercell_matrix):
@@ -88,11 +85,11 @@ def cpu(function: Callable[[], object], supercell_matrix: int = 1) -> float:
     return min(times)
 
 
-def low_symmetry_cell(n_atoms: int, seed: int = 1) -> Atoms:
+def low_symmetry_cell(n_atoms, seed=1):
     """S and H at random places of a cell of 3.6 A^3 per atom, at least 1.1 A apart."""
     rng = np.random.default_rng(seed)
     cell = (3.6 * n_atoms) ** (1 / 3) * (np.eye(3) + 0.08 * rng.normal(size=(3, 3)))
-    places: list[np.ndarray] = []
+    places = []
     while len(places) < n_atoms:
         place = rng.random(3)
         apart = [
@@ -103,7 +100,7 @@ def low_symmetry_cell(n_atoms: int, seed: int = 1) -> Atoms:
     return Atoms("SH3" * (n_atoms // 4), scaled_positions=places, cell=cell, pbc=True)
 
 
-def h3s() -> Atoms:
+def h3s():
     """Im-3m H3S at about 150 GPa, four atoms."""
     cell = 1.5 * np.array([[-1, 1, 1], [1, -1, 1], [1, 1, -1]], dtype=float)
     return Atoms(
@@ -114,9 +111,7 @@ def h3s() -> Atoms:
     )
 
 
-def synthetic(
-    atoms: Atoms, supercell_matrix: tuple[int, int, int], n_configs: int
-) -> tuple[SschaState, Ensemble, Symmetry]:
+def synthetic(atoms, supercell_matrix, n_configs):
     """A state, and an ensemble of an anharmonic surface of the same symmetry whose minimum the
     sample reaches.
 
@@ -144,13 +139,7 @@ def synthetic(
     )
 
 
-def one_step(
-    what: str,
-    atoms: Atoms,
-    supercell_matrix: tuple[int, int, int],
-    bar: float,
-    n_configs: int = 1000,
-) -> Row:
+def one_step(what, atoms, supercell_matrix, bar, n_configs=1000):
     """Weights, free energy with its error, both gradients and the stress of one moved state;
     symmetrised."""
     state, ensemble, symmetry = synthetic(atoms, supercell_matrix, n_configs)
@@ -172,7 +161,7 @@ def one_step(
         )
         dyn = python_sscha.to_phonons(target)
 
-        def theirs() -> None:
+        def theirs():
             loaded.update_weights(dyn, state.temperature)
             loaded.get_preconditioned_gradient(True, True)
             loaded.get_free_energy(return_error=True)
@@ -184,24 +173,18 @@ def one_step(
     return Row(f"one minimisation step, {what}, {n_configs} configurations", stock, ours, bar)
 
 
-def one_ensemble(
-    what: str,
-    atoms: Atoms,
-    supercell_matrix: tuple[int, int, int],
-    bar: float,
-    n_configs: int = 1000,
-) -> Row:
+def one_ensemble(what, atoms, supercell_matrix, bar, n_configs=1000):
     """Minimise F on one ensemble to a gradient at least as small as python-sscha's; both stop by
     their own criterion."""
     state, ensemble, symmetry = synthetic(atoms, supercell_matrix, n_configs)
     results = {}
 
-    def theirs() -> None:
+    def theirs():
         results["theirs"] = python_sscha.minimise(
             [(state, ensemble)], symmetry, min_effective_sample=0.2, log=LOG
         )
 
-    def ours() -> None:
+    def ours():
         results["ours"] = engines.minimise([(state, ensemble)], symmetry, min_effective_sample=0.2)
 
     stock, mine = cpu(theirs), cpu(ours, 3)
@@ -222,7 +205,7 @@ def one_ensemble(
     return Row(f"minimise one ensemble, {what}", stock, mine, bar, remark)
 
 
-def hessian(case: int) -> Row:
+def hessian(case):
     """Third-order tensor and Hessian; the memory that the call takes must be no more than half of
     python-sscha's."""
     found = sscha_hessian.compare(list(sscha_hessian.CASES)[case])
@@ -233,7 +216,7 @@ def hessian(case: int) -> Row:
     )
 
 
-def whole_candidate(error: float = 1e-3, n_configs: int = 60) -> Row:
+def whole_candidate(error=1e-3, n_configs=60):
     """R3m H3S, four atoms, 2x2x2, variable cell at 150 GPa, 0 K, from the structure to G +- 1
     meV/atom.
 
@@ -280,9 +263,7 @@ def whole_candidate(error: float = 1e-3, n_configs: int = 60) -> Row:
     )
 
 
-def stock_candidate(
-    atoms: Atoms, calculator: Calculator, n_configs: int, pressure: float = 150.0
-) -> tuple[float, float, int, bool]:
+def stock_candidate(atoms, calculator, n_configs, pressure=150.0):
     """G and its error (eV/atom), evaluations, and whether ``vc_relax`` of python-sscha says that it
     converged, at 0 K."""
     from magus_anharmonic.evaluator import as_evaluator
@@ -328,7 +309,7 @@ def stock_candidate(
     )
 
 
-def rankings(n_seeds: int = 10) -> Row:
+def rankings(n_seeds=10):
     """Force evaluations of the paper's 30 x 1,000 for each of twenty crystals against the dearest
     of ``n_seeds`` races (`ranking`)."""
     races = ranking.compare(n_seeds, 10_000)
@@ -342,7 +323,7 @@ def rankings(n_seeds: int = 10) -> Row:
     )
 
 
-ROWS: list[Callable[[], Row]] = [
+ROWS = [
     lambda: one_step("64 atoms P1", low_symmetry_cell(8), (2, 2, 2), 20.0),
     lambda: one_ensemble("64 atoms P1", low_symmetry_cell(8), (2, 2, 2), 50.0),
     lambda: one_step("128 atoms P1", low_symmetry_cell(16), (2, 2, 2), 20.0),
@@ -358,7 +339,7 @@ ROWS: list[Callable[[], Row]] = [
 """The table, in this order; a further comparison is one more function here."""
 
 
-def main() -> int:
+def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

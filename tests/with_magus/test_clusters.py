@@ -1,8 +1,6 @@
 """Free energies by MAGUS's own calculators, and `magus search -m` with labels that MAGUS sends through LSF, SLURM and PBS, which small programs
 play."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 
