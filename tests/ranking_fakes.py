@@ -1,5 +1,6 @@
 """Stand-ins for SSCHA with known answers, importable by worker processes."""
 
+import multiprocessing
 import os
 import time
 from types import SimpleNamespace
@@ -144,7 +145,8 @@ def failing_on_gold(atoms, evaluator, **options):
         raise SschaError("dissociated: two atoms are 7.1 A apart")
     if symbol == "Ag":
         raise OSError("no space left on device")
-    if symbol == "Ni" and MARK in os.environ:
+    elsewhere = MARK in os.environ or multiprocessing.parent_process() is not None
+    if symbol == "Ni" and elsewhere:
         os._exit(9)
     return shifted(atoms, evaluator, **options)
 

@@ -564,7 +564,7 @@ def sscha_jobs(folder, workers, crystals=METALS):
             assert (place / "result.json").is_file(), (
                 "its files are here when the client hears of it"
             )
-            found[place.name] = outcome.result.gibbs
+            found[place.name] = outcome.result.numbers.gibbs
 
     run_jobs(jobs, fakes.Emt(), free_energy, done, workers)
     return found
