@@ -346,7 +346,7 @@ def test_more_configurations_are_drawn_from_the_final_state(run, tmp_path):
     [
         (("nowhere.cif",), ["nowhere.cif", "no such file"]),
         ((".",), ["result.json"]),
-        (("structure.xyz",), ["--checkpoint"]),
+        (("structure.xyz", "--checkpoint", "nowhere.pth"), ["nowhere.pth"]),
         (("two.xyz", "--checkpoint", "x"), ["two.xyz", "2 structures"]),
         (("broken.cif", "--checkpoint", "x"), ["broken.cif"]),
         (("RUN", "--n-configs", "7"), ["--n-configs", "even"]),
