@@ -62,7 +62,7 @@ def write_report(folder: str | Path) -> Path:
     target = contents.folder / NAME
     write_text(target, render(contents))
     log.info(
-        "%s: %d rankings, %d figures, %d structures",
+        "%s: rankings: %d, figures: %d, structures: %d",
         target,
         len(contents.rankings),
         len(contents.pictures),
