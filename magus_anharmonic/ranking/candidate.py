@@ -241,10 +241,9 @@ def numbered(candidates: Sequence[Candidate]) -> RankingTable:
 
     Of a composition first the ranked phases, by G; then those that are the same phase as one of
     them; then saddle points, unconverged, estimated and failed ones by G or its estimate, and those
-    without one by enthalpy; last what has none; all by enthalpy where nothing is ranked, as an upper
-    bound puts nothing in order. ``rank_static`` counts all candidates of the
-    composition by enthalpy, ``rank_quantum`` the phases of the first kind alone: an estimate is
-    never the best.
+    without one by enthalpy; last what has none. Where nothing is ranked, all by enthalpy: an upper
+    bound puts nothing in order. ``rank_static`` counts all candidates of the composition by
+    enthalpy, ``rank_quantum`` the phases of the first kind alone: an estimate is never the best.
     """
     return RankingTable(
         candidate for block in by_composition(candidates) for candidate in _numbered_block(block)
