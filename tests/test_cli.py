@@ -372,7 +372,7 @@ def test_files_are_ranked_with_the_calculator_of_an_import_path_and_keys_of_a_fi
     options = ("-i", "keys.yaml", "--calculator", "ase.calculators.emt.EMT", "--n-configs", "10")
     code, text = run("rank", "copper-fcc.vasp", "copper-hcp.vasp", *options)
     assert (tmp_path / "ranking/ranking.csv").is_file(), text
-    record = json.loads((tmp_path / "ranking/store.json").read_text())
+    record = json.loads((tmp_path / "ranking/run.json").read_text())
     assert record["settings"]["pressure"] == 5
     assert record["settings"]["sscha"]["n_configs"] == 10
     assert record["settings"]["sscha"]["supercell"] == [1, 1, 1]
@@ -444,7 +444,7 @@ def test_the_defaults_that_the_help_shows_are_those_of_the_settings(monkeypatch)
     assert "[default: mattersim-v1.0.0-1M]" in run("errors", "-h")[1]
 
 
-def test_the_version_is_shown_in_every_spelling():
+def test_the_version_is_shown_in_every_spelling(monkeypatch):
     from magus_anharmonic import __version__
 
     for word in ("--version", "-V"):
@@ -454,4 +454,5 @@ def test_the_version_is_shown_in_every_spelling():
         [sys.executable, "-m", "magus_anharmonic", "-V"], capture_output=True, text=True, check=True
     )
     assert found.stdout.split()[-1] == __version__
+    monkeypatch.setattr("shellingham.detect_shell", lambda *_: ("bash", "/bin/bash"))
     assert "_magus_anharmonic_completion" in run("--show-completion")[1]

@@ -785,7 +785,9 @@ def test_what_came_of_every_structure_is_in_one_extxyz_and_one_json(tmp_path):
     """Merged, without SSCHA, failed: each with its own info, and the numbers of the table."""
     given = [bulk("Cu"), bulk("Cu", cubic=True), bulk("Fe"), bulk("Cu", "bcc", a=2.9)]
     for atoms, name in zip(given, ("a b.vasp", "b.vasp", "c.vasp", "d.vasp"), strict=True):
-        atoms.info.update(name=name, status="mine", origin={"icsd": 7})
+        atoms.info.update(name=name, status="mine", origin={"icsd": 7}, note="one\ntwo")
+    write(tmp_path / "a.cif", given[0])
+    given[0].info["spacegroup"] = read(tmp_path / "a.cif").info["spacegroup"]
     keys = search_settings(max_candidates=1)
     found = rank_structures(
         given, fakes.Emt(), keys, tmp_path, free_energy=fakes.shifted, workers=1
@@ -804,7 +806,8 @@ def test_what_came_of_every_structure_is_in_one_extxyz_and_one_json(tmp_path):
         ("d.vasp", "estimated", 1),
     ]
     assert all(f.info["status_given"] == "mine" for f in frames)
-    assert all(f.info["origin"] == {"icsd": 7} for f in frames)
+    assert all(f.info["origin"] == {"icsd": 7} and f.info["note"] == "one two" for f in frames)
+    assert frames[0].info["spacegroup"] == "P 1 (1)"
     for frame, row in ((frames[0], found[0]), (frames[3], found[1])):
         assert frame.info["enthalpy_eV_per_atom"] == pytest.approx(row.enthalpy, abs=1e-7)
         assert frame.info["gibbs_eV_per_atom"] == pytest.approx(row.gibbs, abs=1e-7)

@@ -288,6 +288,7 @@ def test_the_command_makes_phonons_and_a_verdict_of_a_finished_run(run, tmp_path
         "dispersion.png",
         "dispersion.svg",
         "phonopy.yaml",
+        "FORCE_CONSTANTS",
         "band.yaml",
         "hessian.json",
     }
@@ -328,6 +329,14 @@ def test_phonopy_reads_the_force_constants_and_has_the_same_frequencies(tmp_path
     with (tmp_path / "band.yaml").open() as file:
         written = yaml.safe_load(file)
     assert len(written["phonon"]) == len(path.q) and written["labels"][0][0] == path.ticks[0][1]
+    read.save(tmp_path / "phonopy.yaml")  # as phonopy-load does in the folder where it is run
+    again = phonopy.load(
+        tmp_path / "phonopy.yaml",
+        force_constants_filename=tmp_path / "FORCE_CONSTANTS",
+        log_level=0,
+    )
+    after = np.sort(again.run_qpoints(q).frequencies, axis=1) * 4.135667696e-3
+    assert after == pytest.approx(theirs, abs=1e-6)
 
 
 def test_more_configurations_are_drawn_from_the_final_state(run, tmp_path):

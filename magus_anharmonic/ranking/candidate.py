@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
+from ase.spacegroup import Spacegroup
 
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.hull import reduced_formula
@@ -240,9 +241,9 @@ def numbered(candidates: Sequence[Candidate]) -> RankingTable:
 
     Of a composition first the ranked phases, by G; then those that are the same phase as one of
     them; then saddle points, unconverged, estimated and failed ones by G or its estimate, and those
-    without one by enthalpy; last what has none. ``rank_static`` counts all candidates of the
-    composition by enthalpy, ``rank_quantum`` the phases of the first kind alone: an estimate is
-    never the best.
+    without one by enthalpy; last what has none. Where nothing is ranked, all by enthalpy: an upper
+    bound puts nothing in order. ``rank_static`` counts all candidates of the composition by
+    enthalpy, ``rank_quantum`` the phases of the first kind alone: an estimate is never the best.
     """
     return RankingTable(
         candidate for block in by_composition(candidates) for candidate in _numbered_block(block)
@@ -259,7 +260,11 @@ def _numbered_block(candidates: Sequence[Candidate]) -> list[Candidate]:
     ranked = [
         replace(c, rank_static=static.get(c.id), rank_quantum=quantum.get(c.id)) for c in candidates
     ]
-    return sorted(ranked, key=_table_order)
+    return sorted(ranked, key=_table_order if any(c.ranked for c in ranked) else _static_order)
+
+
+def _static_order(candidate: Candidate) -> tuple[bool, float, str]:
+    return (candidate.enthalpy is None, candidate.enthalpy or 0.0, candidate.id)
 
 
 def _table_order(candidate: Candidate) -> tuple[int, float, str]:
@@ -329,7 +334,7 @@ def write_relaxed(
         results = {name: atoms.info[name] for name in RESULTS if name in atoms.info}
         frame.calc = SinglePointCalculator(frame, **results)
         taken = {*found, *RESULTS} - {"name"}
-        own = as_stored(source.info).items()
+        own = as_stored({key: _on_one_line(value) for key, value in source.info.items()}).items()
         frame.info = {f"{key}_given" if key in taken else key: value for key, value in own} | found
         frames.append(frame)
     with replacing(path) as temporary:
@@ -337,6 +342,13 @@ def write_relaxed(
 
 
 RESULTS = ("energy", "forces", "stress")
+
+
+def _on_one_line(value: Any) -> Any:
+    """Extended XYZ has one line for all of ``info``; a CIF's ``Spacegroup`` is written in many."""
+    if isinstance(value, Spacegroup):
+        return f"{value.symbol} ({value.no})"
+    return " ".join(value.split()) if isinstance(value, str) and "\n" in value else value
 
 
 def draw_best(run_dir: Path, candidates: Sequence[Candidate], n_best: int) -> list[Path]:

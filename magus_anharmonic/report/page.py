@@ -38,6 +38,7 @@ UNITS = (
     ("_meV_per_atom", "meV/atom"),
     ("_eV_per_atom", "eV/atom"),
     ("_eV_per_A", "eV/Å"),
+    ("_A", "Å"),
     ("_A3_per_atom", "Å\N{SUPERSCRIPT THREE}/atom"),
     ("_GPa", "GPa"),
     ("_cm2", "cm\N{SUPERSCRIPT MINUS}\N{SUPERSCRIPT TWO}"),
@@ -62,7 +63,7 @@ def write_report(folder: str | Path) -> Path:
     target = contents.folder / NAME
     write_text(target, render(contents))
     log.info(
-        "%s: %d rankings, %d figures, %d structures",
+        "%s: rankings: %d, figures: %d, structures: %d",
         target,
         len(contents.rankings),
         len(contents.pictures),

@@ -68,17 +68,17 @@ def show_ranking(folder: Path) -> None:
         for line in sentences(view.rows):
             screen.print(f"* {line}", highlight=False)
         name = f"ranking-{view.composition}" if len(views) > 1 else "ranking"
-        pictures.append(str(slope_chart(view.rows, folder, name)[1]))
+        if any(row.ranked for row in view.rows):
+            pictures.append(str(slope_chart(view.rows, folder, name)[1]))
     if hull := hull_sentences(rows):
         screen.print()
         for line in hull:
             screen.print(f"* {line}", highlight=False)
     page = folder / "report.html"
+    drawn = f"\nPicture: {', '.join(pictures)}" if pictures else ""
     report = f"\nReport: {page}" if page.is_file() else ""
     screen.print(
-        f"\nPicture: {', '.join(pictures)}{report}\nEverything else: {folder.resolve()}",
-        highlight=False,
-        soft_wrap=True,
+        f"{drawn}{report}\nEverything else: {folder.resolve()}", highlight=False, soft_wrap=True
     )
 
 
@@ -86,7 +86,7 @@ COLUMNS = {
     "rank": 4, "id": 8, "atoms": 5, "space group": 8, "static H": 6, "G": 5, "+-": 3,
     "rank by H": 4, "change": 6, "status": 11,
 }  # fmt: skip
-"""Of the table on the screen, and how many letters of each are never folded."""
+"""Of the table on the screen, and how many letters of each are not folded at 80 columns."""
 
 
 def table(view: RankingView, limit: int = 10, width: int = 120) -> Table:
@@ -105,7 +105,12 @@ def table(view: RankingView, limit: int = 10, width: int = 120) -> Table:
     for name, least in COLUMNS.items():
         head = name if wide else name.replace(" ", "\n", 1)
         text = name in ("id", "space group", "status")
-        result.add_column(head, justify="left" if text else "right", min_width=least)
+        result.add_column(
+            head,
+            justify="left" if text else "right",
+            overflow="fold",
+            min_width=least if width >= 80 else None,
+        )
     for row in view.rows[:limit]:
         groups = (symbol_of(group) for group in (row.spg_static, row.spg_quantum) if group)
         height = view.gibbs(row)

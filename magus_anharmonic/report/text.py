@@ -72,7 +72,7 @@ class RankingView:
         return None if known is None else ev_to_mev(known)
 
     def probability(self, row: Candidate) -> float | None:
-        """To be the lowest, with all errors where they are known."""
+        """To be the lowest, with all errors, or by sampling where that of the model is unknown."""
         total = row.p_lowest_total
         return row.p_lowest_sampling if total is None else total
 

@@ -255,9 +255,11 @@ def write_report(report: HessianReport, harmonic: np.ndarray | None) -> None:
 
 
 def write_phonopy(state: SschaState, path: BandPath, folder: Path) -> None:
-    """``phonopy.yaml`` with the force constants of ``state``, as ``phonopy-load`` reads them, and
-    phonopy's own ``band.yaml`` along ``path``."""
+    """``phonopy.yaml`` with the force constants of ``state``, as ``phonopy-load`` reads them, the
+    same as ``FORCE_CONSTANTS`` (it writes a ``phonopy.yaml`` without them over ours, and takes
+    these from then on), and phonopy's own ``band.yaml`` along ``path``."""
     from phonopy import Phonopy
+    from phonopy.file_IO import write_FORCE_CONSTANTS
     from phonopy.structure.atoms import PhonopyAtoms
 
     atoms, labels = state.atoms, dict(path.ticks)
@@ -282,6 +284,8 @@ def write_phonopy(state: SschaState, path: BandPath, folder: Path) -> None:
     phonon.run_band_structure(pieces, path_connections=joins, labels=names)
     with replacing(folder / "phonopy.yaml") as temporary:
         phonon.save(str(temporary), settings={"force_constants": True})
+    with replacing(folder / "FORCE_CONSTANTS") as temporary:
+        write_FORCE_CONSTANTS(phonon.force_constants, filename=temporary)
     with replacing(folder / "band.yaml") as temporary:
         phonon.write_yaml_band_structure(filename=str(temporary))
 

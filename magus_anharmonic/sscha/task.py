@@ -188,10 +188,12 @@ def finished_result(
     raw, error = gibbs_energy(state, averages, task.pressure)
     volume = float(state.atoms.get_volume() / n)
     tolerance = centroid_tolerance(state, averages)
-    gibbs = raw + finite.term / n
+    gibbs, done = raw + finite.term / n, len(progress.gibbs)
     return SschaResult(
         status="unconverged" if reason else "converged",
-        reason=f"not converged after {len(progress.gibbs)} populations: {reason}" if reason else "",
+        reason=f"not converged after {done} population{'s' * (done > 1)}: {reason}"
+        if reason
+        else "",
         gibbs=gibbs,
         gibbs_error=error,
         gibbs_raw=raw,
