@@ -207,8 +207,7 @@ def _call(atoms: Atoms, name: str) -> None:
 
 
 def _rows(file: Path, selection: str) -> list[Atoms]:
-    """Rows of a database of ASE, which ``selection`` selects or numbers as ASE does, called by their
-    id."""
+    """Rows of a database of ASE, selected or numbered as there, called by their id."""
     from ase.db import connect
 
     numbers = INDEX.fullmatch(selection)
