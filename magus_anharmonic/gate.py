@@ -15,7 +15,7 @@ import re
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import vesin
@@ -29,6 +29,8 @@ from magus_anharmonic.io.files import readable
 from magus_anharmonic.structures import HYDROGEN, SAME_MASS, from_pymatgen
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 NAMES = ("name", "id", "identity", "label", "key", "title")
 """``info`` keys by which structures are called."""
@@ -50,6 +52,14 @@ FARTHEST = 1e5
 another unit."""
 WITHOUT_ELEMENTS = {"lammps-dump-binary": "it holds numbers of types, no elements"}
 """Formats of which ASE takes the number of a type for the atomic number."""
+INDEX = re.compile(r"|-?\d+|(-?\d+)?:(-?\d+)?(:(?!-?0+$)(-?\d+)?)?")
+"""ASE's numbers and ranges of structures after the @; empty: all."""
+OF_ANYTHING = (".dat", ".in", ".json", ".log", ".md", ".out")
+"""Endings that ASE takes for a code's, and that other files of a folder have too."""
+
+
+class NoStructures(InputError):
+    """A file that is none of structures, or damaged."""
 
 
 def read_structures(
@@ -66,7 +76,7 @@ def read_structures(
     file = Path(path)
     if not file.is_file():
         raise InputError(f"{file}: no such file")
-    with readable(file, "structures by ASE", InputError, isotope_hint):
+    with readable(file, "structures by ASE", NoStructures, isotope_hint):
         kind = format or filetype(str(file))
         _require_elements(file, kind)
         with warnings.catch_warnings(record=True) as said:
@@ -80,7 +90,7 @@ def read_structures(
     _require_sites_of_one_element(file, [str(warning.message) for warning in said])
     structures = [found] if isinstance(found, Atoms) else list(found)
     if not structures:
-        raise InputError(f"{file}: holds no structure")
+        raise NoStructures(f"{file}: holds no structure")
     check_structures(structures, f"{file}: ", crystal=crystal)
     return structures
 
@@ -98,7 +108,8 @@ def read_sources(sources: Sequence[str | Path]) -> list[Atoms]:
 
     A source is a file (`read_structures`), whole or in ASE's own syntax (``all.extxyz@0:3``,
     ``found.db@energy<0``: the rows selected, named by their id); a folder, of which every file is
-    taken whose format ASE knows; or a pattern as of a shell (``relaxed/*.vasp``). Raises
+    taken whose format ASE reads (without those of `OF_ANYTHING` that hold no structures); or a
+    pattern as of a shell (``relaxed/*.vasp``). Raises
     ``InputError`` that names every source and structure that will not do; what is named twice is
     taken once.
     """
@@ -106,20 +117,30 @@ def read_sources(sources: Sequence[str | Path]) -> list[Atoms]:
     problems: list[str] = []
     for source in sources:
         try:
-            for file, index in _files(str(source)):
-                for atoms in _named(file, index):
-                    name = atoms.info["name"]
-                    if found.setdefault(os.path.abspath(name), atoms) is not atoms:
-                        log.warning("%s: is named twice, and taken once", name)
+            files, index, listed = _files(str(source))
         except InputError as error:
             problems += error.problems
+            continue
+        for file in files:
+            try:
+                structures = _named(file, index)
+            except InputError as error:
+                if listed and isinstance(error, NoStructures) and file.suffix in OF_ANYTHING:
+                    log.warning("%s; left out", error)
+                else:
+                    problems += error.problems
+                continue
+            for atoms in structures:
+                name = atoms.info["name"]
+                if found.setdefault(os.path.abspath(name), atoms) is not atoms:
+                    log.warning("%s: is named twice, and taken once", name)
     if problems:
         raise InputError(*problems)
     return list(found.values())
 
 
-def _files(source: str) -> list[tuple[Path, str]]:
-    """Files of a source, each with its part after the @."""
+def _files(source: str) -> tuple[list[Path], str, bool]:
+    """Files of a source, its part after the @, and whether a folder listed them."""
     name, _, index = source.rpartition("@")
     if Path(source).exists() or not name:
         name, index = source, ""
@@ -131,13 +152,13 @@ def _files(source: str) -> list[tuple[Path, str]]:
             raise InputError(f"{path}: holds no file of a format that ASE knows")
         if others := [file.name for file in there if file not in files]:
             log.info("%s: no structures in %s", path, ", ".join(others))
-        return [(file, index) for file in files]
+        return files, index, True
     if path.is_file() or not any(mark in name for mark in "*?["):
-        return [(path, index)]
+        return [path], index, False
     files = sorted(Path(match) for match in glob.glob(name))
     if not files:
         raise InputError(f"{name}: matches no file")
-    return [(file, index) for file in files]
+    return files, index, False
 
 
 def _known_format(file: Path) -> bool:
@@ -146,9 +167,12 @@ def _known_format(file: Path) -> bool:
     if file.name.startswith("."):
         return False
     try:
-        return filetype(str(file)) in ioformats
+        kind = filetype(str(file))
     except UnknownFileTypeError:
         return False
+    except Exception:  # damaged: whoever reads it says how
+        return True
+    return kind in ioformats and ioformats[kind].can_read
 
 
 def _named(file: Path, index: str) -> list[Atoms]:
@@ -160,9 +184,12 @@ def _named(file: Path, index: str) -> list[Atoms]:
         _call(atoms, name)
     if not index:
         return every
-    numbers = re.fullmatch(r"(-?\d*)(:(-?\d*))?(:(-?\d*))?", index)
-    if numbers is None:
+    if not INDEX.fullmatch(index):
         raise InputError(f"{file}@{index}: must be a number or a range, e.g. @0, @0:3, @-1")
+    return _chosen(every, index, file)
+
+
+def _chosen(every: list[T], index: str, file: Path) -> list[T]:
     if ":" not in index:
         chosen = every[int(index) : int(index) + 1 or None]
     else:
@@ -180,11 +207,14 @@ def _call(atoms: Atoms, name: str) -> None:
 
 
 def _rows(file: Path, selection: str) -> list[Atoms]:
-    """Rows of a database of ASE, called by their id."""
+    """Rows of a database of ASE, selected or numbered as there, called by their id."""
     from ase.db import connect
 
+    numbers = INDEX.fullmatch(selection)
     with readable(file, f"rows of a database that match {selection!r}", InputError):
-        rows = list(connect(file).select(selection or None))
+        rows = list(connect(file).select(None if numbers else selection))
+    if numbers and selection:
+        rows = _chosen(rows, selection, file)
     if not rows:
         raise InputError(f"{file}@{selection}: selects no row")
     found = []

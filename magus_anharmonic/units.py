@@ -59,6 +59,7 @@ def ev_to_mev(energy: Values) -> Values:
 UNITS: dict[str, dict[str, float]] = {
     "pressure": {
         "GPa": 1.0,
+        "TPa": 1000.0,
         "MPa": 1e-3,
         "kPa": 1e-6,
         "Pa": 1e-9,

@@ -404,6 +404,12 @@ def test_hessian_and_errors_take_calculator_labeler_and_keys_from_a_file(folder)
     assert code == 0 and "Fm-3m at 5 GPa" in text, text
     code, text = run("errors", "hessian/sscha", "-n", "4", "-o", "no")
     assert code == 2 and "--reference" in text
+    Path("keys.yaml").write_text("presure: 5\ndE: 0.01\nlearning: {labeler: {calculator: gpaw}}\n")
+    for command in ("rank", "hessian", "errors"):
+        code, text = run(command, "cu.vasp", "-i", "keys.yaml", "-o", "no")
+        assert code == 2 and text.splitlines() == [
+            "input error: presure: unknown key; did you mean pressure?"
+        ]
 
 
 def test_training_takes_seed_start_and_stage_from_a_file(folder, tiny_checkpoint, monkeypatch):

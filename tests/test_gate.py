@@ -355,10 +355,13 @@ def test_files_folders_ranges_patterns_and_databases_are_read_in_order_and_named
     assert names("*.vasp") == ["a.vasp", "b.vasp"]
     assert names("all.extxyz@1:3") == ["all.extxyz@1", "all.extxyz@2"]
     assert names("all.extxyz@-1") == ["all.extxyz@3"]
+    assert names("all.extxyz@::2") == ["all.extxyz@0", "all.extxyz@2"]
     assert names("found.db@a>3.55") == ["found.db@id=2", "found.db@id=3"]
+    assert names("found.db@-1", "found.db@:1") == ["found.db@id=3", "found.db@id=1"], "as in ASE"
     assert names("a.vasp", "*.vasp", "a.vasp@0") == ["a.vasp", "b.vasp"], "once each"
     (tmp_path / "found.db").unlink()
-    (tmp_path / "keys.yaml").write_text("pressure: 1\n")
+    for name in ("keys.yaml", "a.png", "job.log", "notes.md", "results.json", "relax.py"):
+        (tmp_path / name).write_text("pressure: 1\n")
     assert names("") == ["a.vasp", *(f"all.extxyz@{i}" for i in range(4)), "b.vasp"]
 
 
@@ -399,12 +402,16 @@ def test_what_pymatgen_wrote_is_read_without_it(tmp_path):
         ("empty", "no file of a format that ASE knows"),
         ("a.vasp@first", "must be a number or a range"),
         ("a.vasp@5", "the file holds 1"),
+        ("a.vasp@0:1:0", "must be a number or a range"),
+        ("damaged", "a.cif.gz: damaged"),
     ],
 )
 def test_a_source_that_gives_nothing_is_named_beside_all_others_that_do_not(tmp_path, source, said):
     write(tmp_path / "a.vasp", bulk("Cu", "fcc", a=3.6))
     (tmp_path / "empty").mkdir()
     (tmp_path / "zero.extxyz").touch()
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "a.cif.gz").write_text("not packed")
     (tmp_path / "half.json").write_text('{"@class": "Structure", "sites": [')
     with pytest.raises(InputError) as caught:
         read_sources([tmp_path / source, tmp_path / "a.vasp", tmp_path / "gone.cif"])

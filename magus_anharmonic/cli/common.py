@@ -13,7 +13,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperCommand, TyperOption
@@ -29,6 +29,9 @@ from magus_anharmonic.errors import (
 )
 from magus_anharmonic.report.screen import console as console
 from magus_anharmonic.units import quantity
+
+if TYPE_CHECKING:
+    from magus_anharmonic.settings import Settings
 
 app = typer.Typer(
     name="magus-anharmonic",
@@ -201,6 +204,19 @@ def configure_logging(level: int) -> None:
         root.removeHandler(earlier)
     root.addHandler(handler)
     logging.getLogger("magus_anharmonic").setLevel(level)
+
+
+def settings_of(
+    input_file: Path | None, given: dict[str, Any], **blocks: dict[str, Any]
+) -> Settings:
+    """`rank_settings`, where a key that neither we nor MAGUS know is an ``InputError`` too."""
+    from magus_anharmonic.search.keys import unknown_to_magus
+    from magus_anharmonic.settings import rank_settings
+
+    settings = rank_settings(input_file, given, **blocks)
+    if unknown := unknown_to_magus(settings):
+        raise InputError(*unknown)
+    return settings
 
 
 def measured(unit: str, help: str = "", **more: Any) -> Any:

@@ -26,6 +26,7 @@ from magus_anharmonic.cli.common import (
     console,
     measured,
     say,
+    settings_of,
 )
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.units import ev_to_mev
@@ -81,11 +82,10 @@ def hessian(
     """
     from magus_anharmonic.ranking.jobs import free_energy_on
     from magus_anharmonic.ranking.structures import ranking_evaluator
-    from magus_anharmonic.settings import rank_settings
     from magus_anharmonic.sscha.report import DEFAULTS, hessian_of_run, hessian_of_structure
 
     atoms = _structure_to_run(source, n_configs)
-    settings = rank_settings(
+    settings = settings_of(
         input_file,
         {"pressure": pressure, "seed": seed},
         calculator={"calculator": calculator, "checkpoint": checkpoint, "device": device},
@@ -352,14 +352,13 @@ def errors(
     from magus_anharmonic.ranking.jobs import free_energy_on
     from magus_anharmonic.ranking.structures import ranking_evaluator
     from magus_anharmonic.runs.lock import locked
-    from magus_anharmonic.settings import rank_settings
 
     check_number(n_configs)
     file = reference or input_file
     if file is None:
         raise InputError("--reference: give a YAML file with the block labeler, or one with -i")
     labels = load_labeler_settings(file)
-    settings = rank_settings(
+    settings = settings_of(
         input_file,
         {"pressure": pressure, "seed": seed},
         calculator={"calculator": calculator, "checkpoint": checkpoint, "device": device},

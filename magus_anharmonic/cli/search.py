@@ -24,6 +24,7 @@ from magus_anharmonic.cli.common import (
     command,
     measured,
     say,
+    settings_of,
 )
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.report.screen import require_free_energy, show_ranking
@@ -188,10 +189,9 @@ def rank(
     from magus_anharmonic.ranking import rank_file
     from magus_anharmonic.ranking.structures import check_sources, rank_start
     from magus_anharmonic.report import report_at_end
-    from magus_anharmonic.settings import rank_settings
 
     check_sources(structures or (), start_dyn, load_ensemble)
-    settings = rank_settings(
+    settings = settings_of(
         input_file,
         {"pressure": pressure, "seed": seed},
         calculator={"calculator": calculator, "checkpoint": checkpoint, "device": device},

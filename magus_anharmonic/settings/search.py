@@ -412,7 +412,10 @@ def rank_settings(
 
     Raises ``InputError``.
     """
-    data = {snake_case(str(key)): value for key, value in (load_yaml(file) if file else {}).items()}
+    data = {
+        name if (name := snake_case(str(key))) in Settings.model_fields else str(key): value
+        for key, value in (load_yaml(file) if file else {}).items()
+    }
     block = as_magus_reads(data.get("main_calculator")) or {}
     wanted = {key: value for key, value in calculator.items() if value is not None}
     if "checkpoint" in wanted:
