@@ -55,9 +55,9 @@ def write_input(
     """Write a commented input that passes the checks of its command; returns where.
 
     labeler : a name of `learning.labeler.calculator`, ``none``, or None for the first DFT code that
-    is here. path : a file, or a folder for one of the usual name; None: this folder. Files of structures beside it whose
-    composition is the compound's are its phases. Raises ``InputError``, also where ``path`` exists
-    and ``force`` is not given.
+    is here. path : a file, or a folder for one of the usual name; None: this folder. Files of
+    structures beside it whose composition is the compound's are its phases. Raises ``InputError``,
+    also where ``path`` exists and ``force`` is not given.
     """
     target = path or Path()
     if target.is_dir():
