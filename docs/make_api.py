@@ -150,6 +150,8 @@ def entry(path: str, what: Any) -> str:
     name = path.rsplit(".", 1)[1]
     parts = [f"### {name}", ""]
     if inspect.isfunction(what):
+        if path != f"magus_anharmonic.{name}":
+            parts += [f"`{path}`", ""]
         parts += ["```python", f"{name}{signature(what)}", "```", "", prose(what.__doc__)]
         return "\n".join(parts)
     parts += [f"`{path}`", "", prose(what.__doc__), ""]

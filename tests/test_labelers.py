@@ -477,7 +477,7 @@ def test_k_points_of_the_shared_labels():
     [
         (
             {"calculator": "no_such_package.Calculator"},
-            ("learning.labeler.calculator", "not installed", "magus-anharmonic[gpaw]"),
+            ("learning.labeler.calculator", "not installed", "brings no_such_package"),
         ),
         ({"calculator": "ase.calculators.emt.NoSuch"}, ("no calculator 'NoSuch'",)),
         ({"calculator": "gpa"}, ("'gpa'", "allowed", "gpaw")),

@@ -51,7 +51,7 @@ def test_points_of_earlier_versions_are_read(tmp_path):
         f"{names},decrease_eV_per_atom,status\nR3m,60,0,-3.0,0.001,0.004,became\n"
     )
     (point,) = read_points(tmp_path / "gibbs.csv")
-    assert (point.predicted_decrease_eV_per_atom, point.status) == (0.004, "transformed")
+    assert (point.free_energy.predicted_decrease, point.status) == (0.004, "transformed")
 
 
 def test_the_folder_of_a_run_of_an_earlier_version_is_read(tmp_path):

@@ -1009,7 +1009,7 @@ def test_the_last_round_is_ranked_whatever_ended_the_search(
         if (info := ind.info.get("status")) == "converged"
     ]
     shown = capsys.readouterr().out
-    assert "Ranking by free energy" in shown and "ranking.png" in shown
+    assert "ranking by free energy" in shown and "ranking.png" in shown
     assert (
         Path("results/anharmonic/ranking.png").exists()
         and Path("results/anharmonic/report.html").exists()

@@ -129,7 +129,8 @@ def report(
     from magus_anharmonic.report import write_report
 
     page = write_report(folder)
-    say(f"Report: {page.resolve()}\nStructures: {page.parent.resolve() / 'structures'}")
+    structures = page.resolve().parent / "structures"
+    say(f"Report: {page.resolve()}" + f"\nStructures: {structures}" * structures.is_dir())
 
 
 @command()

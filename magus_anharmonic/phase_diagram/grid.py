@@ -287,7 +287,7 @@ def collect_runs(root: Path) -> list[GibbsPoint]:
     found: dict[tuple[str, str, float, float], tuple[Path, GibbsPoint]] = {}
     for folder in folders:
         result = SschaResult.read(folder)
-        group = symbol_of(result.space_group_start).replace("/", "_")
+        group = symbol_of(result.space_group_start)
         formula = result.centroids.get_chemical_formula(mode="metal", empirical=True)
         point = point_of(
             f"{formula} {group}", _isotope_name(folder, result.centroids), result, folder

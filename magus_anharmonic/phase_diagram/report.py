@@ -148,7 +148,7 @@ def _boundary(boundary: list[BoundaryPoint]) -> list[str]:
     )
     return [f"{first.below} gives way to {first.above} ({first.isotopes}) at {where}{kind}."] + [
         f"At {one.temperature_K:g} K this boundary lies outside of the grid with a probability of"
-        f" {1 - one.probability_inside:.0%}."
+        f" {100 * (1 - one.probability_inside):.0f} %."
         for one in ends
         if one.probability_inside < SURE
     ]

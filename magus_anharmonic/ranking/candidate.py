@@ -19,7 +19,7 @@ from magus_anharmonic.hull import reduced_formula
 from magus_anharmonic.io.digests import as_stored
 from magus_anharmonic.io.files import remove, replacing, write_json
 from magus_anharmonic.io.tables import column, columns_of, read, values, write
-from magus_anharmonic.notebook import html_table
+from magus_anharmonic.notebook import Described, html_table
 from magus_anharmonic.ranking.store import Run
 from magus_anharmonic.sscha.record import INFO_KEYS, FreeEnergy, WithFreeEnergy
 from magus_anharmonic.structures import as_pymatgen, formula, stripped
@@ -32,8 +32,8 @@ _HULL = "ranking.fitness.with_heights"
 _POOLED = "ranking.phases.merge_duplicates"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Candidate(WithFreeEnergy):
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Candidate(Described, WithFreeEnergy):
     """A distinct structure at one pressure and temperature: a row of ``ranking.csv``, whose columns
     are the fields that `column` makes here and in `FreeEnergy`.
 
@@ -189,6 +189,11 @@ class Candidate(WithFreeEnergy):
         except InputError:
             return self.formula
 
+    def described(self) -> dict[str, str]:
+        shown = dict(zip(RankingTable._HEAD, RankingTable([self])._rows()[0], strict=True))
+        at = {"at": f"{self.pressure:g} GPa, {self.temperature:g} K"}
+        return {name: value for name, value in (shown | at).items() if value}
+
 
 class RankingTable(list[Candidate]):
     """Candidates in the order of a table: a list that shows itself as one, also in a notebook."""
@@ -204,7 +209,7 @@ class RankingTable(list[Candidate]):
                 str(one.rank_quantum or "-"),
                 f"{one.formula} {one.label}",
                 " -> ".join(dict.fromkeys(filter(None, (one.spg_static, one.spg_quantum)))),
-                shown(one.gibbs, 5),
+                ("below " if one.status == "unconverged" else "") + shown(one.gibbs, 5),
                 shown(None if one.difference is None else ev_to_mev(one.difference), 1),
                 shown(None if one.gibbs_error is None else ev_to_mev(one.gibbs_error), 1),
                 f"same as {one.same_as[:8]}" if one.same_as else one.status,

@@ -222,7 +222,7 @@ def test_a_molecular_search_goes_through_sscha_and_a_restart(work):
         result = magus(work, "search", *options)
         assert result.returncode == 0 and "Traceback" not in result.stdout, result.stdout[-3000:]
         assert (
-            "Ranking by free energy" in result.stdout
+            "ranking by free energy" in result.stdout
             and (work / "results/anharmonic/ranking.png").exists()
         )
     good = read(work / "results/good.traj", ":")
