@@ -28,8 +28,8 @@ from magus_anharmonic.structures import change_of
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Evaluation:
+@dataclass(frozen=True, repr=False)
+class Evaluation(Described):
     """Results for n structures, in the order of the input.
 
     energy : (n,) eV; forces : n arrays (N_i, 3) eV/A; stress : (n, 3, 3) eV/A^3, ASE's sign, all
@@ -42,6 +42,16 @@ class Evaluation:
     forces: list[np.ndarray]
     stress: np.ndarray
     energy_error: np.ndarray | None = None
+
+    def described(self) -> dict[str, str]:
+        """How many structures, their energies, and what is known beside forces."""
+        low, high = np.min(self.energy, initial=np.inf), np.max(self.energy, initial=-np.inf)
+        return {
+            "structures": str(len(self.energy)),
+            "energies": f"{low:.5f} to {high:.5f} eV" if len(self.energy) else "none",
+            "stress": "yes" if has_stress(self) else "no",
+            "energy errors": "no" if self.energy_error is None else "yes",
+        }
 
     def error_of(self, index: int) -> float | None:
         """``energy_error`` of one structure (eV/atom), or None."""

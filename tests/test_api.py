@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from ase.build import bulk
-from ranking_fakes import h3s
+from ranking_fakes import Emt, h3s
 from records import a_candidate
 from two_phases import HIGH, LOW, data
 
@@ -80,6 +80,7 @@ def test_results_show_themselves_in_a_line_and_as_a_table():
         (a_result(status="unconverged"), "G = below -1.25000"),
         (Relaxation.without_result(bulk("Cu"), "too close"), "failed (too close)"),
         (diagram, "GPa at"),
+        (Emt().evaluate([bulk("Cu")] * 50), "structures = 50, energies = -0.00"),
         (ranking[0], "G (eV/atom) = -1.25000, +- = 0.2"),
     ):
         line, html = repr(result), result._repr_html_()

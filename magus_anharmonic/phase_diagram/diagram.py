@@ -92,7 +92,9 @@ class PhaseDiagram(Described):
         """Its points, and each boundary from its lowest to its highest temperature."""
         ends = {
             f"{line[0].below} | {line[0].above} ({line[0].isotopes})": "; ".join(
-                f"{end.pressure_GPa:.1f} +- {end.error_GPa:.1f} GPa at {end.temperature_K:g} K"
+                f"{end.pressure_GPa:.1f}"
+                + (f" +- {end.error_GPa:.1f} GPa" if np.isfinite(end.error_GPa) else " GPa (open)")
+                + f" at {end.temperature_K:g} K"
                 for end in dict.fromkeys((line[0], line[-1]))
             )
             for line in lines(self.boundaries)
