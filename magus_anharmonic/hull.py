@@ -8,6 +8,7 @@ that its standard error means what it says.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -50,7 +51,7 @@ def _formula(text: str) -> Formula:
         counts = Formula(text).count()
     except ValueError:
         counts = {}
-    plain = text.isalnum() and not text[0].isdigit()
+    plain = re.sub("[()]", "", text).isalnum() and not text[0].isdigit()
     if (
         not plain
         or not counts

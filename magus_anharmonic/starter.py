@@ -55,11 +55,13 @@ def write_input(
     """Write a commented input that passes the checks of its command; returns where.
 
     labeler : a name of `learning.labeler.calculator`, ``none``, or None for the first DFT code that
-    is here. path : None for the usual name in this folder. Files of structures beside it whose
-    composition is the compound's are its phases. Raises ``InputError``, also where ``path`` exists
-    and ``force`` is not given.
+    is here. path : a file, or a folder for one of the usual name; None: this folder. Files of
+    structures beside it whose composition is the compound's are its phases. Raises ``InputError``,
+    also where ``path`` exists and ``force`` is not given.
     """
-    target = Path(FILES[kind]) if path is None else path
+    target = path or Path()
+    if target.is_dir():
+        target /= FILES[kind]
     if target.exists() and not force:
         raise InputError(f"{target}: exists, and is left as it is; give --force to write over it")
     counts = _counts(compound)

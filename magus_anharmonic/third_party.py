@@ -41,7 +41,7 @@ def load(kind: Kind, name: str) -> Any:
         raise InputError(f"{name}: is declared by more than one package ({whose}); uninstall one")
     try:
         return first.load()
-    except Exception as error:  # a module may raise anything while it is imported
+    except (Exception, SystemExit) as error:  # a module may do anything while it is imported
         if is_machine_error(error):
             raise
         raise InputError(f"{name}: {origin(first)} cannot be loaded: {typed_line(error)}") from None

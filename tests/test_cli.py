@@ -390,13 +390,16 @@ def test_hessian_and_errors_take_calculator_labeler_and_keys_from_a_file(folder)
     from ase.build import bulk
 
     write("cu.vasp", bulk("Cu", a=3.6))
+    write("two.xyz", [bulk("Cu", a=3.6), bulk("Cu", a=3.6)], format="extxyz")
     lj = "{calculator: ase.calculators.lj.LennardJones, arguments: {sigma: 2.2}, n_workers: 1}"
     Path("keys.yaml").write_text(
         "pressure: 5\nscheduler: serial\nMainCalculator: {calculator: ase.calculators.emt.EMT}\n"
         "sscha: {supercell: [2, 1, 1], n_configs: 8, max_populations: 2, hessian: 0}\n"
         f"learning: {{labeler: {lj}}}\n"
     )
-    code, text = run("hessian", "cu.vasp", "-i", "keys.yaml", "--max-populations", "1", "-q")
+    code, text = run("hessian", "two.xyz", "-i", "keys.yaml")
+    assert code == 2 and "give one, e.g. two.xyz@0" in text
+    code, text = run("hessian", "two.xyz@1", "-i", "keys.yaml", "--max-populations", "1", "-q")
     assert code == 0 and all(" WARNING " in line for line in text.splitlines()), text
     result = json.loads(Path("hessian/sscha/result.json").read_text())
     assert result["target_pressure"] == 5 and result["n_populations"] == 1

@@ -111,6 +111,7 @@ def test_end_members_that_do_not_fit_are_explained(formulas, end_members, words)
 
 def test_formulas():
     assert parse_formula("H3S") == {"H": 3, "S": 1} and parse_formula("LiH2Li") == {"Li": 2, "H": 2}
+    assert parse_formula("Ca(OH)2") == {"Ca": 1, "O": 2, "H": 2}
     for bad in ("H3s", "", "3H", "Xx", "H-S", "H0", "H2 S", "TiO2+"):
         with pytest.raises(InputError, match="formula"):
             parse_formula(bad)

@@ -104,7 +104,7 @@ def test_a_search_through_slurm_is_the_search_of_this_machine(queue):
         folder.mkdir()
         given = {**INPUT, **fitness, "numGen": 1, **where}
         (folder / "input.yaml").write_text(yaml.safe_dump(given))
-        command = [sys.executable, "-m", "magus_anharmonic.cli", "search"]
+        command = [sys.executable, "-m", "magus_anharmonic", "search"]
         found = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600)
         assert found.returncode == 0, found.stderr[-2000:]
         shown[name] = found.stdout + found.stderr

@@ -316,8 +316,9 @@ def test_init_never_writes_over_a_file(tmp_path, monkeypatch):
     assert CliRunner().invoke(app, command).exit_code == 0
     assert load_settings("input.yaml").pressure == 1.0
     Path("input.yaml").write_text("mine: true\n")
-    refused = CliRunner().invoke(app, command)
-    assert refused.exit_code == 2 and "--force" in refused.output
+    for where in ([], ["-o", str(tmp_path)]):
+        refused = CliRunner().invoke(app, [*command, *where])
+        assert refused.exit_code == 2 and "input.yaml: exists" in refused.output
     assert Path("input.yaml").read_text() == "mine: true\n"
     assert CliRunner().invoke(app, [*command, "--force"]).exit_code == 0
     assert load_settings("input.yaml").symbols == ["Mg", "O"]

@@ -114,7 +114,12 @@ BROKEN = {
     "version": "2.0",
     "entry-points": {
         "magus_anharmonic.labelers": {"broken": "broken_parts:Lost", "wrong": "json:dumps"},
-        "magus_anharmonic.evaluators": {"broken": "broken_parts:make", "wrong": "json:JSONEncoder"},
+        "magus_anharmonic.evaluators": {
+            "broken": "broken_parts:make",
+            "wrong": "json:JSONEncoder",
+            "gone": "gone_parts:make",
+            "emt": "json:JSONEncoder",
+        },
         "magus_anharmonic.fitness": {"Broken": "broken_parts:f", "Density": "broken_parts:g"},
     },
 }
@@ -122,6 +127,7 @@ BROKEN = {
 
 def test_a_broken_part_is_named_and_stops_only_who_uses_it(site, tmp_path, monkeypatch):
     (site / "broken_parts.py").write_text("raise RuntimeError('no licence')\n")
+    (site / "gone_parts.py").write_text("raise SystemExit('no GPU')\n")
     install(site, BROKEN)
     importlib.invalidate_caches()
     why = "broken_parts:{} of broken-parts 2.0 cannot be loaded: RuntimeError: no licence"
@@ -129,9 +135,16 @@ def test_a_broken_part_is_named_and_stops_only_who_uses_it(site, tmp_path, monke
     for name, said in {"broken": "no licence", "wrong": "no subclass of"}.items():
         with pytest.raises(InputError, match=said):
             get_labeler(LabelerSettings(calculator=name), tmp_path)
-    for name, said in {"broken": "no licence", "wrong": "no evaluator .* and no ASE calc"}.items():
+    problems = {
+        "broken": "no licence",
+        "gone": "cannot be loaded: SystemExit: no GPU",
+        "wrong": "no evaluator .* and no ASE calc",
+    }
+    for name, said in problems.items():
         with pytest.raises(InputError, match=said):
             evaluator_of(parse_settings({**SEARCH, "MainCalculator": {"calculator": name}}))
+    emt = evaluator_of(parse_settings({**SEARCH, "MainCalculator": {"calculator": "emt"}}))[0]
+    assert emt.model_id.startswith("emt-"), "our names stay ours"
     problems = {"Broken": "no licence", "Density": "more than one package", "Lost": "SSCHA, Broken"}
     for name, said in problems.items():
         with pytest.raises(InputError, match=said):

@@ -45,8 +45,8 @@ def hessian(
         Path,
         typer.Argument(
             help=(
-                "A structure that ASE reads, or the folder of a finished SSCHA run (with its"
-                " result.json)."
+                "A structure that ASE reads (also all.extxyz@1), or the folder of a finished SSCHA"
+                " run (with its result.json)."
             )
         ),
     ],
@@ -117,7 +117,7 @@ def hessian(
 def _structure_to_run(source: Path, n_configs: int | None) -> Any:
     """The one structure of a file; None where ``source`` is the folder of a finished run. Raises
     ``InputError`` before any work."""
-    from magus_anharmonic.gate import read_structures
+    from magus_anharmonic.gate import read_sources
 
     if n_configs is not None and (n_configs < 4 or n_configs % 2):
         raise InputError(f"--n-configs: {n_configs}: must be even and at least 4")
@@ -128,13 +128,11 @@ def _structure_to_run(source: Path, n_configs: int | None) -> Any:
                 " them in sscha/<id>)"
             )
         return None
-    if not source.is_file():
-        raise InputError(f"{source}: no such file, and no folder of a finished SSCHA run")
-    found = read_structures(source)
+    found = read_sources([source])
     if len(found) != 1:
         raise InputError(
-            f"{source}: holds {len(found)} structures; give one (`magus-anharmonic rank` takes"
-            " many)"
+            f"{source}: holds {len(found)} structures; give one, e.g. {source}@0 (`magus-anharmonic"
+            " rank` takes many)"
         )
     return found[0]
 

@@ -213,7 +213,9 @@ def init(
     output: Annotated[
         Path | None,
         typer.Option(
-            "-o", "--output", help="The file; left out: input.yaml, campaign.yaml, ... in here."
+            "-o",
+            "--output",
+            help="The file, or a folder for input.yaml, campaign.yaml, ...; left out: this one.",
         ),
     ] = None,
     force: Annotated[

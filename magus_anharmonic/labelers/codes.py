@@ -29,7 +29,12 @@ from magus_anharmonic.labelers.base import (
     program_of,
 )
 from magus_anharmonic.labelers.espresso import Espresso
-from magus_anharmonic.settings import AseCalculatorSettings, LabelerSettings, import_path
+from magus_anharmonic.settings import (
+    AseCalculatorSettings,
+    LabelerSettings,
+    import_path,
+    is_evaluator,
+)
 
 log = logging.getLogger(__name__)
 
@@ -332,7 +337,8 @@ def make_calculator(block: AseCalculatorSettings, at: str) -> Any:
     """The calculator of the block at the key ``at``, or another package's evaluator; raises
     ``InputError`` that names its key where an input may not make it or cannot."""
     where = f"{at}.calculator: {block.calculator!r}"
-    if block.calculator in third_party.declared("evaluators"):
+    path = import_path(block.calculator)
+    if path is None and is_evaluator(block.calculator):
         made = _made(third_party.load("evaluators", block.calculator), block, at)
         if not isinstance(made, Evaluator) and not callable(getattr(made, METHODS[0], None)):
             raise InputError(
@@ -340,7 +346,6 @@ def make_calculator(block: AseCalculatorSettings, at: str) -> Any:
                 " calculator"
             )
         return made
-    path = import_path(block.calculator)
     if path is None:
         raise InputError(
             f"{where}: without MAGUS, calculator is mattersim, emt, lj, what an installed package"
