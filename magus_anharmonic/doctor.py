@@ -177,7 +177,7 @@ def _torch() -> tuple[Check, str | None]:
             None,
         )
     cuda = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
-    return Check("torch", True, f"{torch.__version__}, {torch.get_num_threads()} threads"), cuda
+    return Check("torch", True, f"{torch.__version__}, threads: {torch.get_num_threads()}"), cuda
 
 
 def _device(settings: Settings | None, cuda: str | None) -> Check:

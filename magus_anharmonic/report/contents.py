@@ -313,7 +313,8 @@ def search_contents(folder: Path) -> Contents:
     absolute = folder.resolve()
     searched = absolute.name == "anharmonic"
     kind, name = ("search", absolute.parents[1].name) if searched else ("ranking", absolute.name)
-    contents = Contents(folder, kind, f"{kind.capitalize()} {name}")
+    title = kind if name == kind else f"{kind} {name}"
+    contents = Contents(folder, kind, title[0].upper() + title[1:])
     contents.record = contents.json("run.json")
     ranking = folder / "ranking.csv"
     if ranking.is_file():
