@@ -127,7 +127,7 @@ def prose(docstring: str | None) -> str:
             continue
         lines.append(line)
     text = re.sub(r"``([^`]+)``", r"`\1`", "\n".join(lines))
-    text = re.sub(r"<(?=\w)", "&lt;", text)
+    text = re.sub(r"(`[^`]+`)|<(?=\w)", lambda found: found[1] or "&lt;", text)
     return re.sub(
         r"^([\w, ]+)\n((?:    +.*(?:\n|$))+)",
         lambda found: f"* `{found[1]}`: {' '.join(found[2].split())}\n",

@@ -248,7 +248,7 @@ def _hull(diagram: PhaseDiagram) -> list[str]:
             found = ", ".join(
                 f"{one.name} {_meV(one.distance, one.error)} meV/atom above it"
                 if one.distance > ON_HULL
-                else f"{one.name} on it (probability {one.p_on_hull:.0%})"
+                else f"{one.name} on it (probability {100 * one.p_on_hull:.0f} %)"
                 for one in entries
             )
             text.append(f"Hull against {against} at {_where(*at)} ({isotopes}): {found}.")

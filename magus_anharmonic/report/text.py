@@ -302,7 +302,7 @@ def hull_sentences(rows: Sequence[Candidate]) -> list[str]:
         return []
     on, above = [], []
     for row in known:
-        p = "" if row.p_on_hull_sampling is None else f" ({row.p_on_hull_sampling:.0%})"
+        p = "" if row.p_on_hull_sampling is None else f" ({100 * row.p_on_hull_sampling:.0f} %)"
         if row.gibbs_above_hull:
             height, error = row.gibbs_above_hull, row.gibbs_above_hull_error or 0.0
             above.append(f"{row.composition} {ev_to_mev(height):.1f} ± {ev_to_mev(error):.1f}")
