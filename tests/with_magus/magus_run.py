@@ -100,7 +100,7 @@ def campaign(file):
     """``magus-anharmonic campaign FILE`` in a process that finds MAGUS and the plug-ins as those of
     `magus` do."""
     _, options = command(file.parent.parent, "search")
-    call = [sys.executable, "-W", "ignore", "-m", "magus_anharmonic.cli", "campaign", str(file)]
+    call = [sys.executable, "-W", "ignore", "-m", "magus_anharmonic", "campaign", str(file)]
     result = subprocess.run(call, timeout=900, stdin=subprocess.DEVNULL, **options)
     RAN.append(f"magus-anharmonic campaign (host: magus) -> {result.returncode}")
     return result
