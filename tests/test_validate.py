@@ -184,7 +184,8 @@ def test_gradients_by_force_constants_have_their_own_unit(campaign):
 
 def test_every_name_has_a_finder_and_says_not_in_this_run_without_tables(tmp_path):
     assert set(NAMES) == set(FINDERS)
-    (tmp_path / "campaign").mkdir()
+    (tmp_path / "campaign" / "tables").mkdir(parents=True)
+    (tmp_path / "campaign" / "tables" / "nothing.csv").write_text("nothing\n")
     rows = validate(tmp_path, PAPER)
     assert {row.verdict for row in rows} == {"not in this run"} and len(rows) > 35
 

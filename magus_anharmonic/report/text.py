@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from magus_anharmonic.io.tables import Column, columns_of
-from magus_anharmonic.paper.quantities import new_space_group
+from magus_anharmonic.paper.quantities import computed, new_space_group
 from magus_anharmonic.ranking.candidate import Candidate, by_composition, numbered
 from magus_anharmonic.sscha.record import WITH_ERROR
 from magus_anharmonic.structures import UNDECIDED
@@ -149,7 +149,14 @@ def sentences(rows: Sequence[Candidate]) -> list[str]:
         first = [f"{nothing}; the order is that of the static enthalpy."]
     else:
         first = [_lowest(phases[0], rows), *_static(phases[0], done), *_second(phases)]
-    return [*first, *_changes(done), *_merged(done), *_saddles(rows), *_open(rows), *_cost(rows)]
+    return [
+        *first,
+        *_changes(computed(rows)),
+        *_merged(done),
+        *_saddles(rows),
+        *_open(rows),
+        *_cost(rows),
+    ]
 
 
 def _group(row: Candidate) -> str:
