@@ -14,29 +14,35 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+import warnings
 from importlib.machinery import ModuleSpec
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 GROUP = "magus.plugins"
 TRIGGER = "magus.calculators"
 _CALLED = "plugins_called_by_magus_anharmonic"
 SURFACES = "magus.reconstruct.rcs_interface"
-TRIGGERS = (TRIGGER, "magus.calculators.base", "magus.search.search", SURFACES)
+ASE_LIST = "ase._4.plugins.legacy_plugins"
+TRIGGERS = (TRIGGER, "magus.calculators.base", "magus.search.search", SURFACES, ASE_LIST)
 OWN_PLUGIN = ("magus-anharmonic", "magus_anharmonic.plugins:register")
 
 
 def __getattr__(name: str) -> Any:
     if name != "ase_format":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from ase.utils.plugins import ExternalIOFormat
-
     install()
-    return ExternalIOFormat(
-        desc="magus-anharmonic: registers the plug-ins of MAGUS; reads and writes nothing",
-        code="1F",
-        module=__name__,
-    )
+    # ASE registers no format of another type, and would say so; its new list of plug-ins reads the
+    # fields all the same, and `_unlist` takes ours out of it.
+    warnings.filterwarnings("ignore", f"Failed to register external IO format {OWN_PLUGIN[0]}")
+    fields = dict.fromkeys(("ext", "glob", "magic", "magic_regex"))
+    return SimpleNamespace(desc="registers the plug-ins of MAGUS", code="1F", **fields)
+
+
+def _unlist(module: ModuleType) -> None:
+    """Take our entry, which reads and writes nothing, out of what ``ase info --formats`` lists."""
+    known = module.__ase_plugins__
+    module.__ase_plugins__ = {plugin for plugin in known if plugin.name != OWN_PLUGIN[0]}
 
 
 class MagusFinder:
@@ -80,6 +86,9 @@ def _call_after(loader: Any, name: str) -> None:
 
     def exec_module(module: ModuleType) -> None:
         original(module)
+        if name == ASE_LIST:
+            _unlist(module)
+            return
         # Python binds the submodule to its parent only after this returns; plug-ins may say
         # `magus.calculators` before.
         parent, _, child = name.rpartition(".")
