@@ -135,6 +135,7 @@ def test_a_job_that_is_cancelled_is_sent_again_and_its_task_runs_again(queue):
     assert found.value == 2, "the second run ended"
 
 
+@pytest.mark.full  # a minute is the least that SLURM knows
 def test_a_job_that_outlives_its_walltime_is_sent_again(queue):
     """SLURM ends it (walltime 5 min is the least that the keys allow, so scontrol shortens it)."""
 

@@ -59,13 +59,13 @@ def test_an_ensemble_is_reweighted_from_what_drew_it_to_the_matrices_it_led_to(
     helmholtz, error = (float(said.split("F = ")[1].split(" ")[index]) for index in (0, 2))
     target = led_to(state)
     fresh = average(
-        target, evaluated(target, EV, 2000, seed=5), Symmetry(target.atoms, target.supercell_matrix)
+        target, evaluated(target, EV, 600, seed=5), Symmetry(target.atoms, target.supercell_matrix)
     )
     assert helmholtz == pytest.approx(
         fresh.helmholtz, abs=4.0 * np.hypot(error, fresh.helmholtz_error)
     )
     own = average(
-        state, evaluated(state, EV, 2000, seed=6), Symmetry(state.atoms, state.supercell_matrix)
+        state, evaluated(state, EV, 600, seed=6), Symmetry(state.atoms, state.supercell_matrix)
     )
     assert own.helmholtz - fresh.helmholtz > 5.0 * error, "the two states are told apart"
     assert "ESS/N = 1.00" not in said
