@@ -113,7 +113,7 @@ def covered(z):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cell", ["fixed", "variable"])
+@pytest.mark.parametrize("cell", ["fixed", pytest.param("variable", marks=pytest.mark.full)])
 def test_the_error_bars_of_all_crystals_cover_their_minima(cell):
     """Two seeds a case, together: sharper bounds than a case alone can have; no case is off by
     itself.
