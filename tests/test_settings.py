@@ -150,7 +150,8 @@ def test_every_number_whose_description_names_a_unit_has_it():
         for name, field in model.model_fields.items():
             named = re.match(r"(GPa|K|eV/atom|Angstrom|seconds)\b", field.description or "")
             numeric = "float" in str(field.annotation) or "PressureGPa" in str(field.annotation)
-            if named and numeric and name not in lists:
+            in_name = name.endswith(("_GPa", "_K"))  # of expected.yaml, where the name says it
+            if named and numeric and not in_name and name not in lists:
                 known = units_in(field.annotation, field.metadata)
                 if known != {words[named[1]]}:
                     wrong.append((model.__name__, name, known))
