@@ -338,6 +338,7 @@ def test_a_changed_digit_of_a_ranking_is_named_by_all_that_read_it(tmp_path):
     assert f"ranking.csv: {CHANGED}" in write_report(tmp_path).read_text()
 
 
+@pytest.mark.full
 def test_a_changed_digit_of_a_campaigns_tables_is_named_by_all_that_read_them(tmp_path):
     campaign = synthetic_campaign(tmp_path / "h3s", 30, pressures=(50, 100))
     (file,) = campaign.rglob("enthalpies.csv")
