@@ -175,6 +175,7 @@ def test_jobs_wait_for_a_drained_node_and_run_when_it_is_resumed(queue):
     assert not waited, "nothing ran while it was drained"
 
 
+@pytest.mark.full
 def test_a_full_machine_is_waited_for(queue):
     """All cores are another job's until it ends."""
     script = queue / "wait.sh"
@@ -195,6 +196,7 @@ def test_a_full_machine_is_waited_for(queue):
     assert len(waited) == 1
 
 
+@pytest.mark.full
 def test_a_queue_that_takes_no_jobs_is_asked_again_and_says_why(queue, caplog):
     close = ["scontrol", "update", "PartitionName=normal"]
     subprocess.run([*close, "State=INACTIVE"], check=True)
@@ -210,6 +212,7 @@ def test_a_queue_that_takes_no_jobs_is_asked_again_and_says_why(queue, caplog):
     assert "sbatch refuses a job (sbatch: error: Batch job submission failed" in caplog.text
 
 
+@pytest.mark.full
 def test_wrong_keys_of_the_queue_end_with_slurms_own_words(queue, monkeypatch):
     monkeypatch.setattr("magus_anharmonic.scheduler.queues.GIVE_UP", 3.0)
     monkeypatch.setattr("magus_anharmonic.scheduler.queues.FIRST_PAUSE", 0.5)
