@@ -202,8 +202,8 @@ class ExactCrystal:
 
 
 class Scha:
-    """Minimum of F + P V (``pressure`` in GPa) in a supercell of ``repeats``: ``gibbs`` eV/atom,
-    ``minimum`` the centroids."""
+    """Minimum of F + P V (``pressure`` in GPa) in a supercell: ``gibbs`` eV/atom, ``minimum`` the
+    centroids."""
 
     def __init__(self, crystal, supercell_matrix, temperature=0.0, pressure=0.0, cell="fixed"):
         self.crystal, self.temperature, self.pressure, self.cell = (

@@ -1,6 +1,6 @@
 """Numbers of today, stored in ``golden/``: a change that should not change the physics leaves them as they are.
 
-``golden/physics.json`` stands for what is in stores of free energies: where that changes, `files.PHYSICS` is raised, and
+``golden/physics.json`` stands for what is in stores of free energies: where that changes, `digests.PHYSICS` is raised, and
 ``python tests/test_golden.py`` run. The other files are the numbers of whole commands, written by ``golden/make.py``: by value, on the
 machine that wrote them to the last digits, on another one within what its rounding does.
 """
@@ -315,7 +315,7 @@ def test_stored_numbers_are_those_of_this_version(tmp_path):
     )
     for name, numbers in answers(tmp_path).items():
         told = (
-            f"{name}: stored numbers are no longer those of now: raise files.PHYSICS and run python"
+            f"{name}: stored numbers are no longer those of now: raise digests.PHYSICS and run python"
             f" {Path(__file__).name}"
         )
         assert numbers == pytest.approx(

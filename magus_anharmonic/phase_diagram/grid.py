@@ -95,8 +95,8 @@ def run_grid(
     taken as they are.
 
     The isotopes after the first start from the folder of those before them, which are reweighted
-    where that is enough (`isotopes`). ``on_point`` gets the points so far after each run. Raises
-    ``InputError`` (a folder that holds other runs).
+    where that is enough (`gibbs.reweighted_result`). ``on_point`` gets the points so far after each
+    run. Raises ``InputError`` (a folder that holds other runs).
     """
     if free_energy is None:
         from magus_anharmonic.sscha.gibbs import free_energy

@@ -11,7 +11,7 @@ free energies G_i are pooled when supercell and masses are the same too:
 (the smallest error that such weights allow).
 
 C holds the squares of the errors and the measured covariances of the pairs of configurations that
-came from the same random numbers (`common_numbers`). Independent runs get the weights 1/error_i^2;
+came from the same random numbers (`CommonNumbers`). Independent runs get the weights 1/error_i^2;
 what a run shares with a better one adds nothing, and a weight that would be negative is zero, so
 that G lies between the G_i and its error is never above the smallest of theirs. Runs that scatter
 more than C says (and than their relaxations may still fall) widen the error by the Birge ratio

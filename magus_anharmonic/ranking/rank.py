@@ -100,7 +100,7 @@ def rank(
 
     Structures of several compositions are ranked in one table, composition by composition
     (`numbered`): estimates, early stopping, order and probabilities are those inside of a
-    composition, and beside them stands the distance above the hull (`compositions`).
+    composition, and beside them stands the distance above the hull (`with_heights`).
 
     Returns the candidates at the first temperature (the one that ranks) in the order of the table.
     Raises ValueError when a structure's energy belongs to another model, ``InputError`` for other

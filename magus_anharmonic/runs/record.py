@@ -227,7 +227,7 @@ def read_run_record(path: str | Path, required: Iterable[str] = ()) -> RunRecord
 
 def check_results_version(directory: str | Path) -> None:
     """Refuse to continue in a results folder whose files or numbers are those of another version
-    (`files.SCHEMA`, `files.PHYSICS`).
+    (`digests.SCHEMA`, `digests.PHYSICS`).
 
     A folder without a record is new: fine. Raises ``InputError`` that names folder and both
     versions.

@@ -117,7 +117,7 @@ def cell_index(offsets: np.ndarray, supercell_matrix: SupercellMatrix) -> np.nda
 
 
 def dual(supercell_matrix: SupercellMatrix) -> SupercellMatrix:
-    """What counts the q points of a supercell as ``repeats`` counts its cells."""
+    """What counts the q points of a supercell as ``supercell_matrix`` counts its cells."""
     return as_supercell_matrix(shape_supercell_matrix(supercell_matrix).T)
 
 
@@ -175,8 +175,8 @@ def commensurate(q: np.ndarray, cell: np.ndarray) -> SupercellMatrix:
 def symmetric_supercell(
     supercell_matrix: SupercellMatrix, rotations: np.ndarray, cell: np.ndarray
 ) -> SupercellMatrix:
-    """The smallest supercell of ``repeats`` (or itself) that all ``rotations`` (m, 3, 3; whole
-    numbers) map onto itself."""
+    """The smallest supercell of ``supercell_matrix`` (or itself) that all ``rotations`` (m, 3, 3;
+    whole numbers) map onto itself."""
     turned = [q_points(supercell_matrix) @ rotation for rotation in rotations]
     return commensurate(np.concatenate(turned), cell)
 
