@@ -48,7 +48,7 @@ from magus_anharmonic.sscha.start import (
     in_double_precision,
     relaxed_primitive,
 )
-from magus_anharmonic.sscha.state import SschaState, fourier
+from magus_anharmonic.sscha.state import SschaState, fourier, root_mass
 from magus_anharmonic.sscha.symmetry import Symmetry, symmetric_primitive
 from magus_anharmonic.structures import space_group, structure_id
 from magus_anharmonic.units import EV_IN_CM1, HBAR, GPa
@@ -283,7 +283,7 @@ def harmonic_levels(atoms: Atoms, evaluator: Any) -> list[Level]:
 
 def mass_weighted(matrix: np.ndarray, atoms: Atoms) -> np.ndarray:
     """Force constants at Gamma (3n, 3n) in eV/A^2 over the roots of the masses, eV/A^2/amu."""
-    root = np.sqrt(np.repeat(atoms.get_masses(), 3))
+    root = root_mass(atoms)
     return matrix / np.outer(root, root)
 
 

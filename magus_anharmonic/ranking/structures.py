@@ -60,8 +60,9 @@ from magus_anharmonic.sscha.state import (
     state_digest,
 )
 from magus_anharmonic.sscha.symmetry import Symmetry
+from magus_anharmonic.sscha.task import pressure_of
 from magus_anharmonic.structures import stripped, structure_id
-from magus_anharmonic.units import GPa, ev_per_a3_to_gpa, gpa_to_ev_per_a3
+from magus_anharmonic.units import GPa, gpa_to_ev_per_a3
 
 log = logging.getLogger(__name__)
 
@@ -331,7 +332,7 @@ def what_it_says(
     """F, error and pressure of the state by an ensemble about its centroids; energies are those of
     whatever surface made it."""
     averages, n = average(state, ensemble, symmetry, weights), len(state.atoms)
-    found = ev_per_a3_to_gpa(-np.trace(averages.stress) / 3.0)
+    found = pressure_of(averages)
     stress = (
         f"pressure {found:.2f} GPa (wanted: {pressure:g})" if np.isfinite(found) else "no stress"
     )

@@ -32,7 +32,14 @@ from magus_anharmonic.evaluator import Evaluator
 from magus_anharmonic.sscha.cell import CellStiffness
 from magus_anharmonic.sscha.ensemble import Averages, Ensemble, curvature_along
 from magus_anharmonic.sscha.hessian import Hessian, levels
-from magus_anharmonic.sscha.state import SschaState, fourier, nearest_neighbour, repeated, variance
+from magus_anharmonic.sscha.state import (
+    SschaState,
+    fourier,
+    nearest_neighbour,
+    repeated,
+    root_mass,
+    variance,
+)
 from magus_anharmonic.sscha.supercells import SupercellMatrix, cell_offsets, commensurate, n_cells
 from magus_anharmonic.sscha.symmetry import Symmetry, images
 from magus_anharmonic.structures import (
@@ -363,7 +370,7 @@ def _kind(atoms: Atoms, symprec: float) -> tuple[str, int]:
 def _variance(hessian: Hessian, q: int, vector: np.ndarray) -> float:
     """<|Q|^2> in A^2 amu of a mode in the auxiliary state, as if all q points had its frequency."""
     state = hessian.state
-    root = np.sqrt(np.repeat(state.atoms.get_masses(), 3))
+    root = root_mass(state.atoms)
     matrix = fourier(state.force_constants, state.supercell_matrix, hessian.points[q][None])[0]
     square = float((vector.conj() @ (matrix / np.outer(root, root)) @ vector).real)
     return float(variance(np.array([HBAR * np.sqrt(square)]), state.temperature)[0])
