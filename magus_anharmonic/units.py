@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
 from typing import Annotated, Any, TypeVar
 
 from ase import units as _ase
@@ -146,6 +147,13 @@ def duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def span(values: Iterable[float], unit: str) -> str:
+    """``'50 to 150 GPa'``: from the least to the greatest; empty without a value."""
+    found = sorted(set(values))
+    ends = dict.fromkeys(found[:1] + found[-1:])
+    return f"{' to '.join(f'{end:g}' for end in ends)} {unit}" if found else ""
 
 
 def time_left(seconds: float, done: float, rest: float) -> str:

@@ -25,7 +25,7 @@ from magus_anharmonic.paper.tables import (
     SpaceGroups,
     read_if_there,
 )
-from magus_anharmonic.units import ev_to_mev
+from magus_anharmonic.units import ev_to_mev, span
 
 BY = {"model": "by the potential", "dft": "by DFT"}
 
@@ -57,10 +57,7 @@ def stored(folder: Path) -> list[str]:
         if not runs or runs[-1][0] != name:
             runs.append((name, []))
         runs[-1][1].append(pressure)
-    told = [
-        f"{name} at {' to '.join(f'{p:g}' for p in dict.fromkeys((found[0], found[-1])))} GPa"
-        for name, found in runs
-    ]
+    told = [f"{name} at {span(found, 'GPa')}" for name, found in runs]
     return [
         f"{count:,} relaxed structures at {where} GPa are stored.",
         f"Lowest in static enthalpy: {', '.join(told)}.",
@@ -118,9 +115,8 @@ def modes(folder: Path) -> list[str]:
             where = _with_error(one.critical_pressure_GPa, one.error_GPa)
             found.append(f"{head} turns from imaginary to real at {where} GPa.")
         elif len(signs) == 1:
-            ends = dict.fromkeys((one.lowest_GPa, one.highest_GPa))
-            span = " to ".join(f"{end:g}" for end in ends)
-            found.append(f"{head} is {'real' if one.stable else 'imaginary'} at {span} GPa.")
+            where = span((one.lowest_GPa, one.highest_GPa), "GPa")
+            found.append(f"{head} is {'real' if one.stable else 'imaginary'} at {where}.")
         else:
             found.append(f"{head} changes its sign, never from imaginary to real.")
     return found

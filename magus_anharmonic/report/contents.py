@@ -32,7 +32,7 @@ from magus_anharmonic.report.text import (
 )
 from magus_anharmonic.runs.record import CampaignFolder
 from magus_anharmonic.runs.status import present_steps
-from magus_anharmonic.units import duration
+from magus_anharmonic.units import duration, span
 
 ROWS = 200
 """Most rows of a table on the page; the file holds all."""
@@ -449,9 +449,8 @@ def _range_of(points: Sequence[dict[str, str]]) -> str:
     """``": H3S, 50 to 150 GPa, 0 to 300 K"``."""
     parts = [", ".join(dict.fromkeys(filter(None, (one.get("formula") for one in points))))]
     for column, unit in (("pressure_GPa", "GPa"), ("temperature_K", "K")):
-        values = [v for v in (number(one.get(column)) for one in points) if v is not None]
-        ends = sorted({min(values), max(values)}) if values else []
-        parts.append(" to ".join(f"{v:g}" for v in ends) + f" {unit}" * bool(ends))
+        values = (number(one.get(column)) for one in points)
+        parts.append(span((value for value in values if value is not None), unit))
     shown = ", ".join(filter(None, parts))
     return f": {shown}" if shown else ""
 

@@ -14,7 +14,7 @@ from magus_anharmonic.paper.quantities import computed, new_space_group
 from magus_anharmonic.ranking.candidate import Candidate, by_composition, numbered
 from magus_anharmonic.sscha.record import WITH_ERROR
 from magus_anharmonic.structures import UNDECIDED
-from magus_anharmonic.units import GPa, ev_to_mev
+from magus_anharmonic.units import GPa, ev_to_mev, span
 
 SHOWN = 200
 """Most lines of one ranking on the page; the file holds all."""
@@ -122,16 +122,12 @@ def _conditions(rows: Iterable[Candidate]) -> dict[tuple[float, float], list[Can
 
 def conditions(views: Sequence[RankingView]) -> str:
     """Compounds, pressures and temperatures in words: ``"H3S, 50 to 150 GPa, 0 K"``."""
+    if not views:
+        return ""
     compounds = list(dict.fromkeys(view.composition for view in views))
-    parts = [", ".join(compounds[:4]) + (" ..." if len(compounds) > 4 else "")] if views else []
-    for values, unit in (
-        ({view.pressure for view in views}, "GPa"),
-        ({view.temperature for view in views}, "K"),
-    ):
-        if values:
-            parts.append(" to ".join(f"{v:g}" for v in sorted({min(values), max(values)})))
-            parts[-1] += f" {unit}"
-    return ", ".join(parts)
+    shown = ", ".join(compounds[:4]) + (" ..." if len(compounds) > 4 else "")
+    pressures = span((view.pressure for view in views), "GPa")
+    return f"{shown}, {pressures}, {span((view.temperature for view in views), 'K')}"
 
 
 def label_of(identity: str, rows: Sequence[Candidate]) -> str:
