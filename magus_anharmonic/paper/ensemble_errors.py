@@ -23,7 +23,6 @@ from magus_anharmonic.gate import read_structures
 from magus_anharmonic.io.digests import finite, versions
 from magus_anharmonic.io.files import write_json
 from magus_anharmonic.labelers.base import Labeler
-from magus_anharmonic.paper import gradient_errors as gibbs
 from magus_anharmonic.paper import gradient_errors as gradients
 from magus_anharmonic.paper import script, tables
 from magus_anharmonic.paper.ensemble_labels import (
@@ -117,7 +116,7 @@ class ErrorsReport:
 
     source: Source
     errors: gradients.GradientErrors
-    correction: gibbs.Correction
+    correction: gradients.Correction
     pressure_error: tuple[float, float]
     n_failed: int
     folder: Path
@@ -263,7 +262,7 @@ def analyse_errors(
     report = ErrorsReport(
         source,
         gradients.gradient_errors(labelled),
-        gibbs.gibbs_correction(labelled),
+        gradients.gibbs_correction(labelled),
         pressure_error(labelled),
         labelled.n_failed,
         target,
@@ -280,7 +279,7 @@ def report_tables(report: ErrorsReport, labelled: Labelled) -> dict[type, list[A
     bins, parity = distributions(labelled, phase, pressure)
     return {
         tables.GradientError: gradients.rows(report.errors, phase, pressure),
-        tables.GibbsCorrection: [gibbs.row(report.correction, phase, pressure)],
+        tables.GibbsCorrection: [gradients.row(report.correction, phase, pressure)],
         tables.GradientBin: bins,
         tables.GradientParity: parity,
     }
