@@ -88,11 +88,14 @@ class Wavevectors:
         response = np.where(np.outer(self.moving, self.moving), response, 0.0)
         return response.reshape(n_q, size, n_q, size).transpose(0, 2, 1, 3)
 
+    @cached_property
+    def _thirds(self) -> np.ndarray:
+        sums = self.points[:, None] + self.points
+        return cell_index(-sums, dual(self.supercell_matrix))
+
     def third(self, first: int, second: int) -> int:
         """Index of the q that makes the sum of three zero."""
-        return int(
-            cell_index(-(self.points[first] + self.points[second]), dual(self.supercell_matrix))
-        )
+        return int(self._thirds[first, second])
 
     def covectors(self, values: np.ndarray) -> np.ndarray:
         """Components (n_q, n_configs, 3n) of covectors (n_configs, n_supercell, 3)."""
