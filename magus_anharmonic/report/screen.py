@@ -111,6 +111,7 @@ def table(view: RankingView, limit: int = 10, width: int = 120) -> Table:
             overflow="fold",
             min_width=least if width >= 80 else None,
         )
+    changes = _changes(view.rows)
     for row in view.rows[:limit]:
         groups = (symbol_of(group) for group in (row.spg_static, row.spg_quantum) if group)
         height = view.gibbs(row)
@@ -124,7 +125,7 @@ def table(view: RankingView, limit: int = 10, width: int = 120) -> Table:
             "not\nconverged" if open_ else _milli(height),
             "-" if height is None else _milli(view.error(row)),
             str(row.rank_static or "-"),
-            _change(row, view.rows),
+            changes.get(row.id, "-"),
             view.status(row),
         )
     if view.total > limit:
@@ -136,16 +137,13 @@ def _milli(value: float | None) -> str:
     return "-" if value is None else f"{value:.1f}"
 
 
-def _change(row: Candidate, rows: Sequence[Candidate]) -> str:
-    """Places gained or lost among the structures that have a free energy of their own."""
+def _changes(rows: Sequence[Candidate]) -> dict[str, str]:
+    """By id: places gained or lost among the structures that have a free energy of their own."""
     from magus_anharmonic.ranking.candidate import numbered
 
-    compared = [other for other in rows if other.phase_ranked and other.enthalpy is not None]
-    ranks = {other.id: other for other in numbered(compared)}
-    if row.id not in ranks:
-        return "-"
-    gained = (ranks[row.id].rank_static or 0) - (ranks[row.id].rank_quantum or 0)
-    return f"{gained:+d}" if gained else "0"
+    compared = numbered([row for row in rows if row.phase_ranked and row.enthalpy is not None])
+    gained = {row.id: (row.rank_static or 0) - (row.rank_quantum or 0) for row in compared}
+    return {name: f"{places:+d}" if places else "0" for name, places in gained.items()}
 
 
 def require_free_energy(folder: Path) -> None:
