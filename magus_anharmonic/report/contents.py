@@ -332,7 +332,8 @@ def search_contents(folder: Path) -> Contents:
     )
     failed = read_jsonl(folder / "failures.jsonl")
     _failures(contents, _failed_rows(failed))
-    rounds = [one for one in read_jsonl(folder / "metrics.jsonl") if _whole(one.get("generation"))]
+    metrics = read_jsonl(folder / "metrics.jsonl")
+    rounds = [one for one in metrics if isinstance(one.get("generation"), int)]
     contents.steps = _search_cost(contents.rankings, rounds)
     contents.pictures = _search_pictures(contents, rounds[-ROWS:])
     parts = [
@@ -343,10 +344,6 @@ def search_contents(folder: Path) -> Contents:
     ]
     files = [ranking, folder / "metrics.jsonl", folder / "quantum.traj"]
     return contents.finish(parts, files)
-
-
-def _whole(value: object) -> bool:
-    return isinstance(value, int)
 
 
 def _generations(contents: Contents) -> list[str]:

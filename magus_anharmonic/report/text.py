@@ -176,13 +176,13 @@ def _static(best: Candidate, done: Sequence[Candidate]) -> list[str]:
     if not static:
         return []
     lowest = min(static, key=lambda row: row.enthalpy)
-    told = (
-        f"{lowest.label} ({lowest.spg_static}), in free energy {_difference(lowest, best)} higher"
-    )
-    if lowest.same_as == best.id:
-        told = f"{lowest.label} ({lowest.spg_static}), which becomes the phase of the lowest G"
+    told = f"{lowest.label} ({lowest.spg_static}), "
     if lowest is best:
         told = f"the same structure, {best.spg_static}"
+    elif lowest.same_as == best.id:
+        told += "which becomes the phase of the lowest G"
+    else:
+        told += f"in free energy {_difference(lowest, best)} higher"
     return [f"Lowest static enthalpy: {told}."]
 
 
