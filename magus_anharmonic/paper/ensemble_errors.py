@@ -40,7 +40,7 @@ from magus_anharmonic.sscha.gibbs import DEFAULTS
 from magus_anharmonic.sscha.qe_files import require_sampled_from
 from magus_anharmonic.sscha.result import SschaResult, read_population_file
 from magus_anharmonic.sscha.start import read_state
-from magus_anharmonic.sscha.state import SschaState
+from magus_anharmonic.sscha.state import SschaState, displaced
 from magus_anharmonic.structures import space_group, symbol_of
 from magus_anharmonic.units import GPa, ev_per_a3_to_gpa
 
@@ -82,9 +82,7 @@ def given_displacements(state: SschaState, path: Path) -> np.ndarray:
         raise InputError(f"{path}: no such file")
     if path.suffix == ".npz":
         sampled_from, ensemble = read_population_file(path)
-        structures = [sampled_from.supercell.copy() for _ in ensemble.displacements]
-        for atoms, displacement in zip(structures, ensemble.displacements, strict=True):
-            atoms.positions += displacement
+        structures = displaced(sampled_from, ensemble.displacements)
     else:
         structures = read_structures(path)
     return displacements_of(state, structures, str(path))
