@@ -15,7 +15,6 @@ import numpy as np
 from pydantic import Field, field_validator, model_validator
 
 from magus_anharmonic.errors import InputError
-from magus_anharmonic.ranking.fitness import EMBEDDED_FITNESSES, third_party_fitness
 from magus_anharmonic.settings import (
     Count,
     Energy,
@@ -436,6 +435,8 @@ _ONLY_FOLDED = frozenset(snake_case(name) for name in MAGUS_ONLY)
 
 
 def _top_level_problems(settings: Settings) -> list[str]:
+    from magus_anharmonic.ranking.fitness import EMBEDDED_FITNESSES, third_party_fitness
+
     problems = []
     if not settings.symbols:
         problems.append("symbols: is missing (the elements)")
