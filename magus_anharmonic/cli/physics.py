@@ -29,7 +29,6 @@ from magus_anharmonic.cli.common import (
     settings_of,
 )
 from magus_anharmonic.errors import InputError
-from magus_anharmonic.units import ev_to_mev
 
 Supercell = Annotated[
     tuple[int, int, int] | None,
@@ -393,6 +392,8 @@ def errors(
 def _show(report: Any) -> None:
     """Print what averaging leaves of the errors, and the corrected free energy."""
     from rich.table import Table
+
+    from magus_anharmonic.units import ev_to_mev
 
     found = report.errors
     shown = Table(
