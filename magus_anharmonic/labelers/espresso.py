@@ -78,7 +78,7 @@ class Espresso(Code):
         """See `Code`; raises ``LabelerError`` also without pseudopotentials (the files), or for
         what pw.x does not take."""
         made = super().recipe(settings)
-        folder = Path(made.execution.get("pseudo_dir") or _configured("pseudo_dir") or ".")
+        folder = _folder(made)
         given, cutoffs = made.arguments.get("pseudopotentials"), {}
         if isinstance(given, list) and given:
             given, cutoffs = family(folder, given)
@@ -139,15 +139,12 @@ class Espresso(Code):
                 )
 
         arguments = dict(recipe.arguments)
-        if lacking := sorted(
-            set(atoms.get_chemical_symbols()) - set(arguments["pseudopotentials"])
-        ):
+        if lacking := sorted(set(atoms.symbols) - set(arguments["pseudopotentials"])):
             raise LabelerError(f"{_KEY}: has no file for {', '.join(lacking)}")
         if recipe.k_spacing is not None:
             arguments["kpts"] = k_points(atoms, recipe.k_spacing)
         profile = LenientProfile(
-            command=_command(recipe.execution, os.environ),
-            pseudo_dir=recipe.execution.get("pseudo_dir") or _configured("pseudo_dir") or ".",
+            command=_command(recipe.execution, os.environ), pseudo_dir=_folder(recipe)
         )
         return ExtrapolatedEspresso(profile=profile, directory=str(directory), **arguments)
 
@@ -172,6 +169,11 @@ def _command(execution: Mapping[str, Any], environment: Mapping[str, str] | None
     return shlex.join(command.words)
 
 
+def _folder(recipe: Recipe) -> Path:
+    """Of the pseudopotentials."""
+    return Path(recipe.execution.get("pseudo_dir") or _configured("pseudo_dir") or ".")
+
+
 def _configured(name: str) -> str | None:
     from ase.config import cfg
 
@@ -190,38 +192,22 @@ def family(folder: Path, elements: Sequence[Any]) -> tuple[dict[str, str], dict[
     ``filename``, ``cutoff_wfc``, ``cutoff_rho``; doi:10.1038/s41524-018-0127-2) names both; without
     one it is the only UPF file whose header has the element. Raises ``LabelerError``.
     """
-    listed: dict[str, Any] = {}
-    for file in sorted(folder.glob("*.json")):
-        content = read_json(file)
-        if isinstance(content, dict):
-            entries = {
-                symbol: entry
-                for symbol, entry in content.items()
-                if isinstance(entry, dict) and "filename" in entry
-            }
-            if entries and listed:
-                raise LabelerError(
-                    f"{_KEY}: {folder} has more than one family in JSON ({file.name} and another);"
-                    " name the files one by one"
-                )
-            listed |= entries
-    found: dict[str, str] = {}
-    for symbol in map(str, elements):
-        names = (
-            [str(listed[symbol]["filename"])]
-            if symbol in listed
-            else sorted(
-                file.name
-                for file in folder.glob("*")
-                if file.suffix.lower() == ".upf" and _element(file) == symbol
-            )
-        )
-        if len(names) != 1:
+    elements = [str(symbol) for symbol in elements]
+    listed = _listed(folder)
+    unlisted = [symbol for symbol in elements if symbol not in listed]
+    files = sorted(file for file in folder.glob("*") if file.suffix.lower() == ".upf")
+    headers = {file.name: _element(file) for file in files} if unlisted else {}
+    found = {symbol: str(listed[symbol]["filename"]) for symbol in elements if symbol in listed}
+    for symbol in unlisted:
+        names = [name for name, element in headers.items() if element == symbol]
+        if not names:
             raise LabelerError(
                 f"{_KEY}: {folder} has no file for {symbol}; set pseudo_dir, or name the file"
-                if not names
-                else f"{_KEY}: {folder} has {len(names)} files for {symbol} ({', '.join(names)});"
-                f" name the one to take, e.g. {{{symbol}: {names[0]}}}"
+            )
+        if len(names) > 1:
+            raise LabelerError(
+                f"{_KEY}: {folder} has {len(names)} files for {symbol} ({', '.join(names)}); name"
+                f" the one to take, e.g. {{{symbol}: {names[0]}}}"
             )
         found[symbol] = names[0]
     cutoffs = {
@@ -230,6 +216,24 @@ def family(folder: Path, elements: Sequence[Any]) -> tuple[dict[str, str], dict[
         if all(name in listed.get(symbol, {}) for symbol in found)
     }
     return found, cutoffs
+
+
+def _listed(folder: Path) -> dict[str, Any]:
+    """Symbol -> entry of the family that a JSON file of the folder describes; empty without one."""
+    listed: dict[str, Any] = {}
+    for file in sorted(folder.glob("*.json")):
+        entries = {
+            symbol: entry
+            for symbol, entry in read_json(file).items()
+            if isinstance(entry, dict) and "filename" in entry
+        }
+        if entries and listed:
+            raise LabelerError(
+                f"{_KEY}: {folder} has more than one family in JSON ({file.name} and another);"
+                " name the files one by one"
+            )
+        listed |= entries
+    return listed
 
 
 def _check_files(folder: Path, pseudopotentials: Mapping[str, str]) -> None:

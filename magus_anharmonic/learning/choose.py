@@ -135,7 +135,7 @@ def select(
         Of the same structures those farthest from one another and from the labels ``known`` in the
         model's features.
     sscha
-        At random: only asked for where no two candidates are undecided (`choose_ensembles` takes
+        At random: only asked for where no two candidates are undecided (`allocate` takes
         SSCHA ensembles then).
 
     A population that is not larger than ``n`` is taken whole. Same generator state, population and

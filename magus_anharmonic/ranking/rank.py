@@ -96,7 +96,7 @@ def rank(
         harmonic one.
     measured
         By candidate id or space-group symbol: what DFT labels say about the model's G
-        (`probabilities.with_probabilities`).
+        (`uncertainty.with_probabilities`).
 
     Structures of several compositions are ranked in one table, composition by composition
     (`numbered`): estimates, early stopping, order and probabilities are those inside of a
