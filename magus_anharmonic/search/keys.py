@@ -391,7 +391,7 @@ def keys_table() -> str:
         rows.append((f"OffspringCreator.{name}", values, field.description or ""))
     first, second = (max(len(row[column]) for row in rows) for column in (0, 1))
     lines = [f"{name:<{first}}  {default:<{second}}  {meaning}" for name, default, meaning in rows]
-    only = ", ".join(sorted(MAGUS_ONLY, key=str.lower))
+    only = ", ".join(sorted(sorted(MAGUS_ONLY), key=str.lower))
     return "\n".join([*lines, "", f"Known to MAGUS only, refused by the embedded host: {only}"])
 
 
