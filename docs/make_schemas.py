@@ -104,7 +104,7 @@ def magus_keys(definitions: Schema) -> Schema:
         **described(properties["offspring_creator"]),
         "properties": {name: {} for name in Operators.model_fields},
     }
-    for name in sorted({*MAGUS_ONLY, *WITHOUT_EFFECT}, key=str.lower):
+    for name in sorted(sorted({*MAGUS_ONLY, *WITHOUT_EFFECT}), key=str.lower):
         properties.setdefault(name, {"description": "known to MAGUS alone", "doNotSuggest": True})
     return properties
 

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-import vesin
 from ase import Atoms
 from ase.data import atomic_masses, chemical_symbols, covalent_radii
 from ase.geometry import minkowski_reduce
@@ -368,6 +367,8 @@ def _mass_problems(atoms: Atoms) -> Iterator[str]:
 
 
 def _crystal_problems(atoms: Atoms) -> Iterator[str]:
+    from vesin import NeighborList  # it loads torch, which reading settings and tables need not
+
     cell = atoms.cell.array
     if atoms.cell.rank < 3 or abs(np.linalg.det(cell)) < 1e-6:
         yield (
@@ -394,7 +395,7 @@ def _crystal_problems(atoms: Atoms) -> Iterator[str]:
     reach = max(
         2.0 * OVERLAP * float(radii.max()), COINCIDENT, 0.2 * (volume * len(atoms)) ** (1 / 3)
     )
-    finder = vesin.NeighborList(cutoff=reach, full_list=True, n_threads=1)
+    finder = NeighborList(cutoff=reach, full_list=True, n_threads=1)
     first, second, distance = finder.compute(
         points=atoms.positions, box=reduced, periodic=True, quantities="ijd"
     )

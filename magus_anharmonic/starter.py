@@ -17,7 +17,7 @@ from magus_anharmonic.hull import parse_formula, reduced_formula
 from magus_anharmonic.io.files import write_text
 from magus_anharmonic.labelers import REGISTRY, available
 from magus_anharmonic.search.keys import parse_host_keys
-from magus_anharmonic.settings import check_pressure, parse, parse_settings
+from magus_anharmonic.settings import FOUNDATION, check_pressure, parse, parse_settings
 from magus_anharmonic.settings.campaign import parse_campaign
 from magus_anharmonic.settings.phase_diagram import PhaseDiagramSettings
 from magus_anharmonic.units import GPa
@@ -48,16 +48,17 @@ def write_input(
     temperatures: Sequence[float] = (0.0,),
     *,
     labeler: str | None = None,
-    checkpoint: str = "mattersim-v1.0.0-1M",
+    checkpoint: str | None = None,
     path: Path | None = None,
     force: bool = False,
 ) -> Path:
     """Write a commented input that passes the checks of its command; returns where.
 
     labeler : a name of `learning.labeler.calculator`, ``none``, or None for the first DFT code that
-    is here. path : a file, or a folder for one of the usual name; None: this folder. Files of
-    structures beside it whose composition is the compound's are its phases. Raises ``InputError``,
-    also where ``path`` exists and ``force`` is not given.
+    is here. checkpoint : None: the default of the settings. path : a file, or a folder for one of
+    the usual name; None: this folder. Files of structures beside it whose composition is the
+    compound's are its phases. Raises ``InputError``, also where ``path`` exists and ``force`` is
+    not given.
     """
     target = path or Path()
     if target.is_dir():
@@ -88,7 +89,7 @@ def write_input(
         temperatures=[f"{temperature:g}" for temperature in sorted(set(temperatures))],
         labeler=chosen,
         pseudopotentials=_pseudopotentials(counts) if chosen == "espresso" else {},
-        checkpoint=checkpoint,
+        checkpoint=FOUNDATION if checkpoint is None else checkpoint,
         phases=phases,
         file=target.name,
         schema=schema_file(kind),

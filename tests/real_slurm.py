@@ -7,12 +7,12 @@ import secrets
 import shutil
 import socket
 import subprocess
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
+from waiting import wait_for
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scancel", "squeue", "scontrol")
 CONFIGURATION = """\
@@ -110,15 +110,6 @@ def node_state(environment: dict[str, str]) -> str:
         ["sinfo", "-h", "-o", "%T"], env=environment, capture_output=True, text=True
     )
     return found.stdout.strip().rstrip("*")
-
-
-def wait_for(condition, what: str, seconds: float = 120.0) -> None:
-    """Until ``condition()`` is true; raises ``TimeoutError`` with ``what``."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"{what} after {seconds:.0f} s")
-        time.sleep(0.2)
 
 
 def _end(pid_file: Path) -> None:

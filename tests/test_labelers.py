@@ -15,6 +15,7 @@ from ase import Atoms
 from ase.build import bulk
 from ase.calculators.emt import EMT
 from ase.units import GPa
+from waiting import wait_for
 
 from magus_anharmonic.errors import InputError, MachineError
 from magus_anharmonic.labelers import CallableLabeler, available, get_labeler
@@ -339,9 +340,7 @@ def test_the_worker_ends_when_the_search_is_killed(tmp_path, launcher):
         [sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, text=True
     )
     worker = int(search.stdout.readline())
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "child").exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
+    wait_for((tmp_path / "child").exists, "no child of the worker")
     time.sleep(0.2)
     child = int((tmp_path / "child").read_text())
     search.send_signal(signal.SIGKILL)

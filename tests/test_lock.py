@@ -14,6 +14,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+from waiting import wait_for
 
 from magus_anharmonic.errors import InputError, LostLock, MagusAnharmonicError
 from magus_anharmonic.io.files import TEMPORARY, append_jsonl, remove, set_aside, write_text
@@ -262,7 +263,9 @@ def test_an_owner_on_another_machine_that_shows_a_sign_of_life_is_respected(tmp_
 def test_the_heart_beats_and_a_lost_lock_stops_the_loser(tmp_path, monkeypatch):
     monkeypatch.setattr(lock, "HEARTBEAT", 0.05)
     with pytest.raises(LostLock), locked(tmp_path, "a search") as owner:
-        wait_for(lambda: (found := read_owner(tmp_path)) is not None and found.beat > 2)
+        wait_for(
+            lambda: (found := read_owner(tmp_path)) is not None and found.beat > 2, "no beats", 30
+        )
         thief = replace(owner, token="f" * 12)
         for _ in range(200):
             (tmp_path / NAME).write_text(json.dumps(asdict(thief)))
@@ -499,10 +502,3 @@ def test_an_owner_in_another_process_namespace_is_told_by_its_heart_alone(
         process.wait()
     with locked(tmp_path, "another"):
         pass
-
-
-def wait_for(condition):  # type: ignore[no-untyped-def]
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)

@@ -521,6 +521,8 @@ def test_a_wrong_input_ends_with_code_2_and_leaves_nothing_behind(
         (["g.csv", "--pressure", "100"], ["g.csv", "alone"]),
         (["empty"], ["result.json"]),
         (["nowhere.csv"], ["nowhere.csv", "no such file"]),
+        (["g.csv", "--model-error", "-1 meV"], ["--model-error: -0.001", "negative"]),
+        (["g.csv", "--seed", "-1"], ["--seed: -1", "negative"]),
     ],
 )
 def test_wrong_arguments_end_with_code_2(tmp_path, monkeypatch, arguments, words):

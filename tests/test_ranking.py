@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from ase.io import read, write
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from records import a_candidate, stored_run
+from waiting import wait_for
 
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.io.files import read_jsonl
@@ -630,12 +630,12 @@ def test_interrupted_it_leaves_no_process_behind(tmp_path, sent):
     process = subprocess.Popen(
         [sys.executable, str(script)], stderr=subprocess.PIPE, start_new_session=True
     )
-    wait_until(lambda: len(calls(tmp_path)) == 2, 300)
+    wait_for(lambda: len(calls(tmp_path)) == 2, "no two calls", 300)
     process.send_signal(sent)
     process.wait(timeout=120)
     process.stderr.close()
     workers = {call["pid"] for call in calls(tmp_path)}
-    wait_until(lambda: not any(alive(pid) for pid in workers), 120)
+    wait_for(lambda: not any(alive(pid) for pid in workers), "workers live on")
 
 
 def alive(pid):
@@ -644,13 +644,6 @@ def alive(pid):
         return status.read_text().rsplit(")", 1)[1].split()[0] not in ("Z", "X")
     except OSError:
         return False
-
-
-def wait_until(condition, seconds):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited too long"
-        time.sleep(0.1)
 
 
 # --------------------------------------------------------------------------------- the store, files

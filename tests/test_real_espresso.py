@@ -18,7 +18,7 @@ from ase import Atoms
 from ase.build import bulk
 from ase.io import read
 from ase.units import GPa
-from real_slurm import wait_for
+from waiting import wait_for
 
 from magus_anharmonic.errors import InputError, MachineError
 from magus_anharmonic.io.files import write_json

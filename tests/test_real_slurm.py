@@ -21,6 +21,7 @@ import yaml
 from test_queues import dask_jobqueue
 from test_scheduler import copper, sscha_jobs
 from test_search import INPUT, files
+from waiting import wait_for
 
 from magus_anharmonic.errors import MagusAnharmonicError
 from magus_anharmonic.labelers import get_labeler
@@ -54,7 +55,7 @@ def queue(daemons, monkeypatch, tmp_path):
     yield tmp_path
     close_clusters()
     subprocess.run(["scancel", "-p", "normal"], check=True)
-    real_slurm.wait_for(lambda: not jobs(), "jobs are left in the queue")
+    wait_for(lambda: not jobs(), "jobs are left in the queue")
 
 
 def jobs(state: str = "") -> list[str]:
@@ -124,7 +125,7 @@ def meanwhile(action) -> threading.Thread:
 
 def test_a_job_that_is_cancelled_is_sent_again_and_its_task_runs_again(queue):
     def cancel():
-        real_slurm.wait_for(lambda: (queue / "begun").exists(), "no task runs")
+        wait_for(lambda: (queue / "begun").exists(), "no task runs")
         subprocess.run(["scancel", *jobs("RUNNING")], check=True)
 
     thread = meanwhile(cancel)
@@ -140,7 +141,7 @@ def test_a_job_that_outlives_its_walltime_is_sent_again(queue):
     """SLURM ends it (walltime 5 min is the least that the keys allow, so scontrol shortens it)."""
 
     def shorten():
-        real_slurm.wait_for(lambda: (queue / "begun").exists(), "no task runs")
+        wait_for(lambda: (queue / "begun").exists(), "no task runs")
         for job in jobs("RUNNING"):
             subprocess.run(["scontrol", "update", f"JobId={job}", "TimeLimit=1"], check=True)
 
@@ -163,7 +164,7 @@ def test_jobs_wait_for_a_drained_node_and_run_when_it_is_resumed(queue):
     waited = []
 
     def resume():
-        real_slurm.wait_for(lambda: jobs("PENDING"), "no job waits")
+        wait_for(lambda: jobs("PENDING"), "no job waits")
         time.sleep(2)
         waited.extend(jobs("RUNNING"))
         subprocess.run([*update, "State=RESUME"], check=True)
@@ -181,11 +182,11 @@ def test_a_full_machine_is_waited_for(queue):
     script = queue / "wait.sh"
     script.write_text("#!/bin/sh\nsleep 600\n")
     subprocess.run(["sbatch", "-c", "8", "-o", "/dev/null", script], check=True)
-    real_slurm.wait_for(lambda: jobs("RUNNING"), "the other job does not run")
+    wait_for(lambda: jobs("RUNNING"), "the other job does not run")
     waited = []
 
     def make_room():
-        real_slurm.wait_for(lambda: jobs("PENDING"), "no job waits")
+        wait_for(lambda: jobs("PENDING"), "no job waits")
         waited.extend(jobs("PENDING"))
         subprocess.run(["scancel", "-n", "wait.sh"], check=True)
 
@@ -202,7 +203,7 @@ def test_a_queue_that_takes_no_jobs_is_asked_again_and_says_why(queue, caplog):
     subprocess.run([*close, "State=INACTIVE"], check=True)
 
     def reopen():
-        real_slurm.wait_for(lambda: "refuses a job" in caplog.text, "nothing was refused")
+        wait_for(lambda: "refuses a job" in caplog.text, "nothing was refused")
         subprocess.run([*close, "State=UP"], check=True)
 
     thread = meanwhile(reopen)

@@ -28,7 +28,6 @@ from magus_anharmonic.errors import (
     reason_of,
 )
 from magus_anharmonic.report.screen import console as console
-from magus_anharmonic.units import quantity
 
 if TYPE_CHECKING:
     from magus_anharmonic.settings import Settings
@@ -223,6 +222,8 @@ def measured(unit: str, help: str = "", **more: Any) -> Any:
     """An option that is a number in ``unit``, or one with a unit: ``--pressure 150GPa``."""
 
     def parse(text: Any) -> float:
+        from magus_anharmonic.units import quantity
+
         try:
             return quantity(text, unit)
         except ValueError as error:

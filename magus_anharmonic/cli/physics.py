@@ -29,7 +29,6 @@ from magus_anharmonic.cli.common import (
     settings_of,
 )
 from magus_anharmonic.errors import InputError
-from magus_anharmonic.units import ev_to_mev
 
 Supercell = Annotated[
     tuple[int, int, int] | None,
@@ -253,8 +252,11 @@ def phase_diagram(
             f"{first}: holds everything; give it alone, without --pressure, --temperature,"
             " --checkpoint, --isotope, --supercell and --n-configs"
         )
+    for name, number in (("--model-error", model_error), ("--seed", seed)):
+        if number is not None and number < 0:
+            raise InputError(f"{name}: {number:g}: must not be negative")
     given = {"end_members": end_member, "model_error": model_error, "seed": seed}
-    options = {name: value for name, value in given.items() if value is not None}
+    options: dict[str, Any] = {k: value for k, value in given.items() if value is not None}
     with locked(output, "magus-anharmonic phase-diagram"):
         if first.is_dir() or kind == ".csv":
             points = collect_runs(first) if first.is_dir() else read_points(first)
@@ -393,6 +395,8 @@ def errors(
 def _show(report: Any) -> None:
     """Print what averaging leaves of the errors, and the corrected free energy."""
     from rich.table import Table
+
+    from magus_anharmonic.units import ev_to_mev
 
     found = report.errors
     shown = Table(

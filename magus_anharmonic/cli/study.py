@@ -21,7 +21,7 @@ from typing import Annotated
 
 import typer
 
-from magus_anharmonic.cli.common import command, console, measured, say
+from magus_anharmonic.cli.common import Checkpoint, command, console, measured, say
 from magus_anharmonic.errors import InputError
 
 
@@ -207,9 +207,7 @@ def init(
         ),
     ] = None,
     kind: Annotated[Kind, typer.Option(help="Which command it is for.")] = Kind.search,
-    checkpoint: Annotated[
-        str, typer.Option(help="A MatterSim name, a path, or a shipped checkpoint.")
-    ] = "mattersim-v1.0.0-1M",
+    checkpoint: Checkpoint = None,
     output: Annotated[
         Path | None,
         typer.Option(

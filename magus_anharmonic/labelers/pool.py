@@ -193,6 +193,13 @@ class JobLabeler(Labeler):
                     on_result(index, results[index])
         return results
 
+    def _for_files_of(self, atoms: Atoms) -> Path:
+        """Where the files of a failed label are kept; those of an earlier failure are gone."""
+        kept = self.directory / "failed" / structure_id(atoms)
+        shutil.rmtree(kept, ignore_errors=True)
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        return kept
+
     def _answers(
         self, jobs: Sequence[dict[str, Any]], structures: Sequence[Atoms]
     ) -> Generator[tuple[int, dict[str, Any]]]:
@@ -256,10 +263,7 @@ class WorkerLabeler(JobLabeler):
         shutil.rmtree(scratch, ignore_errors=True)
         answer = self._workers[slot].run({**job, "directory": str(scratch)}, self.timeout)
         if not answer["ok"] and scratch.is_dir():
-            kept = self.directory / "failed" / structure_id(atoms)
-            shutil.rmtree(kept, ignore_errors=True)
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            scratch.replace(kept)
+            scratch.replace(self._for_files_of(atoms))
         return answer
 
 
@@ -324,9 +328,7 @@ class ScheduledLabeler(JobLabeler):
             for end in ends:
                 answer, files = end.value or (_failed(end.reason, end.died), {})
                 if files:
-                    kept = self.directory / "failed" / structure_id(structures[end.index])
-                    shutil.rmtree(kept, ignore_errors=True)
-                    unpack(files, kept)
+                    unpack(files, self._for_files_of(structures[end.index]))
                 yield end.index, answer
 
 

@@ -203,14 +203,17 @@ def read(path: str | Path, device: str = "cpu") -> tuple[torch.nn.Module, dict[s
 def _check_identity(path: str | Path, module: torch.nn.Module, content: Mapping[str, Any]) -> None:
     """Weights that changed after they were saved still load, and give other numbers: only the
     stored id tells."""
-    stored, found = content.get("model_id"), model_id(module)
+    stored = content.get("model_id")
     # Another version of MatterSim may tell more arguments than the one that saved the file.
-    if stored is not None and stored not in (found, model_id(module, content["model_args"])):
-        raise CheckpointError(
-            f"checkpoint {path}: its weights or cutoffs are those of model {found}, not of model"
-            f" {stored} as it says itself: damaged or changed since it was saved; take another"
-            " copy. If they were changed on purpose, delete its keys model_id and error_model"
-        )
+    if stored is None or stored in (
+        model_id(module, arguments) for arguments in (None, content["model_args"])
+    ):
+        return
+    raise CheckpointError(
+        f"checkpoint {path}: its weights or cutoffs are those of model {model_id(module)}, not of"
+        f" model {stored} as it says itself: damaged or changed since it was saved; take another"
+        " copy. If they were changed on purpose, delete its keys model_id and error_model"
+    )
 
 
 def _load(path: Path, device: str) -> dict[str, Any]:

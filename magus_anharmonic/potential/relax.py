@@ -158,7 +158,9 @@ def _finished(
     waiting, entered, ended, rounds = iter(enumerate(structures)), 0, 0, 0
     progress = Progress(len(structures), interval=LOG_INTERVAL)
     while flying or entered < len(structures):
-        edges = sum(relaxation.n_edges() for relaxation in flying.values())
+        # nobody waits in most rounds, and then nobody asks
+        waits = entered < len(structures)
+        edges = sum(relaxation.n_edges() for relaxation in flying.values()) if waits else 0.0
         while entered < len(structures) and (edges < capacity or not flying):
             index, atoms = next(waiting)
             entered += 1

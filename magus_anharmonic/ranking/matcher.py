@@ -18,7 +18,6 @@ from functools import cached_property
 from itertools import takewhile
 
 import numpy as np
-import vesin
 from ase import Atoms
 from scipy.optimize import linear_sum_assignment
 
@@ -80,7 +79,9 @@ def _neighbour_rows(
     atoms: Atoms, cutoff: float, wanted: dict[int, int]
 ) -> list[tuple[int, np.ndarray]] | None:
     """None when the cutoff (Angstrom) is too small for some atom."""
-    neighbours = vesin.NeighborList(cutoff=cutoff, full_list=True)
+    from vesin import NeighborList  # it loads torch, which reading settings and tables need not
+
+    neighbours = NeighborList(cutoff=cutoff, full_list=True)
     first, second, distance = neighbours.compute(
         points=atoms.positions, box=atoms.cell.array, periodic=True, quantities="ijd"
     )

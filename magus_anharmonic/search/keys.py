@@ -15,7 +15,6 @@ import numpy as np
 from pydantic import Field, field_validator, model_validator
 
 from magus_anharmonic.errors import InputError
-from magus_anharmonic.ranking.fitness import EMBEDDED_FITNESSES, third_party_fitness
 from magus_anharmonic.settings import (
     Count,
     Energy,
@@ -392,7 +391,7 @@ def keys_table() -> str:
         rows.append((f"OffspringCreator.{name}", values, field.description or ""))
     first, second = (max(len(row[column]) for row in rows) for column in (0, 1))
     lines = [f"{name:<{first}}  {default:<{second}}  {meaning}" for name, default, meaning in rows]
-    only = ", ".join(sorted(MAGUS_ONLY, key=str.lower))
+    only = ", ".join(sorted(sorted(MAGUS_ONLY), key=str.lower))
     return "\n".join([*lines, "", f"Known to MAGUS only, refused by the embedded host: {only}"])
 
 
@@ -436,6 +435,8 @@ _ONLY_FOLDED = frozenset(snake_case(name) for name in MAGUS_ONLY)
 
 
 def _top_level_problems(settings: Settings) -> list[str]:
+    from magus_anharmonic.ranking.fitness import EMBEDDED_FITNESSES, third_party_fitness
+
     problems = []
     if not settings.symbols:
         problems.append("symbols: is missing (the elements)")

@@ -27,6 +27,7 @@ from magus_anharmonic.settings.search import (
     rank_settings,
 )
 from magus_anharmonic.settings.section import (
+    FOUNDATION,
     Count,
     Energy,
     Force,
@@ -48,6 +49,7 @@ from magus_anharmonic.settings.section import (
 from magus_anharmonic.settings.training import FinetuneSettings, LearningSettings, TrainingKeys
 
 __all__ = [
+    "FOUNDATION",
     "OF_A_RANKING",
     "OPTIMIZER_DESCRIPTION",
     "QUEUES",

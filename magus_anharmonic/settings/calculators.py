@@ -10,6 +10,8 @@ from pydantic import Field, field_validator, model_validator
 
 from magus_anharmonic import third_party
 from magus_anharmonic.settings.section import (
+    FOUNDATION,
+    Checkpoint,
     Count,
     Device,
     Force,
@@ -70,10 +72,7 @@ class CalculatorSettings(RelaxationSettings):
     job_prefix: InsidePath = Field(
         "MatterSim", description="folder name under calcFold/ and mlFold/"
     )
-    checkpoint: InsidePath = Field(
-        "mattersim-v1.0.0-1M",
-        description="a name MatterSim knows, a path, or a checkpoint this package ships",
-    )
+    checkpoint: Checkpoint = FOUNDATION
     device: Device = None
 
     @model_validator(mode="after")

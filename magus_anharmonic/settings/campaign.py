@@ -49,7 +49,7 @@ class CampaignSettings(Section):
 
     seed: Seed = 0
     foundation: section.InsidePath = Field(
-        "mattersim-v1.0.0-1M",
+        section.FOUNDATION,
         description=(
             "a name MatterSim knows, a path relative to the campaign file, or a shipped one"
         ),

@@ -12,7 +12,9 @@ from pydantic import Field, field_validator, model_validator
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.settings.search import OF_A_RANKING, SschaSettings
 from magus_anharmonic.settings.section import (
+    FOUNDATION,
     Ascending,
+    Checkpoint,
     Device,
     Element,
     In,
@@ -42,10 +44,7 @@ class PhaseDiagramSettings(Section):
     phases: dict[str, PhaseSettings] = Field(
         description="name: structure file, or {structure, index}"
     )
-    checkpoint: InsidePath = Field(
-        "mattersim-v1.0.0-1M",
-        description="a name MatterSim knows, a path, or a checkpoint this package ships",
-    )
+    checkpoint: Checkpoint = FOUNDATION
     device: Device = None
     pressures: PressuresGPa = Field(
         description="GPa, rising; the diagram ends at the first and the last"

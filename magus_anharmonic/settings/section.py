@@ -141,6 +141,12 @@ def check_path(value: Any) -> Any:
 
 
 InsidePath = Annotated[str, BeforeValidator(check_path)]
+Checkpoint = Annotated[
+    InsidePath,
+    Field(description="a name MatterSim knows, a path, or a checkpoint this package ships"),
+]
+FOUNDATION = "mattersim-v1.0.0-1M"
+"""The model where no key names another."""
 
 
 def absolute_file(typed: str) -> str:
