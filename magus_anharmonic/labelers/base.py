@@ -215,7 +215,7 @@ class Label:
 
     energy : eV, extrapolated to zero smearing; free_energy : eV, with the electronic entropy, None
     when the code gives none; forces : (N, 3) eV/A; stress : (3, 3) eV/A^3, ASE's sign; seconds :
-    wall time of this label.
+    wall time of this label; info : what else the calculator says of it (its ``label_info``).
     """
 
     structure: Atoms
@@ -226,6 +226,7 @@ class Label:
     settings_hash: str
     seconds: float
     ok: bool = True
+    info: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -270,6 +271,10 @@ class Labeler:
         Raises ``LabelerError`` where single points are all that is made.
         """
         raise LabelerError(f"{self.description}: makes single points only")
+
+    def found(self, folder: Path) -> Iterator[tuple[Atoms, Label]]:
+        """Structures and labels that runs below ``folder`` hold already; most know of none."""
+        yield from ()
 
     def close(self) -> None:
         """End what the labeler has started; it cannot be used afterwards."""
@@ -417,6 +422,10 @@ class Code:
 
     def check(self, calculator: Any) -> None:
         """Raise ``LabelerError`` where the calculator has results that are none."""
+
+    def found(self, recipe: Recipe, folder: Path) -> Iterator[tuple[Atoms, Label]]:
+        """Labels of the recipe that lie below ``folder`` without having been asked for."""
+        yield from ()
 
     def default_workers(self, cores: int) -> int:
         """Labels at the same time: one per core, unless the code takes all cores itself."""
