@@ -12,9 +12,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    Field,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from magus_anharmonic.errors import InputError
+from magus_anharmonic.settings.born import Born, born_charges
 from magus_anharmonic.settings.calculators import (
     QUEUES,
     AseCalculatorSettings,
@@ -187,6 +195,16 @@ class SschaSettings(Section):
         ),
     )
     seed_back: bool = Field(True, description="hand SSCHA centroids back to the search as seeds")
+    born: Annotated[
+        dict[InsidePath, InsidePath] | list[Born] | None, AfterValidator(born_charges)
+    ] = Field(
+        None,
+        description=(
+            "Born charges for the non-analytic (LO-TO) term: {structure file: its BORN file, as of"
+            " phonopy}, used for every phase that is near one of the structures; left out: no such"
+            " term"
+        ),
+    )
 
     @field_validator("temperature", mode="before")
     @classmethod
@@ -222,6 +240,12 @@ class SschaSettings(Section):
         if any(type(n) is not int or n < 1 for n in value):
             raise problem
         return tuple(value)
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without charges a run is the one that it was before there was this key."""
+        data = handler(self)
+        return {key: value for key, value in data.items() if key != "born" or value is not None}
 
     def of_a_run(self) -> dict[str, Any]:
         """The keys that change what one run gives, and their values."""
