@@ -26,7 +26,7 @@ from magus_anharmonic.evaluator import EnergySource, Evaluator, as_evaluator
 from magus_anharmonic.notebook import says_in_notebooks
 from magus_anharmonic.settings import SschaSettings, check_pressure, parse
 from magus_anharmonic.sscha.cell import CellStiffness, Start
-from magus_anharmonic.sscha.engines import effective_number, minimise, reweighted
+from magus_anharmonic.sscha.engines import effective_sample, minimise, reweighted
 from magus_anharmonic.sscha.ensemble import Averages, Ensemble, average
 from magus_anharmonic.sscha.result import (
     Progress,
@@ -355,7 +355,8 @@ def _averaged(
     """Averages of ``state`` over an ensemble of ``own`` (the same cell), and the effective part of
     the sample."""
     about, weights = reweighted(own, ensemble, state)
-    return average(state, about, symmetry, weights, cell), effective_number(weights) / len(weights)
+    sample = effective_sample(weights, about.level) / len(weights)
+    return average(state, about, symmetry, weights, cell), sample
 
 
 def reweighted_ensemble(

@@ -361,11 +361,11 @@ def read_population_file(path: Path) -> tuple[SschaState, Ensemble]:
     stored = load_arrays(path)
     with readable(path, "a population of an SSCHA run"):
         state = _state(stored)
-        ensemble = Ensemble(
-            *(stored[name] for name in ("displacements", "energies", "forces", "stresses"))
-        )
+        names = ("displacements", "energies", "forces", "stresses")
+        # populations of earlier versions have no levels
+        ensemble = Ensemble(*(stored[name] for name in names), stored.get("level"))
         n, atoms = len(ensemble.energies), len(state.atoms) * state.n_cells
-        shapes = [(n, atoms, 3), (n,), (n, atoms, 3), (n, 3, 3)]
+        shapes = [(n, atoms, 3), (n,), (n, atoms, 3), (n, 3, 3), (n,)]
         if [values.shape for values in vars(ensemble).values()] != shapes:
             raise DamagedFile(f"{path}: arrays do not fit one another")
     return state, ensemble
