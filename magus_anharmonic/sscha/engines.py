@@ -260,8 +260,8 @@ def minimise(
     log: Path | None = None,
     target: SschaState | None = None,
 ) -> Minimised:
-    """Minimise F in centroids and force constants at fixed cell on the populations that are of the
-    last one's cell.
+    """Minimise F in centroids (where ``symmetry`` lets them move) and force constants at fixed cell
+    on the populations that are of the last one's cell.
 
     Ends where the predicted decrease of a full step is less than `DECREASE`, or where
     the effective number of configurations falls to ``min_effective_sample`` times the size of the
@@ -327,7 +327,7 @@ class _Point:
                     symmetry.force_constants(pool.reciprocal.compact(curvature))
                 )
             )
-        force = symmetry.vectors(averages.force)
+        force = symmetry.vectors(averages.force) * symmetry.movable
         shift_step = (_compliance(trial.spectrum) @ force.ravel()).reshape(-1, 3)
         inside = trial.spectrum.in_modes(curvature)
         response = variance_response(np.abs(trial.spectrum.hbar_omega), trial.spectrum.temperature)

@@ -158,12 +158,11 @@ class Averages:
     primitive cell, by how much F (F + P V with a `CellStiffness`) lies above its minimum: an
     unbiased estimate, below zero by noise alone. minimum_error : standard error of helmholtz -
     predicted_decrease, what is not known of the stiffness included. stress, stress_error : (3, 3),
-    eV/A^3, ASE's sign, symmetrised. force : (n, 3), on the centroids, eV/A. shift, position_error :
-    (n, 3) A, from the centroids to the minimum, and its standard error; shift_covariance : (3n, 3n)
-    A^2. excess, noise
-    : (k,) eV/A^3 stress beyond the target's along the strains of the `CellStiffness`, centroids
-    relaxed, and its covariance (k, k); strain, strain_error : (k,) the strain that removes it;
-    empty without one.
+    eV/A^3, ASE's sign, symmetrised. force, force_error : (n, 3), on the centroids, eV/A. shift,
+    position_error : (n, 3) A, from the centroids to the minimum, and its standard error;
+    shift_covariance : (3n, 3n) A^2. excess, noise : (k,) eV/A^3 stress beyond the target's along
+    the strains of the `CellStiffness`, centroids relaxed, and its covariance (k, k); strain,
+    strain_error : (k,) the strain that removes it; empty without one.
     """
 
     helmholtz: float
@@ -173,6 +172,7 @@ class Averages:
     stress: np.ndarray
     stress_error: np.ndarray
     force: np.ndarray
+    force_error: np.ndarray
     shift: np.ndarray
     position_error: np.ndarray
     shift_covariance: np.ndarray
@@ -296,6 +296,7 @@ def average(
         stress=stresses.mean(axis=0),
         stress_error=standard_error(stresses),
         force=forces.mean(axis=0).reshape(-1, 3),
+        force_error=standard_error(forces).reshape(-1, 3),
         shift=(compliance @ forces.mean(axis=0)).reshape(-1, 3),
         position_error=standard_error(forces @ compliance).reshape(-1, 3),
         shift_covariance=covariance_of_mean(forces @ compliance),
