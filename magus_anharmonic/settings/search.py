@@ -112,6 +112,14 @@ class SschaSettings(Section):
     cell: Literal["variable", "fixed"] = Field(
         "variable", description="relax the cell at the target pressure, or keep it"
     )
+    centroids: Literal["relaxed", "fixed"] = Field(
+        "relaxed",
+        description=(
+            "fixed: structure and cell stay exactly as given, whether a minimum or not, and the"
+            " result has the gradient and the stress of F there (implies cell: fixed, hessian: 0,"
+            " seed_back: false)"
+        ),
+    )
     n_configs: Even = Field(
         1000,
         description=(
@@ -189,6 +197,12 @@ class SschaSettings(Section):
     )
     seed_back: bool = Field(True, description="hand SSCHA centroids back to the search as seeds")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _nothing_moves(cls, data: Any) -> Any:
+        fixed = isinstance(data, dict) and data.get("centroids") == "fixed"
+        return {**data, "cell": "fixed", "hessian": 0, "seed_back": False} if fixed else data
+
     @field_validator("temperature", mode="before")
     @classmethod
     def _kelvin(cls, value: Any) -> Any:
@@ -231,6 +245,12 @@ class SschaSettings(Section):
             for name in type(self).model_fields
             if name not in OF_A_RANKING
         }
+
+    def identity(self, *ignored: str) -> dict[str, Any]:
+        """What the numbers of a run depend on, as JSON has it, without ``ignored`` keys; what came
+        later only where it is used, so that earlier runs keep their names."""
+        off = {"centroids"} if self.centroids == "relaxed" else set()
+        return self.model_dump(mode="json", exclude={*OF_A_RANKING, *ignored, *off})
 
     @property
     def ranking_start(self) -> int:
