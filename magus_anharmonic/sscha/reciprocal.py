@@ -24,7 +24,7 @@ from ase import Atoms
 from ase.geometry import minkowski_reduce
 
 from magus_anharmonic.errors import SschaError
-from magus_anharmonic.sscha.ensemble import Ensemble, static_response
+from magus_anharmonic.sscha.ensemble import Ensemble, level_scale, static_response
 from magus_anharmonic.sscha.nonanalytic import NonAnalytic, dipole_squares
 from magus_anharmonic.sscha.state import (
     SschaState,
@@ -144,38 +144,62 @@ class Samples:
 
     scaled : (n_q, n, 3n), <uu>^-1 u; even, odd : residual forces (f + harmonic pull) that go with
     an even and an odd number of displacements: mean and half difference of a pair; the same array
-    twice where there are no pairs.
+    twice where there are no pairs. level : (n,), see `Ensemble`; of two levels the forces are
+    times n over the number of their level, so that plain means are sums of the levels' means.
     """
 
     modes: Wavevectors
     scaled: np.ndarray
     even: np.ndarray
     odd: np.ndarray
+    level: np.ndarray
 
     def __len__(self) -> int:
         return self.scaled.shape[1]
 
     def part(self, chosen: slice) -> Samples:
         """Some of the samples."""
-        parts = (values[:, chosen] for values in (self.scaled, self.even, self.odd))
-        return Samples(self.modes, *parts)
+        level = self.level[chosen]
+        factor = (_level_factors(level) / _level_factors(self.level)[chosen])[:, None]
+        even, odd = (factor * values[:, chosen] for values in (self.even, self.odd))
+        return Samples(self.modes, self.scaled[:, chosen], even, odd, level)
+
+    def scatter(self, values: np.ndarray) -> np.ndarray:
+        """``values`` (n, ...) linear in the forces, with a scatter that gives the error of their
+        mean: each level about its own mean, see `ensemble.pair_means`."""
+        if not self.level.any():
+            return values
+        found = values.copy()
+        for number in (0, 1):
+            own = self.level == number
+            factor = own.sum() / len(own)
+            deviations = factor * (values[own] - values[own].mean(axis=0))
+            found[own] = level_scale(int(own.sum()), len(own)) * deviations
+        return found
+
+
+def _level_factors(level: np.ndarray) -> np.ndarray:
+    """(n,) n over the number of samples in the same level (n,)."""
+    return len(level) / np.bincount(level)[level]
 
 
 def samples(state: SschaState, ensemble: Ensemble, modes: Wavevectors) -> Samples:
     """The ensemble of a state in its modes."""
-    u = ensemble.displacements
+    u, level = ensemble.displacements, ensemble.level
     even = odd = ensemble.residual(state)[1].reshape(u.shape)
     paired = len(u) % 2 == 0 and np.allclose(u[0::2], -u[1::2], rtol=0.0, atol=1e-6)
     if paired:
-        u, plus, minus = u[0::2], even[0::2], even[1::2]
+        u, plus, minus, level = u[0::2], even[0::2], even[1::2], level[0::2]
         even, odd = 0.5 * (plus + minus), 0.5 * (plus - minus)
     scaled = modes.covectors(u * state.supercell.get_masses()[:, None])
-    components = modes.covectors(even)
+    factor = _level_factors(level)[:, None, None]
+    components = modes.covectors(factor * even)
     return Samples(
         modes,
         scaled / modes.variance[:, None, :],
         components,
-        modes.covectors(odd) if paired else components,
+        modes.covectors(factor * odd) if paired else components,
+        level,
     )
 
 

@@ -146,7 +146,8 @@ def ensemble_of(
     n_configs: int | None,
     seed: int,
 ) -> Ensemble:
-    """``stored``, or with more configurations drawn and evaluated; see `hessian_of_run`."""
+    """``stored``, or with more configurations drawn and evaluated; see `hessian_of_run`. To one of
+    two levels none are added: they are all drawn anew."""
     have = 0 if stored is None else len(stored.energies)
     wanted = have if n_configs is None else n_configs
     if wanted < 4 or wanted % 2:
@@ -157,6 +158,8 @@ def ensemble_of(
         raise InputError(
             f"--n-configs: {wanted}: the run holds {have}; give --checkpoint to sample the rest"
         )
+    if stored is not None and stored.two_level:
+        have, stored = 0, None
     missing, what = wanted - have, "configurations for the Hessian"
     log.info("sampling %d configurations of the final state", missing)
     fresh = sample_ensemble(state, missing, [seed, SAMPLING_TAG], evaluator, what)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from ase import Atoms
 
-from magus_anharmonic.settings import OF_A_RANKING, SschaSettings
+from magus_anharmonic.settings import SschaSettings
 from magus_anharmonic.sscha.cell import Start
 from magus_anharmonic.sscha.ensemble import Averages
 from magus_anharmonic.sscha.nonanalytic import fitted
@@ -47,7 +47,6 @@ class Task:
     def identity(self) -> dict[str, Any]:
         """Everything on which the numbers depend; two runs with the same identity are the same
         run."""
-        ignored = {*OF_A_RANKING, "max_populations", "error_tolerance"}
         return {
             "structure": structure_id(self.atoms),
             "formula": self.atoms.get_chemical_formula(),
@@ -58,7 +57,7 @@ class Task:
             "masses": dict(self.masses or {}),
             "start": None if self.start is None else state_digest(self.start),
             "configurations": None if self.configurations is None else len(self.configurations),
-            "sscha": self.settings.model_dump(mode="json", exclude=ignored),
+            "sscha": self.settings.identity("max_populations", "error_tolerance"),
         }
 
 
@@ -205,6 +204,8 @@ def finished_result(
         volume=volume,
         stress=averages.stress,
         stress_error=averages.stress_error,
+        force=averages.force,
+        force_error=averages.force_error,
         pressure=pressure_of(averages),
         predicted_decrease=max(0.0, averages.predicted_decrease) / n,
         centroids=state.atoms.copy(),
