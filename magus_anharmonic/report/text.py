@@ -292,7 +292,8 @@ def _contents(done: Sequence[Candidate]) -> list[str]:
     if not own or len(without) == len(own):
         return []
     named = f", not in that of {_named(without)}: do not compare" if without else ""
-    return [f"Long-range dipoles (LO-TO) are in G of {len(own) - len(without)} phases{named}."]
+    count = len(own) - len(without)
+    return [f"Long-range dipoles (LO-TO) are in G of {count} phase{'s' * (count > 1)}{named}."]
 
 
 def _cost(rows: Sequence[Candidate]) -> list[str]:

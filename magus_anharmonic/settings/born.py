@@ -6,15 +6,15 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from ase import Atoms
-from pydantic import model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from magus_anharmonic.errors import InputError, one_line
 from magus_anharmonic.gate import check_structure, read_structures
-from magus_anharmonic.settings.section import Element, Section, parse
+from magus_anharmonic.settings.section import Element, InsidePath, Section, parse
 
 SYMMETRIC = 0.1
 """|e|, and for the dielectric tensor a tenth of its trace's mean: by so much a component may differ
@@ -154,3 +154,16 @@ def born_charges(given: dict[str, str] | list[Born] | None) -> list[Born] | None
         return [read_born(structure, file) for structure, file in given.items()]
     except InputError as error:
         raise ValueError("\n".join(error.problems)) from None
+
+
+BornCharges = Annotated[
+    dict[InsidePath, InsidePath] | list[Born] | None,
+    AfterValidator(born_charges),
+    Field(
+        description=(
+            "Born charges for the non-analytic (LO-TO) term: {structure file: its BORN file, as of"
+            " phonopy}, used for every phase that is near one of the structures; left out: no such"
+            " term"
+        )
+    ),
+]

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    AfterValidator,
     Field,
     SerializerFunctionWrapHandler,
     field_validator,
@@ -22,7 +21,7 @@ from pydantic import (
 )
 
 from magus_anharmonic.errors import InputError
-from magus_anharmonic.settings.born import Born, born_charges
+from magus_anharmonic.settings.born import BornCharges
 from magus_anharmonic.settings.calculators import (
     QUEUES,
     AseCalculatorSettings,
@@ -204,16 +203,7 @@ class SschaSettings(Section):
         ),
     )
     seed_back: bool = Field(True, description="hand SSCHA centroids back to the search as seeds")
-    born: Annotated[
-        dict[InsidePath, InsidePath] | list[Born] | None, AfterValidator(born_charges)
-    ] = Field(
-        None,
-        description=(
-            "Born charges for the non-analytic (LO-TO) term: {structure file: its BORN file, as of"
-            " phonopy}, used for every phase that is near one of the structures; left out: no such"
-            " term"
-        ),
-    )
+    born: BornCharges = None
 
     @model_validator(mode="before")
     @classmethod
