@@ -121,7 +121,8 @@ class Samples:
 
 
 def samples_of(folder: Path) -> Samples | None:
-    """Those of the run in ``folder``; None where it keeps no whole populations."""
+    """Those of the run in ``folder``; None where it keeps no whole populations, or some of two
+    levels, which are taken as independent of all others."""
     try:
         populations = _last_populations(folder)
     except DamagedFile as error:
@@ -129,6 +130,8 @@ def samples_of(folder: Path) -> Samples | None:
         return None
     excess, size = {}, 0
     for number, (state, ensemble) in populations.items():
+        if ensemble.two_level:
+            return None
         u = ensemble.displacements.reshape(len(ensemble.energies), -1)
         harmonic = 0.5 * np.einsum("ci,ci->c", u @ state.full, u)
         excess[number] = pair_means(ensemble.energies - harmonic) / len(state.supercell)

@@ -109,6 +109,7 @@ def write_ensemble(
     goes beside it as ``dyn_gen_popN_*``."""
     folder.mkdir(parents=True, exist_ok=True)
     write_dyn(state, folder / f"dyn_gen_pop{population}_")
+    ensemble = ensemble.of_the_truth(str(folder))
     energies, forces = ensemble.energies / RYDBERG, ensemble.forces / RYDBERG
     stresses = ensemble.stresses / STRESS
     positions = state.supercell.positions + ensemble.displacements
