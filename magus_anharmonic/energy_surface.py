@@ -20,6 +20,8 @@ from magus_anharmonic.io.digests import to_json
 
 LABEL_KEY = "surface"
 """In the ``info`` of a label and in a checkpoint."""
+LABEL_ERROR = "label_energy_error"
+"""In the ``info`` of a label: standard error of its energy, eV per cell."""
 SAME_MASS = 1e-3
 """amu."""
 
@@ -56,6 +58,11 @@ class FreeEnergySurface:
                 f"{where}: {LABEL_KEY}: {stored!r}: is no description of a free-energy surface"
             )
         return cls(**{name: stored[name] for name in names})
+
+    @staticmethod
+    def for_checkpoint(surface: FreeEnergySurface | None) -> dict[str, Any]:
+        """Further keys of a checkpoint; empty for a potential."""
+        return {} if surface is None else {LABEL_KEY: surface.as_dict()}
 
     def __str__(self) -> str:
         masses = ", ".join(f"{symbol} {mass:g}" for symbol, mass in sorted(self.masses.items()))
@@ -152,10 +159,37 @@ def check_start(
         )
 
 
+def surface_of_model(evaluator: Any) -> FreeEnergySurface | None:
+    """What an evaluator, or the ASE calculator in one, is a free energy of; None: a potential."""
+    inside = getattr(getattr(evaluator, "calculator", None), "potential", evaluator)
+    surface = getattr(inside, "surface", None)
+    return surface if isinstance(surface, FreeEnergySurface) else None
+
+
+def require_kind(model: Any, wanted: str, where: str, temperatures: Sequence[float] = ()) -> None:
+    """Raise ``InputError`` where the model of the block at the key ``where`` is not of the
+    ``surface`` (static or free-energy) that the block names, or not of these ``temperatures``
+    (K)."""
+    surface = surface_of_model(model)
+    if wanted == "static" and surface is not None:
+        raise InputError(
+            f"{where}.checkpoint: model {model.model_id} is no potential but the {surface}; to"
+            f" relax on it add surface: free-energy, else give the potential {surface.potential}"
+        )
+    if wanted == "free-energy" and surface is None:
+        raise InputError(
+            f"{where}.surface: free-energy: model {model.model_id} is a potential: it knows no"
+            " motion of the ions; give a model that was trained on free-energy labels, or leave"
+            " surface out"
+        )
+    for temperature in temperatures if surface is not None else ():
+        surface.require([], temperature)
+
+
 def require_potential(evaluator: Any, what: str) -> None:
     """Raise ``InputError`` where ``evaluator`` is a free-energy model: ``what`` cannot use one."""
-    surface = getattr(evaluator, "surface", None)
-    if isinstance(surface, FreeEnergySurface):
+    surface = surface_of_model(evaluator)
+    if surface is not None:
         raise InputError(
             f"{what}: model {evaluator.model_id} is no potential but the {surface}: the motion of"
             f" the ions would count twice; give the potential {surface.potential}"

@@ -28,6 +28,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 from ase import Atoms
 
+from magus_anharmonic.energy_surface import FreeEnergySurface
 from magus_anharmonic.errors import LabelerError
 from magus_anharmonic.evaluator import Relaxation
 from magus_anharmonic.io.digests import digest, to_json
@@ -244,10 +245,11 @@ OnResult = Callable[[int, "Label | Failure"], None]
 
 class Labeler:
     """DFT single points and relaxations; ``settings_hash`` (12 hex digits) names the energy
-    surface."""
+    surface, and ``surface`` describes it where it is a free energy."""
 
     settings_hash: str
     description: str
+    surface: FreeEnergySurface | None = None
 
     def label(
         self, structures: Sequence[Atoms], on_result: OnResult | None = None
@@ -422,6 +424,10 @@ class Code:
 
     def check(self, calculator: Any) -> None:
         """Raise ``LabelerError`` where the calculator has results that are none."""
+
+    def surface(self, recipe: Recipe) -> FreeEnergySurface | None:
+        """What the labels are of; None: static energies."""
+        return None
 
     def found(self, recipe: Recipe, folder: Path) -> Iterator[tuple[Atoms, Label]]:
         """Labels of the recipe that lie below ``folder`` without having been asked for."""

@@ -131,6 +131,7 @@ class JobLabeler(Labeler):
         self.directory = Path(directory).absolute()
         self.timeout = timeout
         self.settings_hash = recipe.settings_hash
+        self.surface = code_of(recipe.code).surface(recipe)
         arguments = ", ".join(f"{key}={value}" for key, value in recipe.arguments.items())
         if recipe.k_spacing is not None:
             arguments += f", k spacing 2 pi x {recipe.k_spacing:g} / A"

@@ -19,6 +19,7 @@ from ase import Atoms
 from ase.calculators.calculator import Calculator, all_changes
 
 from magus_anharmonic.energy_surface import (
+    LABEL_ERROR,
     LABEL_KEY,
     FreeEnergySurface,
     masses_of,
@@ -77,11 +78,13 @@ class SschaLabels(Code):
             )
         return FixedCentroids(model, recipe.arguments)
 
+    def surface(self, recipe: Recipe) -> FreeEnergySurface:
+        return surface_of(recipe.arguments, recipe.files[MODEL])
+
     def found(self, recipe: Recipe, folder: Path) -> Iterator[tuple[Atoms, Label]]:
         """The labels that the SSCHA runs below ``folder`` hold already; see `labels_of_run`."""
-        surface = surface_of(recipe.arguments, recipe.files[MODEL])
         for result in sorted(folder.glob("**/result.json")):
-            yield from labels_of_run(result.parent, surface, recipe.settings_hash)
+            yield from labels_of_run(result.parent, self.surface(recipe), recipe.settings_hash)
 
 
 def run_settings(arguments: Mapping[str, Any]) -> SschaSettings:
@@ -188,12 +191,12 @@ def of_result(
 def _errors(
     energy: float, force: np.ndarray, stress: np.ndarray, surface: FreeEnergySurface
 ) -> dict[str, Any]:
-    """energy_error (eV per cell), force_error (eV/A) and stress_error (eV/A^3; both root mean
-    square over components), and the surface."""
+    """label_energy_error (eV per cell), label_force_error (eV/A) and label_stress_error (eV/A^3;
+    both root mean square over components), and the surface."""
     return {
-        "energy_error": float(energy),
-        "force_error": float(np.sqrt(np.mean(np.square(force)))),
-        "stress_error": float(np.sqrt(np.mean(np.square(stress)))),
+        LABEL_ERROR: float(energy),
+        "label_force_error": float(np.sqrt(np.mean(np.square(force)))),
+        "label_stress_error": float(np.sqrt(np.mean(np.square(stress)))),
         LABEL_KEY: surface.as_dict(),
     }
 

@@ -14,16 +14,24 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from ase import Atoms
 
+from magus_anharmonic.energy_surface import FreeEnergySurface, check_start
 from magus_anharmonic.errors import CheckpointError
 from magus_anharmonic.io.files import append_jsonl, read_jsonl, remove, replacing, set_aside
 from magus_anharmonic.labelers.base import Failure, Label, Labeler
-from magus_anharmonic.learning.choose import SIDES, Contender
-from magus_anharmonic.learning.dataset import LabelStore, labelled, on_side, read_dataset
+from magus_anharmonic.learning.choose import SIDES, Contender, parent_name
+from magus_anharmonic.learning.dataset import (
+    LabelStore,
+    labelled,
+    on_side,
+    plan_label,
+    read_dataset,
+)
 from magus_anharmonic.learning.round import Purpose, Round
 from magus_anharmonic.potential.label_check import outliers, sound
-from magus_anharmonic.potential.labelled import FEW, Scores, score
+from magus_anharmonic.potential.labelled import FEW, Scores, score, weights_by_error
 from magus_anharmonic.runs.record import record_failure
 from magus_anharmonic.settings import LearningSettings
+from magus_anharmonic.structures import structure_id
 
 if TYPE_CHECKING:
     from magus_anharmonic.potential import Potential
@@ -124,12 +132,14 @@ def learn(
     if earlier is not None:
         return earlier
     store.check(labeler.settings_hash)
+    check_start(labeler.surface, potential.surface, potential.model_id)
     dataset = read_dataset(settings.dataset, labeler.settings_hash) if settings.dataset else []
     store.adopt(dataset, settings.split)
     began = time.monotonic()
     now = Round(generation, settings, store, seed)
     planned = _plan(now, population, contenders, potential, dataset, folder)
     n_failures = label_planned(planned, generation, labeler, store, folder)
+    _gather(now, labeler, folder)
     n_failures += _quarantine(generation, potential, store, folder)
     dataset, _ = sound(dataset, potential, "learning.dataset")
     labels = store.labels(generation=generation)
@@ -242,6 +252,30 @@ def label_planned(
         labeler.label(waiting, keep)
     store.close_batch(generation)
     return n_failures
+
+
+def _gather(now: Round, labeler: Labeler, folder: Path) -> None:
+    """Take in the labels that runs in ``folder`` hold without having been asked for them: their
+    families keep their sides, and new ones train."""
+    known = now.known_sides()
+    have = {structure_id(atoms) for atoms in now.store.labels(quarantined=True)}
+    for atoms, label in labeler.found(folder):
+        if structure_id(atoms) in have:
+            continue
+        have.add(structure_id(atoms))
+        name = parent_name(atoms)
+        family = now.store.families.family(name, atoms)
+        plan_label(
+            atoms,
+            generation=now.generation,
+            parent=name,
+            family=family,
+            side=known.get(family, "train"),
+            kind="population",
+            distortion_seed="none",
+        )
+        keep_label(atoms, label, now.store)
+    now.store.close_batch(now.generation)
 
 
 def _quarantine(generation: int, potential: Potential, store: LabelStore, folder: Path) -> int:
@@ -367,6 +401,7 @@ def _train(
         seed=int(now.random(Purpose.TRAIN).integers(2**31)),
         parent_id=potential.model_id,
         species=potential.species_seen,
+        weights=weights_by_error(sets.train),
     )
     found = {
         "shift": shift,
@@ -437,6 +472,7 @@ def _write_checkpoint(model: Potential, changed: bool, file: Path, trained: Path
             shutil.copyfile(trained, temporary)
     else:
         extra = uncertainty.for_checkpoint(model.error_model)
+        extra |= FreeEnergySurface.for_checkpoint(model.surface)
         checkpoint.save(
             model.module, file, parent_id=model.model_id, species=model.species_seen, **extra
         )

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from ase import Atoms
 
+from magus_anharmonic.energy_surface import require_kind
 from magus_anharmonic.errors import InputError, SschaError, one_line
 from magus_anharmonic.evaluator import (
     CalculatorEvaluator,
@@ -134,7 +135,9 @@ def open_evaluator(
     if isinstance(block, CalculatorSettings):
         from magus_anharmonic.potential import load
 
-        return load(checkpoint or block.checkpoint, device=block.device)
+        model = load(checkpoint or block.checkpoint, device=block.device)
+        require_kind(model, block.surface, at)
+        return model
     assert isinstance(block, AseCalculatorSettings)
     made = make_calculator(block, at)
     return made if isinstance(made, Evaluator) else CalculatorEvaluator(made, elements=elements)
@@ -151,7 +154,10 @@ def evaluator_of(
             " it is mattersim"
         )
     block = block or parse_calculator(settings.main_calculator, at)
-    return open_evaluator(block, at, settings.symbols, checkpoint), block
+    model = open_evaluator(block, at, settings.symbols, checkpoint)
+    if isinstance(block, CalculatorSettings) and settings.sscha is not None:
+        require_kind(model, block.surface, at, settings.sscha.temperatures)
+    return model, block
 
 
 def ranking_evaluator(settings: Settings, own: Evaluator | None = None) -> Evaluator:
