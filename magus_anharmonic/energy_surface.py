@@ -159,8 +159,9 @@ def check_start(
         )
 
 
-def surface_of_model(evaluator: Any) -> FreeEnergySurface | None:
-    """What an evaluator, or the ASE calculator in one, is a free energy of; None: a potential."""
+def surface_in_use(evaluator: Any) -> FreeEnergySurface | None:
+    """What an evaluator (or the ASE calculator in one) or a labeler is a free energy of; None: a
+    static one."""
     inside = getattr(getattr(evaluator, "calculator", None), "potential", evaluator)
     surface = getattr(inside, "surface", None)
     return surface if isinstance(surface, FreeEnergySurface) else None
@@ -170,7 +171,7 @@ def require_kind(model: Any, wanted: str, where: str, temperatures: Sequence[flo
     """Raise ``InputError`` where the model of the block at the key ``where`` is not of the
     ``surface`` (static or free-energy) that the block names, or not of these ``temperatures``
     (K)."""
-    surface = surface_of_model(model)
+    surface = surface_in_use(model)
     if wanted == "static" and surface is not None:
         raise InputError(
             f"{where}.checkpoint: model {model.model_id} is no potential but the {surface}; to"
@@ -188,7 +189,7 @@ def require_kind(model: Any, wanted: str, where: str, temperatures: Sequence[flo
 
 def require_potential(evaluator: Any, what: str) -> None:
     """Raise ``InputError`` where ``evaluator`` is a free-energy model: ``what`` cannot use one."""
-    surface = surface_of_model(evaluator)
+    surface = surface_in_use(evaluator)
     if surface is not None:
         raise InputError(
             f"{what}: model {evaluator.model_id} is no potential but the {surface}: the motion of"

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from ase import Atoms
 
-from magus_anharmonic.energy_surface import FreeEnergySurface, check_start
+from magus_anharmonic.energy_surface import FreeEnergySurface, check_start, surface_in_use
 from magus_anharmonic.errors import CheckpointError
 from magus_anharmonic.io.files import append_jsonl, read_jsonl, remove, replacing, set_aside
 from magus_anharmonic.labelers.base import Failure, Label, Labeler
@@ -132,14 +132,15 @@ def learn(
     if earlier is not None:
         return earlier
     store.check(labeler.settings_hash)
-    check_start(labeler.surface, potential.surface, potential.model_id)
+    check_start(surface_in_use(labeler), potential.surface, potential.model_id)
     dataset = read_dataset(settings.dataset, labeler.settings_hash) if settings.dataset else []
     store.adopt(dataset, settings.split)
     began = time.monotonic()
     now = Round(generation, settings, store, seed)
     planned = _plan(now, population, contenders, potential, dataset, folder)
     n_failures = label_planned(planned, generation, labeler, store, folder)
-    _gather(now, labeler, folder)
+    if surface_in_use(labeler) is not None:
+        _gather(now, labeler, folder)
     n_failures += _quarantine(generation, potential, store, folder)
     dataset, _ = sound(dataset, potential, "learning.dataset")
     labels = store.labels(generation=generation)
