@@ -129,6 +129,15 @@ class SschaSettings(Section):
     engine: Literal["native", "python-sscha"] = Field(
         "native", description="who minimises on an ensemble"
     )
+    surrogate: InsidePath = Field(
+        "none",
+        description=(
+            "cheap energies that most configurations are averaged over, a few of the truth"
+            " correcting them: none, polynomial (fitted to the run's own configurations), a"
+            " checkpoint, or the import path of an evaluator, an ASE calculator or a function"
+            " fit(structures, found)"
+        ),
+    )
     strain_tolerance: Positive = Field(
         0.005, description="what the cell may still be strained by, or twice its error"
     )
@@ -196,6 +205,15 @@ class SschaSettings(Section):
     )
     seed_back: bool = Field(True, description="hand SSCHA centroids back to the search as seeds")
 
+    @model_validator(mode="after")
+    def _one_surface(self) -> SschaSettings:
+        if self.surrogate != "none" and self.engine == "python-sscha":
+            raise ValueError(
+                "surrogate: engine: python-sscha minimises on one energy surface; take engine:"
+                " native, or surrogate: none"
+            )
+        return self
+
     @model_validator(mode="before")
     @classmethod
     def _nothing_moves(cls, data: Any) -> Any:
@@ -249,6 +267,7 @@ class SschaSettings(Section):
         """What the numbers of a run depend on, as JSON has it, without ``ignored`` keys; what came
         later only where it is used, so that earlier runs keep their names."""
         off = {"centroids"} if self.centroids == "relaxed" else set()
+        off |= {"surrogate"} if self.surrogate == "none" else set()
         return self.model_dump(mode="json", exclude={*OF_A_RANKING, *ignored, *off})
 
     @property
