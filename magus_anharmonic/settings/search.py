@@ -26,6 +26,7 @@ from magus_anharmonic.settings.calculators import (
     stages,
 )
 from magus_anharmonic.settings.section import (
+    SCRATCH,
     Count,
     Element,
     Energy,
@@ -391,8 +392,23 @@ class Settings(Section):
                 "sscha.evaluator: with learning the model that learns is the one that ranks; take"
                 " out one of the two"
             )
-        _ = self.calculator, self.evaluator
+        _ = self.evaluator
+        if self.from_scratch and self.learning is None:
+            raise ValueError(
+                "checkpoint: scratch: new weights know nothing before they are trained: add"
+                " learning: with a labeler, or give a checkpoint"
+            )
+        if self.from_scratch and self.ml_calculator:
+            raise ValueError(
+                "MLCalculator.checkpoint: scratch: MAGUS relaxes before it labels; take calculator:"
+                " mattersim, checkpoint: scratch as MainCalculator, without -m"
+            )
         return self
+
+    @property
+    def from_scratch(self) -> bool:
+        """Whether the search begins without any model."""
+        return self.calculator is not None and self.calculator.checkpoint == SCRATCH
 
     @property
     def calculator(self) -> CalculatorSettings | None:
