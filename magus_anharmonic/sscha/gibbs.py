@@ -152,7 +152,7 @@ def free_energy(
     surrogate
         A cheap energy surface that most configurations are averaged over; a few of the evaluator
         correct it, so that the result is the evaluator's own with fewer of its evaluations
-        (`magus_anharmonic.sscha.surrogate`). ``"polynomial"``: fitted to the run's own
+        (`magus_anharmonic.sscha.two_levels`). ``"polynomial"``: fitted to the run's own
         configurations; a checkpoint, an evaluator, an ASE calculator or a function
         ``fit(structures, found) -> Evaluator``, or the import path of one; ``"none"``.
         ``n_configs`` is then what the populations are worth, not what is evaluated.
