@@ -133,12 +133,15 @@ class SschaRun:
             return
         found = [self.folder.read_pooled(numbers, self.state) for numbers in stored.pooled]
         populations = [one for one in found if one is not None]
-        truths = [self.folder.read_truth(number + 1) for number in range(len(stored.rows))]
-        if len(populations) < len(found) or (self._learner and None in truths):
+        if len(populations) < len(found):
             return
         if self._learner is not None:
-            self._learner.truths = {n: one for n, one in enumerate(truths, 1) if one is not None}
-            self._learner.failures = stored.surrogate_failures
+            numbers = range(1, len(stored.rows) + 1)
+            truths = {number: self.folder.read_truth(number) for number in numbers}
+            if None in truths.values():
+                return
+            known = {number: one for number, one in truths.items() if one is not None}
+            self._learner = Learner(self._learner.source, known, stored.surrogate_failures)
         vars(self.progress).update(vars(stored))
         self._populations = populations
         self.state, ensemble = populations[-1]
@@ -224,7 +227,7 @@ class SschaRun:
         if not self.progress.burn_in:
             return full
         least = int(np.clip(12 * len(self.state.atoms) / len(self.symmetry), *SMALLEST_BURN_IN))
-        if self._learner and self._learner.active and not self.n_populations:
+        if self._learner and self._learner.source.fit and not self.n_populations:
             return 2 * (min(full, least) // 2)  # enough for a first surrogate
         return 2 * (min(full, max(int(BURN_IN_FRACTION * most), least)) // 2)
 
