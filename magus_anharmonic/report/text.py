@@ -151,6 +151,7 @@ def sentences(rows: Sequence[Candidate]) -> list[str]:
         *_merged(done),
         *_saddles(rows),
         *_open(rows),
+        *_contents(done),
         *_cost(rows),
     ]
 
@@ -282,6 +283,17 @@ def _open(rows: Sequence[Candidate]) -> list[str]:
         f"Not converged within the budget: {_named(names)}. Their G are upper bounds (raise"
         " max_populations, n_configs or the budget)."
     ] * bool(names)
+
+
+def _contents(done: Sequence[Candidate]) -> list[str]:
+    """Whether G holds what polar compounds need in it, where charges were given at all."""
+    own = [row for row in done if not row.same_as]
+    without = [row.label for row in own if row.free_energy.nonanalytic is None]
+    if not own or len(without) == len(own):
+        return []
+    named = f", not in that of {_named(without)}: do not compare" if without else ""
+    count = len(own) - len(without)
+    return [f"Long-range dipoles (LO-TO) are in G of {count} phase{'s' * (count > 1)}{named}."]
 
 
 def _cost(rows: Sequence[Candidate]) -> list[str]:

@@ -12,9 +12,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import (
+    Field,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from magus_anharmonic.errors import InputError
+from magus_anharmonic.settings.born import BornCharges
 from magus_anharmonic.settings.calculators import (
     QUEUES,
     AseCalculatorSettings,
@@ -205,6 +212,7 @@ class SschaSettings(Section):
         ),
     )
     seed_back: bool = Field(True, description="hand SSCHA centroids back to the search as seeds")
+    born: BornCharges = None
 
     @model_validator(mode="after")
     def _one_surface(self) -> SschaSettings:
@@ -255,6 +263,12 @@ class SschaSettings(Section):
         if any(type(n) is not int or n < 1 for n in value):
             raise problem
         return tuple(value)
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without charges a run is the one that it was before there was this key."""
+        data = handler(self)
+        return {key: value for key, value in data.items() if key != "born" or value is not None}
 
     def of_a_run(self) -> dict[str, Any]:
         """The keys that change what one run gives, and their values."""

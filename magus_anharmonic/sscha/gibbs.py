@@ -6,7 +6,7 @@ from __future__ import annotations
 import logging
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -25,9 +25,11 @@ from magus_anharmonic.errors import (
 from magus_anharmonic.evaluator import EnergySource, Evaluator, as_evaluator
 from magus_anharmonic.notebook import says_in_notebooks
 from magus_anharmonic.settings import SschaSettings, check_pressure, parse
+from magus_anharmonic.settings.born import Born
 from magus_anharmonic.sscha.cell import CellStiffness, Start
 from magus_anharmonic.sscha.engines import effective_sample, minimise, reweighted
 from magus_anharmonic.sscha.ensemble import Averages, Ensemble, average
+from magus_anharmonic.sscha.nonanalytic import require_fit
 from magus_anharmonic.sscha.result import (
     Progress,
     RunFolder,
@@ -99,6 +101,7 @@ def free_energy(
     n_configs_start: int | None = DEFAULTS.n_configs_start,
     symprec: float = DEFAULTS.symprec,
     reference_spacing: float = DEFAULTS.reference_spacing,
+    born: Born | Mapping[str, str] | Sequence[Born] | None = None,
 ) -> SschaResult:
     """SSCHA free energy of ``atoms`` at ``pressure`` (GPa) and ``temperature`` (K).
 
@@ -159,6 +162,10 @@ def free_energy(
     symprec, reference_spacing
         Angstrom and 2 pi / Angstrom: symmetry of the start, and spacing of the q points of the
         finite-size term.
+    born
+        Born charges and dielectric tensor for the non-analytic (LO-TO) term: a ``Born`` (from
+        arrays: ``Born.of(atoms, charges, dielectric)``) or ``{structure file: BORN file}`` of this
+        structure, or a list of ``Born`` of several, of which the nearest is taken, if one is near.
 
     Returns
     -------
@@ -170,11 +177,12 @@ def free_energy(
     InputError
         A wrong argument, or a folder that holds another run.
     """
-    given = dict(locals())
-    if not isinstance(surrogate, str):
-        given["surrogate"] = "given"
+    given = {**locals(), "born": [born] if isinstance(born, Born) else born}
+    given["surrogate"] = surrogate if isinstance(surrogate, str) else "given"
     settings = parse(SschaSettings, {key: given[key] for key in DEFAULTS.of_a_run()}, "sscha")
     check_crystal(atoms, masses)
+    if isinstance(born, Born | Mapping) and settings.born:
+        require_fit(atoms, settings.born)
     cheap = surrogate_of(surrogate, atoms)
     try:
         pressure = check_pressure(pressure)

@@ -106,6 +106,13 @@ class FreeEnergy:
         equation="F_harm(mesh) - F_harm(supercell)",
         origin="sscha.reciprocal.finite_size_term",
     )
+    nonanalytic: float | None = column(
+        "what of finite_size comes from long-range dipoles (LO-TO splitting); empty: they are not"
+        " in gibbs, no Born charges of this phase were given",
+        "eV/atom",
+        equation="finite_size with dipoles - finite_size without",
+        origin="sscha.reciprocal.finite_size_term",
+    )
     predicted_decrease: float | None = column(
         "by how much the relaxation may still lower gibbs", "eV/atom", origin=_MADE
     )

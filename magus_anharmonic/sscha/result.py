@@ -30,6 +30,7 @@ from magus_anharmonic.notebook import Described
 from magus_anharmonic.runs.lock import NAME as LOCK
 from magus_anharmonic.sscha.cell import Start, StaticResponse
 from magus_anharmonic.sscha.ensemble import Ensemble, joined
+from magus_anharmonic.sscha.nonanalytic import NonAnalytic
 from magus_anharmonic.sscha.record import FreeEnergy
 from magus_anharmonic.sscha.state import SschaState, agree
 from magus_anharmonic.sscha.supercells import SupercellMatrix, as_supercell_matrix
@@ -55,7 +56,9 @@ class SschaResult(Described, FreeEnergy):
     centroids : average positions, one primitive cell (fixed ones: the cell that was given);
     position_error : A, of the least certain centroid. interpolated_imaginary : part of the modes of
     the finite-size mesh that are imaginary (0 where the interpolation can be trusted).
-    force_constants : compact, see `state`; None when there is no state.
+    force_constants : compact, see `state`; None when there is no state. charges, dielectric : Born
+    charges (n, 3, 3) and dielectric tensor (3, 3) in the frame of the centroids, see
+    `nonanalytic.NonAnalytic`; None where the long-range dipoles are not in G.
     """
 
     target_pressure: GPa
@@ -75,6 +78,8 @@ class SschaResult(Described, FreeEnergy):
     supercell: SupercellMatrix = (0, 0, 0)
     interpolated_imaginary: float | None = None
     force_constants: np.ndarray | None = None
+    charges: np.ndarray | None = None
+    dielectric: np.ndarray | None = None
 
     @property
     def gibbs(self) -> float:
@@ -112,6 +117,13 @@ class SschaResult(Described, FreeEnergy):
         if self.force_constants is None:
             raise InputError(f"start: the SSCHA run ended without a state ({self.reason})")
         return SschaState(self.centroids, self.supercell, self.force_constants, self.temperature)
+
+    @property
+    def dipoles(self) -> NonAnalytic | None:
+        """Born charges and dielectric tensor of the state; None without."""
+        if self.charges is None or self.dielectric is None:
+            return None
+        return NonAnalytic(self.charges, self.dielectric)
 
     def write(self, directory: Path) -> None:
         """Write ``result.npz`` (force constants) and then ``result.json``: the run is finished when
@@ -163,7 +175,7 @@ class SschaResult(Described, FreeEnergy):
             raise KeyError(", ".join(sorted(absent)))
         for name in ("stress", "stress_error"):
             data[name] = np.full((3, 3), np.nan) if data[name] is None else np.array(data[name])
-        for name in ("force", "force_error"):
+        for name in ("force", "force_error", "charges", "dielectric"):
             data[name] = None if data.get(name) is None else np.array(data[name])
         if data.get("error_vector") is not None:
             data["error_vector"] = tuple(data["error_vector"])

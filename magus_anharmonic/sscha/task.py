@@ -16,6 +16,7 @@ from ase import Atoms
 from magus_anharmonic.settings import SschaSettings
 from magus_anharmonic.sscha.cell import Start
 from magus_anharmonic.sscha.ensemble import Averages
+from magus_anharmonic.sscha.nonanalytic import fitted
 from magus_anharmonic.sscha.reciprocal import finite_size_term
 from magus_anharmonic.sscha.result import Progress, SschaResult
 from magus_anharmonic.sscha.state import SschaState, state_digest
@@ -187,7 +188,8 @@ def finished_result(
     within their error.
     """
     n = len(state.atoms)
-    finite = finite_size_term(state, task.settings.reference_spacing)
+    nonanalytic = fitted(state.atoms, task.settings.born)
+    finite = finite_size_term(state, task.settings.reference_spacing, nonanalytic)
     raw, error = gibbs_energy(state, averages, task.pressure)
     volume = float(state.atoms.get_volume() / n)
     tolerance = centroid_tolerance(state, averages)
@@ -201,6 +203,7 @@ def finished_result(
         gibbs_error=error,
         gibbs_raw=raw,
         finite_size=finite.term / n,
+        nonanalytic=None if finite.dipoles is None else finite.dipoles / n,
         helmholtz=gibbs - gpa_to_ev_per_a3(task.pressure) * volume,
         volume=volume,
         stress=averages.stress,
@@ -218,6 +221,8 @@ def finished_result(
         supercell=state.supercell_matrix,
         interpolated_imaginary=finite.imaginary,
         force_constants=state.force_constants,
+        charges=None if nonanalytic is None else nonanalytic.charges,
+        dielectric=None if nonanalytic is None else nonanalytic.dielectric,
         **_of_any(task, progress, began),
     )
 
