@@ -88,6 +88,7 @@ def run_of(
         "" if result.converged else result.reason or "did not converge",
         *_warnings(result, cutoff),
         "" if trust is None else trust.warning,
+        NO_CHARGES if job.options.get("born") and result.numbers.nonanalytic is None else "",
     ]
     numbers = replace(
         result.numbers,
@@ -197,6 +198,8 @@ def set_info(population: Sequence[Atoms], candidates: Sequence[Candidate], model
 
 
 log = logging.getLogger(__name__)
+
+NO_CHARGES = "no long-range dipoles in G: none of sscha.born is of this phase"
 
 
 @dataclass(frozen=True)

@@ -274,11 +274,14 @@ def _merged(
         return candidate
     note = f"G pooled from {len(shares)} runs with the same supercell"
     log.info("%s: %s", candidate.id, note)
+    means = {
+        name: _mean([(vars(run.free_energy)[name], weight) for run, weight in shares])
+        for name in ("gibbs_raw", "finite_size", "nonanalytic")
+    }
     candidate = candidate.updated(
         gibbs=found.value,
         gibbs_error=found.error,
-        gibbs_raw=_mean([(run.free_energy.gibbs_raw, weight) for run, weight in shares]),
-        finite_size=_mean([(run.free_energy.finite_size, weight) for run, weight in shares]),
+        **means,
         reason=f"{candidate.reason}; {note}" if candidate.reason else note,
     )
     pooled = tuple((run.folder, weight) for run, weight in shares)

@@ -27,7 +27,7 @@ from magus_anharmonic.io.files import (
 )
 from magus_anharmonic.ranking.matcher import Fingerprint, same, same_phase
 from magus_anharmonic.runs.lock import still_ours
-from magus_anharmonic.settings import OF_A_RANKING, SschaSettings
+from magus_anharmonic.settings import SschaSettings
 from magus_anharmonic.sscha.record import OLD_STATES, RANKED, FreeEnergy, WithFreeEnergy
 from magus_anharmonic.structures import stripped, structure_id
 from magus_anharmonic.units import GPa
@@ -51,10 +51,7 @@ class Key:
 def sscha_hash(settings: SschaSettings, seed: int = 0, earlier: Sequence[float] = ()) -> str:
     """Twelve hex digits over what changes the number: keys of ``sscha``, seed, and the temperatures
     (K) run before."""
-    physics = {
-        **settings.model_dump(mode="json", exclude=set(OF_A_RANKING)),
-        "n_configs_start": settings.ranking_start,
-    }
+    physics = {**settings.identity(), "n_configs_start": settings.ranking_start}
     data = {**physics, **versions(), "seed": seed, "earlier": list(earlier)}
     return digest(data)
 
