@@ -14,11 +14,13 @@ from pydantic.fields import FieldInfo
 from magus_anharmonic.potential.train import TrainRecipe
 from magus_anharmonic.search.keys import HostKeys
 from magus_anharmonic.settings import (
+    Architecture,
     CalculatorSettings,
     FinetuneSettings,
     In,
     LabelerSettings,
     LearningSettings,
+    ScratchSettings,
     Settings,
     SschaSettings,
     WorkerSettings,
@@ -53,6 +55,12 @@ SECTIONS: list[tuple[str, str, type[BaseModel]]] = [
         "Where DFT labels come from: see [labelers.md](labelers.md).",
         LabelerSettings,
     ),
+    (
+        "`learning.scratch`",
+        "The first model of a search with `checkpoint: scratch`: see [recipes.md](recipes.md#no-weights-no-network).",
+        ScratchSettings,
+    ),
+    ("`learning.scratch.architecture`", "Shape of a new model.", Architecture),
     ("`sscha`", "Left out: static enthalpies. `sscha: {}` takes every default.", SschaSettings),
     (
         "`workers`",
@@ -167,7 +175,7 @@ def default_text(field: FieldInfo) -> str:
     if isinstance(value, BaseModel) or value == {}:
         return "`{}`"
     if isinstance(value, list) and value and isinstance(value[0], BaseModel):
-        return "one stage"
+        return "one stage" if len(value) == 1 else f"{len(value)} stages"
     if isinstance(value, list) and len(value) > 12:
         return f"`[{value[0]}-{value[-1]}]`"
     if isinstance(value, tuple):

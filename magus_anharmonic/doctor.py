@@ -240,6 +240,13 @@ def _checkpoint(settings: Settings | None) -> list[Check]:
             )
         ]
     name = settings.calculator.checkpoint
+    if settings.from_scratch and settings.learning is not None:
+        first = settings.learning.scratch
+        n_first = first.n_structures * first.batches
+        text = (
+            f"scratch: new weights, trained on up to {n_first} labels before the first generation"
+        )
+        return [Check("checkpoint", None, text)]
     file_name = checkpoint.MATTERSIM_FILES.get(name.lower().removesuffix(".pth"))
     folder = checkpoint.mattersim_folder()
     if file_name and not Path(name).is_file() and not (folder / file_name).is_file():

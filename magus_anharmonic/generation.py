@@ -13,6 +13,7 @@ chooses parents. It calls `start` once, and after each generation `after_generat
 
 from __future__ import annotations
 
+import functools
 import logging
 import re
 import secrets
@@ -30,7 +31,7 @@ from magus_anharmonic.errors import InputError, LabelerNotInstalled
 from magus_anharmonic.evaluator import Evaluator
 from magus_anharmonic.ranking.candidate import Candidate
 from magus_anharmonic.ranking.structures import reevaluate
-from magus_anharmonic.settings import Settings
+from magus_anharmonic.settings import SCRATCH, Settings
 from magus_anharmonic.units import GPa, ev_to_mev
 
 if TYPE_CHECKING:
@@ -253,6 +254,41 @@ def start(
     return state
 
 
+def first_model(
+    settings: Settings,
+    run_dir: str | Path,
+    crystals: Callable[[int, int, int], list[Atoms]],
+    *,
+    restart: bool = False,
+    described: Mapping[str, Any] | None = None,
+) -> int:
+    """With ``checkpoint: scratch``: make the model that the first generation relaxes with
+    (`learning.first`), unless it is there; the seed of the search.
+
+    crystals : ``crystals(seed, batch, n)``, n random crystals of the host. restart, described : see
+    `start`, which the host calls afterwards.
+    """
+    from magus_anharmonic.learning import first
+    from magus_anharmonic.runs.record import write_run_record
+
+    folder = Path(run_dir)
+    seed = settings.seed if settings.seed is not None else _recorded_seed(folder, restart)
+    if newest_checkpoint(folder) is None:
+        write_run_record(folder, settings, seed=seed, model_id=SCRATCH, extra=dict(described or {}))
+        labeler, store = _labeler(settings, folder)
+        first.first_model(
+            functools.partial(crystals, seed),
+            pressure=settings.pressure,
+            settings=settings.learning,
+            labeler=labeler,
+            store=store,
+            run_dir=folder,
+            seed=seed,
+            device=settings.calculator.device,
+        )
+    return seed
+
+
 def newest_checkpoint(run_dir: str | Path, up_to: int | None = None) -> Path | None:
     """``checkpoints/gen{N}.pth`` with the largest N (not above ``up_to``), or None."""
     found = {}
@@ -284,7 +320,7 @@ def checked_learning(settings: Settings, folder: str | Path) -> Settings:
     try:
         labeler = get_labeler(learning.labeler, Path(folder) / "labeling", settings)
     except LabelerNotInstalled as error:
-        if learning.required:
+        if learning.required or settings.from_scratch:
             raise
         log.warning("running without learning: %s", error)
         return settings.model_copy(update={"learning": None})
@@ -339,11 +375,22 @@ def measured_terms(run_dir: str | Path, pressure: GPa) -> dict[str, ModelTerm]:
     Rows without an error bar are left out. Raises ``InputError`` for a table that cannot be read.
     """
     from magus_anharmonic.paper import tables
-    from magus_anharmonic.ranking.uncertainty import ModelTerm
+    from magus_anharmonic.ranking.uncertainty import Electronic, ModelTerm
+
+    def electronic(row: tables.GibbsCorrection) -> Electronic | None:
+        names = (
+            "electronic_eV_per_atom",
+            "electronic_error_eV_per_atom",
+            "electronic_temperature_K",
+        )
+        found = [getattr(row, name) for name in names]
+        return None if None in found else Electronic(*found)
 
     rows = tables.read_if_there(tables.GibbsCorrection, run_dir)
     return {
-        row.phase: ModelTerm(row.correction_eV_per_atom, row.correction_error_eV_per_atom)
+        row.phase: ModelTerm(
+            row.correction_eV_per_atom, row.correction_error_eV_per_atom, electronic(row)
+        )
         for row in rows
         if row.correction_error_eV_per_atom is not None and abs(row.pressure_GPa - pressure) < 1e-6
     }

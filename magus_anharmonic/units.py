@@ -28,6 +28,9 @@ BOHR: float = _ase.Bohr
 RYDBERG: float = _ase.Ry
 """Rydberg energy in eV."""
 
+COULOMB: float = _ase.Ha * _ase.Bohr
+"""e^2 / (4 pi epsilon_0) in eV A (14.3996)."""
+
 KELVIN: float = _ase.kB
 """Boltzmann constant in eV/K."""
 

@@ -92,6 +92,15 @@ def test_the_order_of_free_energies_is_told_apart_from_that_of_enthalpies(rows):
     assert "G - H: 190 to 210 meV/atom" in said
 
 
+def test_phases_without_long_range_dipoles_are_named_where_others_have_them(rows):
+    polar = {**R3M, "nonanalytic_eV_per_atom": "0.003"}
+    assert not any("dipoles" in line for line in sentences(rows(R3M, CCCM)))
+    told = "are in G of 1 phase, not in that of bbbbbbbb: do not compare."
+    assert f"Long-range dipoles (LO-TO) {told}" in sentences(rows(polar, CCCM))
+    both = sentences(rows(polar, {**CCCM, "nonanalytic_eV_per_atom": "0"}))
+    assert "Long-range dipoles (LO-TO) are in G of 2 phases." in both
+
+
 def test_probabilities_cost_and_all_errors_of_a_difference_are_said(rows):
     winner = {**R3M, "p_lowest_sampling": "0.99", "p_lowest_total": "0.84", "n_evaluations": "1200"}
     other = {

@@ -129,7 +129,7 @@ def learn(
     began = time.monotonic()
     now = Round(generation, settings, store, seed)
     planned = _plan(now, population, contenders, potential, dataset, folder)
-    n_failures = _label(planned, generation, labeler, store, folder)
+    n_failures = label_planned(planned, generation, labeler, store, folder)
     n_failures += _quarantine(generation, potential, store, folder)
     dataset, _ = sound(dataset, potential, "learning.dataset")
     labels = store.labels(generation=generation)
@@ -220,7 +220,7 @@ def checkpoint_file(folder: Path, generation: int) -> Path:
     return folder / "checkpoints" / f"gen{generation}.pth"
 
 
-def _label(
+def label_planned(
     planned: Sequence[Atoms], generation: int, labeler: Labeler, store: LabelStore, folder: Path
 ) -> int:
     """Label what is not labelled yet; returns the number of failures."""
@@ -389,8 +389,8 @@ def _conclude(
     ends the round)."""
     from magus_anharmonic.potential import uncertainty
 
-    old = _scores(potential, sets, settings)
-    trained = {} if candidate is None else _scores(candidate, sets, settings)
+    old = scores_of_sets(potential, sets, settings)
+    trained = {} if candidate is None else scores_of_sets(candidate, sets, settings)
     changed = False
     if candidate is not None:
         judge = "validation" if sets.validation else "train"
@@ -443,7 +443,7 @@ def _write_checkpoint(model: Potential, changed: bool, file: Path, trained: Path
     remove(trained)
 
 
-def _scores(potential: Potential, sets: Sets, settings: LearningSettings) -> dict[str, Any]:
+def scores_of_sets(potential: Potential, sets: Sets, settings: LearningSettings) -> dict[str, Any]:
     """Loss and RMSE of energy (eV/atom), forces (eV/A) and stress (GPa) on each set that is not
     empty; errors of few labels."""
     return {

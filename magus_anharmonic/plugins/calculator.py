@@ -36,7 +36,7 @@ from magus_anharmonic.io.digests import digest
 from magus_anharmonic.labelers.pool import CallableLabeler
 from magus_anharmonic.plugins.parameters import calculator_settings, settings_of, stop
 from magus_anharmonic.scheduler import is_remote, open_scheduler
-from magus_anharmonic.settings import snake_case
+from magus_anharmonic.settings import SCRATCH, snake_case
 from magus_anharmonic.sscha.record import INFO_KEYS
 from magus_anharmonic.structures import change_of, stripped
 from magus_anharmonic.units import gpa_to_ev_per_a3
@@ -171,6 +171,8 @@ class MatterSimCalculator(Calculator):
         # absolute here.
         from magus_anharmonic.potential import checkpoint
 
+        if self.settings.from_scratch:
+            return SCRATCH
         return str(checkpoint.resolve(self.options.checkpoint).absolute())
 
     def __getstate__(self) -> dict[str, Any]:

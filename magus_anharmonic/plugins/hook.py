@@ -33,7 +33,7 @@ from ase.io import read, write
 from magus.search.search import Magus
 
 from magus_anharmonic.errors import InputError
-from magus_anharmonic.generation import SearchState, after_generation, start
+from magus_anharmonic.generation import SearchState, after_generation, first_model, start
 from magus_anharmonic.io.files import remove, replacing
 from magus_anharmonic.plugins.calculator import MatterSimCalculator, evaluator_of_magus
 from magus_anharmonic.plugins.modes import (
@@ -174,21 +174,27 @@ class Rounds:
             return cls(settings, ml)
         if not restart:
             clear_seeds(search.seed_dir)
-        if ours is not None:
-            ours.begin_round(search.curgen)
-        own = evaluator_of_magus(search, ml=ml) if ours is None else ours.potential
         described = {
             "host": "magus",
             "command": (
                 "magus search" + (" -m" if ml else " -p" if is_mode(search, "PaMagus") else "")
             ),
         }
+        seed = None
+        if ours is not None:
+            if settings.from_scratch:
+                draw = functools.partial(_crystals_of, search)
+                at = {"restart": restart, "described": described}
+                seed = first_model(settings, run_dir, draw, **at)
+            ours.begin_round(search.curgen)
+        own = evaluator_of_magus(search, ml=ml) if ours is None else ours.potential
         state = start(
             settings,
             run_dir,
             ranking_evaluator(settings, own),
             restart=restart,
             learn=not ml,
+            seed=seed,
             described=described,
         )
         if ours is not None:
@@ -432,6 +438,14 @@ def _before_round(original: Callable[..., None], search: Magus) -> None:
             rounds.repeats = False
             return
     original()
+
+
+def _crystals_of(search: Magus, seed: int, batch: int, n: int) -> list[Atoms]:
+    """``n`` random crystals by MAGUS's generator, the same ones for the same ``seed`` and
+    ``batch``."""
+    random.seed(f"{seed} 0 {batch}")
+    np.random.seed([seed % 2**32, 0, batch])
+    return [stripped(atoms) for atoms in search.atoms_generator.generate_pop(n)]
 
 
 def _seed_generators(settings: Settings, generation: int) -> None:

@@ -278,7 +278,7 @@ def check_installation(settings: Settings, run_dir: Path) -> Settings:
     from magus_anharmonic.ranking.structures import ranking_evaluator
 
     for learner in (False, True):
-        if is_ours(settings, learner=learner):
+        if is_ours(settings, learner=learner) and not settings.from_scratch:
             checkpoint.describe(
                 checkpoint.resolve(calculator_settings(settings, learner=learner).checkpoint)
             )

@@ -31,6 +31,7 @@ from pydantic import (
 from magus_anharmonic.errors import CheckpointError, one_line
 from magus_anharmonic.io.digests import digest
 from magus_anharmonic.io.files import raise_machine_error, replacing, seal
+from magus_anharmonic.settings import SCRATCH
 
 if TYPE_CHECKING:
     import torch
@@ -117,6 +118,11 @@ def resolve(name_or_path: str | Path) -> Path:
     CheckpointError.
     """
     text = str(name_or_path)
+    if text == SCRATCH and not Path(text).is_file():
+        raise CheckpointError(
+            "checkpoint scratch: stands for new weights, which a search that learns trains first"
+            " (MainCalculator and learning: in input.yaml); here give a trained checkpoint"
+        )
     file_name = MATTERSIM_FILES.get(text.lower().removesuffix(".pth"))
     if file_name and not Path(text).is_file():
         target = mattersim_folder() / file_name

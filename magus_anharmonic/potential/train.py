@@ -32,10 +32,11 @@ from magus_anharmonic.potential.labelled import (
 )
 from magus_anharmonic.potential.loading import check_once
 from magus_anharmonic.potential.resources import chosen_device
-from magus_anharmonic.potential.trainer import Architecture, from_scratch, refit_shift
+from magus_anharmonic.potential.trainer import from_scratch, refit_shift
 from magus_anharmonic.potential.uncertainty import for_checkpoint
 from magus_anharmonic.runs import lock
 from magus_anharmonic.settings import (
+    Architecture,
     FinetuneSettings,
     InsidePath,
     Section,
@@ -255,7 +256,7 @@ def _train(
         "start": start,
         "recipe": recipe.model_dump(mode="json"),
     }
-    stages = _train_stages(
+    stages = train_stages(
         module,
         train,
         validation,
@@ -289,7 +290,7 @@ def _train(
     return report
 
 
-def _train_stages(
+def train_stages(
     module: torch.nn.Module,
     train: list[Atoms],
     validation: list[Atoms],
@@ -297,6 +298,8 @@ def _train_stages(
     out: Path,
     **options: Any,
 ) -> list[FinetuneResult]:
+    """The ``recipe``'s stages after each other, into ``<out stem>.stageN.pth``; ``options`` are
+    those of `finetune`. Stages that are there already are not done again."""
     stages: list[FinetuneResult] = []
     for number, settings in enumerate(recipe.stages, 1):
         logger.info(

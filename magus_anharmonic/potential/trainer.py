@@ -20,7 +20,6 @@ import numpy as np
 import torch
 from ase import Atoms
 from ase.data import chemical_symbols
-from pydantic import Field
 from torch_ema import ExponentialMovingAverage
 
 from magus_anharmonic.errors import DamagedFile, InputError
@@ -37,7 +36,7 @@ from magus_anharmonic.potential.labelled import (
     torch_loss,
 )
 from magus_anharmonic.potential.m3gnet import FactorisedM3GNet
-from magus_anharmonic.settings import Count, FinetuneSettings, Length, Section
+from magus_anharmonic.settings import Architecture, FinetuneSettings
 from magus_anharmonic.units import ev_per_a3_to_gpa, ev_to_mev
 
 logger = logging.getLogger(__name__)
@@ -190,18 +189,6 @@ class Trainer:
 def copy_state(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Copy of all parameters and buffers, detached from the module."""
     return {name: value.detach().clone() for name, value in module.state_dict().items()}
-
-
-class Architecture(Section):
-    """Shape of a MatterSim (M3GNet) model; the defaults make a small one (162 k parameters).
-    MatterSim-v1.0.0-1M: 3 blocks of 128 units."""
-
-    num_blocks: Count = Field(2, description="message-passing blocks")
-    units: Count = Field(64, description="width of atom and edge features")
-    cutoff: Length = Field(5.0, description="Angstrom, of the edges")
-    threebody_cutoff: Length = Field(
-        4.0, description="Angstrom, of the bonds that make angles; at most the cutoff"
-    )
 
 
 def from_scratch(

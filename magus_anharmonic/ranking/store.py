@@ -27,7 +27,7 @@ from magus_anharmonic.io.files import (
 )
 from magus_anharmonic.ranking.matcher import Fingerprint, same, same_phase
 from magus_anharmonic.runs.lock import still_ours
-from magus_anharmonic.settings import OF_A_RANKING, SschaSettings
+from magus_anharmonic.settings import SschaSettings
 from magus_anharmonic.sscha.record import OLD_STATES, RANKED, FreeEnergy, WithFreeEnergy
 from magus_anharmonic.structures import stripped, structure_id
 from magus_anharmonic.units import GPa
@@ -51,10 +51,7 @@ class Key:
 def sscha_hash(settings: SschaSettings, seed: int = 0, earlier: Sequence[float] = ()) -> str:
     """Twelve hex digits over what changes the number: keys of ``sscha``, seed, and the temperatures
     (K) run before."""
-    physics = {
-        **settings.model_dump(mode="json", exclude=set(OF_A_RANKING)),
-        "n_configs_start": settings.ranking_start,
-    }
+    physics = {**settings.identity(), "n_configs_start": settings.ranking_start}
     data = {**physics, **versions(), "seed": seed, "earlier": list(earlier)}
     return digest(data)
 
@@ -65,7 +62,8 @@ class Run(WithFreeEnergy):
 
     ``enthalpy`` : of the start, eV/atom. ``parent`` is the structure whose run led to this one (a
     centroid reduced to its primitive cell, or a saddle point that was followed), ``reduced`` the
-    run that took over from this one in the first case, ``followed`` the one in the second.
+    run that took over from this one in the first case, or because it was seen to come to the same
+    phase, ``followed`` the one in the second.
     ``budget_spent`` : the budget (force evaluations of a race) where that ended the run, else None.
     ``generation`` : of a search, that last changed the run (None: not part of one), and ``before``
     : what earlier ones left, oldest first.
@@ -367,8 +365,7 @@ class FreeEnergyStore:
         return None
 
     def final(self, record: Run) -> Run:
-        """The run that took over from ``record`` after a reduction to a smaller cell, or ``record``
-        itself."""
+        """The run that took over from ``record`` (`Run.reduced`), or ``record`` itself."""
         seen = {record.structure}
         while record.reduced and record.reduced not in seen:
             successor = self.get(record.reduced, record.key)

@@ -19,7 +19,8 @@ from ase.geometry import get_duplicate_atoms
 from ase.neighborlist import neighbor_list
 
 from magus_anharmonic.errors import InputError, MagusAnharmonicError
-from magus_anharmonic.search.keys import HostKeys
+from magus_anharmonic.search.keys import HostKeys, parse_host_keys
+from magus_anharmonic.settings import Settings
 
 if TYPE_CHECKING:
     from pyxtal.symmetry import Group
@@ -252,6 +253,15 @@ def _one_lattice_crystal() -> type[Any]:
             self.valid = False
 
     return OneLatticeCrystal
+
+
+def crystals_of(settings: Settings, seed: int, batch: int, n: int) -> list[Atoms]:
+    """``n`` random crystals of a search for its first model, the same ones for the same ``seed``
+    and ``batch``."""
+    keys, _ = parse_host_keys(settings)
+    rng = np.random.default_rng([seed, 0, batch])
+    generator = RandomGenerator(Geometry(keys, settings.symbols))
+    return generator.generate(n, keys.volume_ratio, rng)
 
 
 def _primitive(atoms: Atoms, centring: str) -> Atoms:

@@ -8,6 +8,7 @@ search that was not.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import secrets
 import time
@@ -27,6 +28,7 @@ from magus_anharmonic.generation import (
     SearchState,
     after_generation,
     checked_learning,
+    first_model,
     newest_checkpoint,
     start,
 )
@@ -44,7 +46,7 @@ from magus_anharmonic.runs.record import (
 )
 from magus_anharmonic.search import population as pops
 from magus_anharmonic.search.archive import Archive, best_of
-from magus_anharmonic.search.generate import Geometry, RandomGenerator
+from magus_anharmonic.search.generate import Geometry, RandomGenerator, crystals_of
 from magus_anharmonic.search.keys import HostKeys, parse_host_keys
 from magus_anharmonic.search.population import OffspringGenerator
 from magus_anharmonic.search.relaxation import Relaxer, build_relaxer, forget, require
@@ -108,11 +110,8 @@ def run(settings: Settings, directory: str | Path = ".", restart: bool = False) 
             stack.enter_context(_recording(archive.anharmonic))
             remove_unfinished(archive.results, locked_folder=archive.anharmonic)
         settings = checked_learning(settings, archive.anharmonic)
-        relaxer = build_relaxer(
-            settings,
-            newest_checkpoint(archive.anharmonic, archive.finished()[0]) if restart else None,
-        )
-        evaluator = ranking_evaluator(settings, relaxer.evaluator)
+        # what is there is opened before any file is touched
+        relaxer = None if settings.from_scratch else _relaxer(settings, archive, restart)
         if not restart:
             archive.directory.mkdir(parents=True, exist_ok=True)
             with guarded(
@@ -122,6 +121,13 @@ def run(settings: Settings, directory: str | Path = ".", restart: bool = False) 
                 archive.start()
                 stack.enter_context(locked(archive.anharmonic, WHAT))
             stack.enter_context(_recording(archive.anharmonic))
+        if relaxer is None:
+            draw, described = functools.partial(crystals_of, settings), {"host": "embedded"}
+            at = {"restart": restart, "described": described}
+            seed = first_model(settings, archive.anharmonic, draw, **at)
+            settings = settings.model_copy(update={"seed": seed})
+            relaxer = _relaxer(settings, archive, True)
+        evaluator = ranking_evaluator(settings, relaxer.evaluator)
         settings, known = _open(archive, settings, relaxer, restart)
         state = None
         if settings.learning is not None or settings.sscha is not None:
@@ -146,6 +152,12 @@ def run(settings: Settings, directory: str | Path = ".", restart: bool = False) 
         search.seed,
         time.perf_counter() - began,
     )
+
+
+def _relaxer(settings: Settings, archive: Archive, own: bool) -> Relaxer:
+    """With the newest of the search's ``own`` models, or the calculator of its settings."""
+    learned = newest_checkpoint(archive.anharmonic, archive.finished()[0]) if own else None
+    return build_relaxer(settings, learned)
 
 
 @contextlib.contextmanager

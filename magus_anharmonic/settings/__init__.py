@@ -28,6 +28,7 @@ from magus_anharmonic.settings.search import (
 )
 from magus_anharmonic.settings.section import (
     FOUNDATION,
+    SCRATCH,
     Count,
     Energy,
     Force,
@@ -46,13 +47,21 @@ from magus_anharmonic.settings.section import (
     parse,
     snake_case,
 )
-from magus_anharmonic.settings.training import FinetuneSettings, LearningSettings, TrainingKeys
+from magus_anharmonic.settings.training import (
+    Architecture,
+    FinetuneSettings,
+    LearningSettings,
+    ScratchSettings,
+    TrainingKeys,
+)
 
 __all__ = [
     "FOUNDATION",
     "OF_A_RANKING",
     "OPTIMIZER_DESCRIPTION",
     "QUEUES",
+    "SCRATCH",
+    "Architecture",
     "AseCalculatorSettings",
     "CalculatorSettings",
     "Count",
@@ -69,6 +78,7 @@ __all__ = [
     "Positive",
     "PressureGPa",
     "RelaxationSettings",
+    "ScratchSettings",
     "Section",
     "Settings",
     "SschaSettings",

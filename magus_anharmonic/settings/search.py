@@ -12,9 +12,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import (
+    Field,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from magus_anharmonic.errors import InputError
+from magus_anharmonic.settings.born import BornCharges
 from magus_anharmonic.settings.calculators import (
     QUEUES,
     AseCalculatorSettings,
@@ -26,6 +33,7 @@ from magus_anharmonic.settings.calculators import (
     stages,
 )
 from magus_anharmonic.settings.section import (
+    SCRATCH,
     Count,
     Element,
     Energy,
@@ -111,6 +119,14 @@ class SschaSettings(Section):
     cell: Literal["variable", "fixed"] = Field(
         "variable", description="relax the cell at the target pressure, or keep it"
     )
+    centroids: Literal["relaxed", "fixed"] = Field(
+        "relaxed",
+        description=(
+            "fixed: structure and cell stay exactly as given, whether a minimum or not, and the"
+            " result has the gradient and the stress of F there (implies cell: fixed, hessian: 0,"
+            " seed_back: false)"
+        ),
+    )
     n_configs: Even = Field(
         1000,
         description=(
@@ -147,8 +163,8 @@ class SschaSettings(Section):
     error_tolerance: Energy | None = Field(
         None,
         description=(
-            "eV/atom, sampling error of G that ends a run; left out: none, or 0.3 of the model's"
-            " validation RMSE in a ranking"
+            "eV/atom, sampling error of G that ends a run; left out: none; in a ranking 0.3 of the"
+            " model's validation RMSE, 0.001 where that is not known"
         ),
     )
     n_configs_start: Even | None = Field(
@@ -161,8 +177,8 @@ class SschaSettings(Section):
     allocation: Literal["elimination", "fixed"] = Field(
         "elimination",
         description=(
-            "elimination: who cannot be among the best stops early; fixed: everybody runs to"
-            " the end"
+            "elimination: who cannot be among the best, ends far above the lowest or is of the phase"
+            " of another stops early; fixed: everybody runs to the end"
         ),
     )
     confidence: Annotated[float, Field(gt=0.5, lt=1.0)] = Field(
@@ -171,8 +187,9 @@ class SschaSettings(Section):
     keep_best: Count = Field(
         3,
         description=(
-            "so many of the lowest candidates (of each composition) are run to the end and put in"
-            " order"
+            "so many of the lowest phases (of each composition) are run to the end and put in"
+            " order; none that is more than 0.05 eV/atom (or three times the model's validation"
+            " RMSE) above the lowest"
         ),
     )
     budget: Count | None = Field(
@@ -187,6 +204,13 @@ class SschaSettings(Section):
         ),
     )
     seed_back: bool = Field(True, description="hand SSCHA centroids back to the search as seeds")
+    born: BornCharges = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _nothing_moves(cls, data: Any) -> Any:
+        fixed = isinstance(data, dict) and data.get("centroids") == "fixed"
+        return {**data, "cell": "fixed", "hessian": 0, "seed_back": False} if fixed else data
 
     @field_validator("temperature", mode="before")
     @classmethod
@@ -223,6 +247,12 @@ class SschaSettings(Section):
             raise problem
         return tuple(value)
 
+    @model_serializer(mode="wrap")
+    def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without charges a run is the one that it was before there was this key."""
+        data = handler(self)
+        return {key: value for key, value in data.items() if key != "born" or value is not None}
+
     def of_a_run(self) -> dict[str, Any]:
         """The keys that change what one run gives, and their values."""
         return {
@@ -230,6 +260,12 @@ class SschaSettings(Section):
             for name in type(self).model_fields
             if name not in OF_A_RANKING
         }
+
+    def identity(self, *ignored: str) -> dict[str, Any]:
+        """What the numbers of a run depend on, as JSON has it, without ``ignored`` keys; what came
+        later only where it is used, so that earlier runs keep their names."""
+        off = {"centroids"} if self.centroids == "relaxed" else set()
+        return self.model_dump(mode="json", exclude={*OF_A_RANKING, *ignored, *off})
 
     @property
     def ranking_start(self) -> int:
@@ -352,8 +388,23 @@ class Settings(Section):
                 "sscha.evaluator: with learning the model that learns is the one that ranks; take"
                 " out one of the two"
             )
-        _ = self.calculator, self.evaluator
+        _ = self.evaluator
+        if self.from_scratch and self.learning is None:
+            raise ValueError(
+                "checkpoint: scratch: new weights know nothing before they are trained: add"
+                " learning: with a labeler, or give a checkpoint"
+            )
+        if self.from_scratch and self.ml_calculator:
+            raise ValueError(
+                "MLCalculator.checkpoint: scratch: MAGUS relaxes before it labels; take calculator:"
+                " mattersim, checkpoint: scratch as MainCalculator, without -m"
+            )
         return self
+
+    @property
+    def from_scratch(self) -> bool:
+        """Whether the search begins without any model."""
+        return self.calculator is not None and self.calculator.checkpoint == SCRATCH
 
     @property
     def calculator(self) -> CalculatorSettings | None:

@@ -143,8 +143,15 @@ def check_path(value: Any) -> Any:
 InsidePath = Annotated[str, BeforeValidator(check_path)]
 Checkpoint = Annotated[
     InsidePath,
-    Field(description="a name MatterSim knows, a path, or a checkpoint this package ships"),
+    Field(
+        description=(
+            "a name MatterSim knows, a path, or a checkpoint this package ships; in a search that"
+            " learns also scratch: new weights, see learning.scratch"
+        )
+    ),
 ]
+SCRATCH = "scratch"
+"""In place of a checkpoint: there is none, the search makes its first model."""
 FOUNDATION = "mattersim-v1.0.0-1M"
 """The model where no key names another."""
 

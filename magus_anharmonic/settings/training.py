@@ -12,6 +12,7 @@ from magus_anharmonic.settings.section import (
     Energy,
     In,
     InsidePath,
+    Length,
     NonNegative,
     Positive,
     Section,
@@ -54,6 +55,62 @@ class FinetuneSettings(TrainingKeys):
     )
     patience: Count | None = Field(
         None, description="stop after so many epochs without improvement; left out: never"
+    )
+
+
+class Architecture(Section):
+    """Shape of a MatterSim (M3GNet) model; the defaults make a small one (162 k parameters).
+    MatterSim-v1.0.0-1M: 3 blocks of 128 units."""
+
+    num_blocks: Count = Field(2, description="message-passing blocks")
+    units: Count = Field(64, description="width of atom and edge features")
+    cutoff: Length = Field(5.0, description="Angstrom, of the edges")
+    threebody_cutoff: Length = Field(
+        4.0, description="Angstrom, of the bonds that make angles; at most the cutoff"
+    )
+
+
+class ScratchSettings(Section):
+    """``learning.scratch``: the first model with ``checkpoint: scratch``."""
+
+    n_structures: Count = Field(40, description="random crystals labelled in each batch")
+    batches: Count = Field(
+        3,
+        description=(
+            "the first as drawn; the crystals of the others are first followed downhill for a few"
+            " steps of the model so far; fewer once learning.target_rmse is met"
+        ),
+    )
+    architecture: Architecture = Field(
+        default_factory=Architecture, description="shape of the model"
+    )
+    stages: list[FinetuneSettings] = Field(
+        default_factory=lambda: [
+            FinetuneSettings(
+                epochs=100,
+                learning_rate=2.0e-3,
+                batch_size=4,
+                schedule="cosine",
+                force_loss_ratio=0.2,
+                stress_loss_ratio=0.02,
+                keep="last",
+            ),
+            FinetuneSettings(
+                epochs=20,
+                learning_rate=6.0e-4,
+                batch_size=8,
+                loss="mse",
+                schedule="cosine",
+                force_loss_ratio=0.01,
+                stress_loss_ratio=1.0e-4,
+                keep="last",
+            ),
+        ],
+        min_length=1,
+        description=(
+            "trainings after each other: forces first, then energies; each with the keys of a"
+            " stage of a recipe"
+        ),
     )
 
 
@@ -108,4 +165,8 @@ class LearningSettings(TrainingKeys):
             "earlier labels of the same DFT settings, for replay: extxyz, or a shipped checkpoint's"
             " name"
         ),
+    )
+    scratch: ScratchSettings = Field(
+        default_factory=ScratchSettings,
+        description="how the first model is made with checkpoint: scratch",
     )

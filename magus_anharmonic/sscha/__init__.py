@@ -9,7 +9,8 @@ it imports nothing of the others but what every part may import.
 
 from __future__ import annotations
 
+from magus_anharmonic.settings.born import Born
 from magus_anharmonic.sscha.gibbs import free_energy
 from magus_anharmonic.sscha.result import SschaResult
 
-__all__ = ["SschaResult", "free_energy"]
+__all__ = ["Born", "SschaResult", "free_energy"]

@@ -23,6 +23,8 @@ Guibas 1995, doi:10.1145/218380.218498). That pays: for an anharmonic eight-atom
 energy of the state that is found lies 4.5, 2.2 and 1.0 meV above the exact minimum with 1, 2 and 4
 populations of 100 configurations used together, 1.1 meV with one of 400 (minimum of
 `tests/sscha_models.py`'s AnharmonicCell); populations without overlap get no weight and do no harm.
+Of ensembles of two levels (`ensemble`) each level is such a sample of its own, with weights
+normalised by themselves; the populations of a pool are of one surrogate.
 """
 
 from __future__ import annotations
@@ -58,9 +60,9 @@ class Reweighted:
     """What the pool says about a trial state.
 
     helmholtz : eV per primitive cell. weights :
-    (n_configs,) density of the trial over that of the sample. effective_sample : (sum w)^2 / sum
-    w^2. force : (n, 3) eV/A on the centroids. curvature : (n_q, 3n, 3n) <d2V> - Phi, eV/A^2, not
-    symmetrised. stress : (3, 3) eV/A^3, ASE's sign, symmetric.
+    (n_configs,) density of the trial over that of the sample, and their `effective_sample`. force :
+    (n, 3) eV/A on the centroids. curvature : (n_q, 3n, 3n) <d2V> - Phi, eV/A^2, not symmetrised.
+    stress : (3, 3) eV/A^3, ASE's sign, symmetric.
     """
 
     helmholtz: float
@@ -75,6 +77,15 @@ def effective_number(weights: np.ndarray) -> float:
     """Of how many configurations of equal weight the weighted ones (n,) are worth."""
     squares = float(np.square(weights).sum())
     return float(weights.sum()) ** 2 / squares if squares > 0.0 else 0.0
+
+
+def effective_sample(weights: np.ndarray, level: np.ndarray) -> float:
+    """The least part of a level's configurations that counts, times their number (n,); of one level
+    `effective_number`."""
+    if not level.any():
+        return effective_number(weights)
+    found = (weights[level == number] for number in (0, 1))
+    return len(weights) * min(effective_number(own) / len(own) for own in found)
 
 
 class Pool:
@@ -96,7 +107,11 @@ class Pool:
         offsets = [state.atoms.positions - last.atoms.positions for state in states]
         self.sizes = [len(ensemble.energies) for ensemble in ensembles]
         self.energies, self.stresses = whole.energies, whole.stresses
-        self.mean_energy = float(self.energies.mean())
+        self.level, levels = whole.level, range(1 + whole.two_level)
+        self.rows = [np.flatnonzero(self.level == number) for number in levels]
+        self.first = np.where(self.level == 0, 1.0, 0.0)
+        """1 in the level where harmonic terms count."""
+        self.mean_energy = float(self.energies[self.rows[0]].mean())
         moved = self.reciprocal.amplitudes(whole.displacements[0::2])
         self.half = moved[1:]
         gamma = moved[0].real
@@ -112,8 +127,10 @@ class Pool:
         )
         # logarithm of the density from which the whole sample was drawn, up to the constant left
         # out in `Spectrum.log_volume`
-        logs = []
-        for state, offset, size in zip(states, offsets, self.sizes, strict=True):
+        logs, counts = [], [[np.sum(one.level == k) for k in levels] for one in ensembles]
+        for state, offset, count in zip(states, offsets, counts, strict=True):
+            with np.errstate(divide="ignore"):
+                parts = [np.log(n / len(rows)) for n, rows in zip(count, self.rows, strict=True)]
             spectrum = Spectrum.of(
                 self.reciprocal.matrices(state.force_constants),
                 state.atoms.get_masses(),
@@ -121,7 +138,7 @@ class Pool:
                 state.temperature,
             )
             quadratic = self._quadratic(spectrum.precision, offset)[0]
-            logs.append(np.log(size / len(own)) - 0.5 * quadratic - spectrum.log_volume)
+            logs.append(np.array(parts)[self.level] - 0.5 * quadratic - spectrum.log_volume)
         self.log_density = np.logaddexp.reduce(np.stack(logs), axis=0)
 
     def _quadratic(
@@ -157,7 +174,7 @@ class Pool:
     def effective_sample(self, trial: Trial) -> float:
         """Effective number of configurations for a trial state; much cheaper than everything else
         about it."""
-        return effective_number(self.weights(trial))
+        return effective_sample(self.weights(trial), self.level)
 
     def weights(self, trial: Trial, quadratic: np.ndarray | None = None) -> np.ndarray:
         """(n_configs,) density of the trial over that of the sample; up to a factor where their
@@ -173,16 +190,20 @@ class Pool:
         n_cells, shift = self.reciprocal.n_cells, trial.shift
         quadratic, v_gamma, v_half = self._quadratic(trial.spectrum.precision, shift)
         weights = self.weights(trial, quadratic)
-        total = weights.sum()
         twice_harmonic, h_gamma, h_half = self._quadratic(trial.matrices, shift)
-        excess = (self.energies - self.mean_energy - 0.5 * twice_harmonic) / n_cells
-        mean = float(weights @ excess / total)
-        share = weights / total
+        energies = self.energies - self.first * self.mean_energy
+        excess = (energies - self.first * (0.5 * twice_harmonic)) / n_cells
+        mean, share = 0.0, np.empty(len(weights))
+        for rows in self.rows:
+            total = weights[rows].sum()
+            share[rows] = weights[rows] / total
+            mean += float(weights[rows] @ excess[rows] / total)
         plus, minus = share[0::2, None], share[1::2, None]
-        residual = self.gamma_forces + h_gamma
+        residual = self.gamma_forces + self.first[:, None] * h_gamma
         curvature = np.empty_like(trial.matrices)
         curvature[0] = -(v_gamma * share[:, None]).T @ residual
-        odd = plus * self.forces[0] - minus * self.forces[1] + (plus + minus) * h_half
+        pull = h_half * self.first[0::2, None]
+        odd = plus * self.forces[0] - minus * self.forces[1] + (plus + minus) * pull
         curvature[1:] = -v_half.transpose(0, 2, 1) @ odd.conj()
         force = (share @ residual).reshape(-1, 3) / np.sqrt(n_cells)
         mean_force = (share @ self.gamma_forces).reshape(-1, 3) * np.sqrt(n_cells)
@@ -193,7 +214,7 @@ class Pool:
         return Reweighted(
             helmholtz=trial.spectrum.free_energy + self.mean_energy / n_cells + mean,
             weights=weights,
-            effective_sample=effective_number(weights),
+            effective_sample=effective_sample(weights, self.level),
             force=force,
             curvature=curvature,
             stress=stress,
@@ -239,8 +260,8 @@ def minimise(
     log: Path | None = None,
     target: SschaState | None = None,
 ) -> Minimised:
-    """Minimise F in centroids and force constants at fixed cell on the populations that are of the
-    last one's cell.
+    """Minimise F in centroids (where ``symmetry`` lets them move) and force constants at fixed cell
+    on the populations that are of the last one's cell.
 
     Ends where the predicted decrease of a full step is less than `DECREASE`, or where
     the effective number of configurations falls to ``min_effective_sample`` times the size of the
@@ -306,7 +327,7 @@ class _Point:
                     symmetry.force_constants(pool.reciprocal.compact(curvature))
                 )
             )
-        force = symmetry.vectors(averages.force)
+        force = symmetry.vectors(averages.force) * symmetry.movable
         shift_step = (_compliance(trial.spectrum) @ force.ravel()).reshape(-1, 3)
         inside = trial.spectrum.in_modes(curvature)
         response = variance_response(np.abs(trial.spectrum.hbar_omega), trial.spectrum.temperature)

@@ -10,6 +10,14 @@ Entropy: F[rho; T] = <K + V>_rho - T S[rho] is stationary in rho, so that dF/dT 
 the Gaussian density matrix (Hellmann-Feynman; the first paper), and at the relaxed cell dG/dT at
 constant P is the same.
 
+Two levels: averages are linear in V, f and sigma, so that those of the truth t are <X_t> = <X_s> +
+<X_t - X_s> with any surrogate s: the first over a large sample (level 0, where the harmonic terms
+count), the second over a small one (level 1), both of the same Gaussian, drawn independently
+(control variate with an estimated mean; two levels of Giles, Acta Numerica 24, 259 (2015),
+doi:10.1017/S096249291500001X). A surrogate that has not seen the configurations of level 1 costs
+no bias, however wrong it is; variances add up. Nothing but `pair_means`, the parts of an ensemble
+(`_parts`), and the forces of `Ensemble.residual` knows of levels.
+
 Not used, because it was measured not to pay (AnharmonicCell of the tests, at its minimum): the
 harmonic energy as control variate (V - V_0 is uncorrelated with every quadratic form there; (V_0 -
 <V_0>)^2 promises a tenth off the error bar, but the scatter of 80 ensembles of 200 stays, so that
@@ -24,6 +32,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from magus_anharmonic.errors import InputError
 from magus_anharmonic.sscha.cell import CellStiffness
 from magus_anharmonic.sscha.state import SschaState, expand, fold, variance
 from magus_anharmonic.sscha.symmetry import Symmetry
@@ -72,9 +81,8 @@ def entropy_with_error(
     u, residual = ensemble.residual(state)
     vectors = state.patterns
     curvature = -((u @ state.precision) @ vectors) * (residual @ vectors)
-    changes = pair_means(
-        curvature @ entropy_slope(state.modes.hbar_omega, state.temperature), weights
-    ) / len(state.supercell)
+    slope = entropy_slope(state.modes.hbar_omega, state.temperature)
+    changes = pair_means(curvature @ slope, weights, ensemble.level) / len(state.supercell)
     return entropy(state) + float(changes.mean()), float(standard_error(changes))
 
 
@@ -92,13 +100,38 @@ class Ensemble:
     """n configurations of the supercell, +u and -u next to each other.
 
     displacements (n, N, 3) A; energies (n,) eV; forces (n, N, 3) eV/A; stresses (n, 3, 3) eV/A^3,
-    ASE's sign.
+    ASE's sign. level (n,) : 0, or 1 where the numbers are those of the truth minus those of the
+    surrogate that level 0 is of (module docstring); all 0 where left out.
     """
 
     displacements: np.ndarray
     energies: np.ndarray
     forces: np.ndarray
     stresses: np.ndarray
+    level: np.ndarray = None  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        level = np.zeros(len(self.energies)) if self.level is None else self.level
+        object.__setattr__(self, "level", np.asarray(level, dtype=np.int8))
+
+    @property
+    def two_level(self) -> bool:
+        """Whether it is of a surrogate, and of the truth minus the surrogate."""
+        return bool(self.level.any())
+
+    @property
+    def n_truth(self) -> int:
+        """Configurations at which the truth was evaluated."""
+        return int(self.level.sum()) if self.two_level else len(self.energies)
+
+    def of_the_truth(self, where: str) -> Ensemble:
+        """Itself; raises ``InputError`` that begins with ``where`` when it is of two levels."""
+        if self.two_level:
+            raise InputError(
+                f"{where}: an ensemble of two levels (sscha.surrogate) is of no one energy surface;"
+                " run without surrogate"
+            )
+        return self
 
     def part(self, chosen: np.ndarray | slice) -> Ensemble:
         """Some of the configurations, in the order of ``chosen``."""
@@ -107,7 +140,14 @@ class Ensemble:
     def residual(self, state: SschaState) -> tuple[np.ndarray, np.ndarray]:
         """Displacements (A) and forces beyond the harmonic ones of ``state`` (eV/A), (n, 3N)."""
         u = self.displacements.reshape(len(self.energies), -1)
-        return u, self.forces.reshape(u.shape) + u @ state.full
+        return u, self.forces.reshape(u.shape) + self.pull(state)
+
+    def pull(self, state: SschaState) -> np.ndarray:
+        """(n, 3N) Phi u, minus the harmonic forces of ``state``; in level 0 alone, eV/A."""
+        pull = self.displacements.reshape(len(self.energies), -1) @ state.full
+        if self.two_level:
+            pull[self.level > 0] = 0.0
+        return pull
 
 
 @dataclass(frozen=True)
@@ -118,12 +158,11 @@ class Averages:
     primitive cell, by how much F (F + P V with a `CellStiffness`) lies above its minimum: an
     unbiased estimate, below zero by noise alone. minimum_error : standard error of helmholtz -
     predicted_decrease, what is not known of the stiffness included. stress, stress_error : (3, 3),
-    eV/A^3, ASE's sign, symmetrised. force : (n, 3), on the centroids, eV/A. shift, position_error :
-    (n, 3) A, from the centroids to the minimum, and its standard error; shift_covariance : (3n, 3n)
-    A^2. excess, noise
-    : (k,) eV/A^3 stress beyond the target's along the strains of the `CellStiffness`, centroids
-    relaxed, and its covariance (k, k); strain, strain_error : (k,) the strain that removes it;
-    empty without one.
+    eV/A^3, ASE's sign, symmetrised. force, force_error : (n, 3), on the centroids, eV/A. shift,
+    position_error : (n, 3) A, from the centroids to the minimum, and its standard error;
+    shift_covariance : (3n, 3n) A^2. excess, noise : (k,) eV/A^3 stress beyond the target's along
+    the strains of the `CellStiffness`, centroids relaxed, and its covariance (k, k); strain,
+    strain_error : (k,) the strain that removes it; empty without one.
     """
 
     helmholtz: float
@@ -133,6 +172,7 @@ class Averages:
     stress: np.ndarray
     stress_error: np.ndarray
     force: np.ndarray
+    force_error: np.ndarray
     shift: np.ndarray
     position_error: np.ndarray
     shift_covariance: np.ndarray
@@ -148,18 +188,50 @@ def joined(ensembles: Sequence[Ensemble]) -> Ensemble:
     return Ensemble(*(np.concatenate(part) for part in parts))
 
 
-def pair_means(values: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
+def pair_means(
+    values: np.ndarray, weights: np.ndarray | None = None, level: np.ndarray | None = None
+) -> np.ndarray:
     """(n, ...) to (n/2, ...): the mean of each +u/-u pair.
 
     With ``weights`` (n,): numbers whose mean is sum(w x) / sum(w), and whose scatter is that of
-    this ratio to first order.
+    this ratio to first order. With ``level`` (n,) of two levels: numbers whose mean is the sum of
+    those of the levels, and whose scatter gives the covariance of this sum: what
+    `standard_error`, `covariance_of_mean` and `quadratic_decrease` make of them is unbiased.
     """
+    if level is not None and level.any():
+        return _both_levels(values, weights, level)
     if weights is None:
         return 0.5 * (values[0::2] + values[1::2])
     share = weights / weights.mean()
     share = share.reshape(-1, *(1,) * (values.ndim - 1))
     mean = (share * values).mean(axis=0)
     return mean + pair_means(share * (values - mean))
+
+
+def _both_levels(values: np.ndarray, weights: np.ndarray | None, level: np.ndarray) -> np.ndarray:
+    """`pair_means` of two levels, each with two pairs or more."""
+    means, pairs = [], np.empty((len(values) // 2, *values.shape[1:]))
+    for number in (0, 1):
+        own = level == number
+        found = pair_means(values[own], None if weights is None else weights[own])
+        means.append(found.mean(axis=0))
+        pairs[own[0::2]] = level_scale(len(found), len(pairs)) * (found - means[-1])
+    return means[0] + means[1] + pairs
+
+
+def level_scale(n: int, total: int) -> float:
+    """What makes deviations of the ``n`` numbers of one level from their mean count in the
+    covariance of the mean over ``total`` numbers as they do in that of the mean over ``n``."""
+    return float(np.sqrt(total * (total - 1.0) / (n * (n - 1.0))))
+
+
+def _parts(level: np.ndarray, n_parts: int) -> list[list[np.ndarray]]:
+    """The rows of each of ``n_parts`` parts, level by level; pairs stay together, and every part
+    has its share of both levels."""
+    rows = [np.flatnonzero(level == number) for number in range(int(level.max()) + 1)]
+    return [
+        [row[np.arange(len(row)) // 2 % n_parts == part] for row in rows] for part in range(n_parts)
+    ]
 
 
 def standard_error(pairs: np.ndarray) -> np.ndarray:
@@ -191,21 +263,20 @@ def average(
         they were drawn from the state.
     ``cell``: how stiff the cell is, where it may change.
     """
-    n_configs = len(ensemble.energies)
-    u = ensemble.displacements.reshape(n_configs, -1)
-    pull = u @ state.full
+    n_configs, level = len(ensemble.energies), ensemble.level
+    u, pull = ensemble.displacements.reshape(n_configs, -1), ensemble.pull(state)
     residual = ensemble.forces.reshape(n_configs, -1) + pull
     harmonic = 0.5 * np.einsum("ci,ci->c", u, pull)
-    excess = pair_means(ensemble.energies - harmonic, weights) / state.n_cells
+    excess = pair_means(ensemble.energies - harmonic, weights, level) / state.n_cells
     volume = state.supercell.get_volume()
     virial = np.einsum("cai,caj->cij", ensemble.forces, ensemble.displacements) / volume
     stresses = symmetry.tensor(
-        pair_means(ensemble.stresses + 0.5 * (virial + virial.transpose(0, 2, 1)), weights)
+        pair_means(ensemble.stresses + 0.5 * (virial + virial.transpose(0, 2, 1)), weights, level)
     )
     centroid = residual.reshape(n_configs, state.n_cells, -1, 3).mean(axis=1)
-    forces = symmetry.vectors(pair_means(centroid, weights)).reshape(len(excess), -1)
-    compliance = centroid_compliance(state, u, residual, symmetry, weights)
-    by_matrix, matrix_influence = matrix_decrease(state, u, residual, symmetry, weights)
+    forces = symmetry.vectors(pair_means(centroid, weights, level)).reshape(len(excess), -1)
+    compliance = centroid_compliance(state, u, residual, symmetry, weights, level)
+    by_matrix, matrix_influence = matrix_decrease(state, u, residual, symmetry, weights, level)
     by_centroids, centroid_influence = quadratic_decrease(forces, compliance)
     inner, influence = by_matrix + by_centroids, matrix_influence + centroid_influence
     size = state.atoms.get_volume()
@@ -225,6 +296,7 @@ def average(
         stress=stresses.mean(axis=0),
         stress_error=standard_error(stresses),
         force=forces.mean(axis=0).reshape(-1, 3),
+        force_error=standard_error(forces).reshape(-1, 3),
         shift=(compliance @ forces.mean(axis=0)).reshape(-1, 3),
         position_error=standard_error(forces @ compliance).reshape(-1, 3),
         shift_covariance=covariance_of_mean(forces @ compliance),
@@ -256,6 +328,7 @@ def centroid_compliance(
     residual: np.ndarray,
     symmetry: Symmetry,
     weights: np.ndarray | None = None,
+    level: np.ndarray | None = None,
 ) -> np.ndarray:
     """Inverse curvature of F along the centroid displacements that keep the symmetry, force
     constants relaxed, (3n, 3n) A^2/eV.
@@ -275,7 +348,8 @@ def centroid_compliance(
     reduction = np.zeros((scaled.shape[1],) * 2)
     if len(u) >= 4:
         tiled = np.tile(scaled, (state.n_cells, 1))
-        halves = _third_orders(state, u, residual, tiled, weights, 2)
+        rows = _parts(np.zeros(len(u)) if level is None else level, 2)
+        halves = _third_orders(state, u, residual, tiled, weights, rows)
         response = static_response(state.modes.hbar_omega, state.temperature)
         # -x (D L D) y of every two directions
         product = np.einsum("kij,lij,ij->kl", *halves, response, optimize=True)
@@ -290,12 +364,14 @@ def curvature_along(state: SschaState, ensemble: Ensemble, unit: np.ndarray) -> 
     all cells; and its standard error.
 
     eV/A^2 per primitive cell. The error is that of the mean over `BLOCKS` parts of the ensemble,
-    each against the others.
+    each against the others; fewer where a level has fewer pairs.
     """
     u, residual = ensemble.residual(state)
     stiffness = float(unit.ravel() @ state.gamma @ unit.ravel())
     direction = np.tile(unit.reshape(-1, 1) / np.sqrt(stiffness), (state.n_cells, 1))
-    parts = _third_orders(state, u, residual, direction, None, BLOCKS)[:, 0]
+    fewest = min(ensemble.n_truth, int((ensemble.level == 0).sum())) // 2
+    rows = _parts(ensemble.level, min(BLOCKS, fewest) if ensemble.two_level else BLOCKS)
+    parts = _third_orders(state, u, residual, direction, None, rows)[:, 0]
     response = static_response(state.modes.hbar_omega, state.temperature)
     # <d2V> of this very ensemble instead of the force constants, which come from another one
     own = -(u @ (state.precision @ direction))[:, 0] * (residual @ direction)[:, 0] / state.n_cells
@@ -305,8 +381,7 @@ def curvature_along(state: SschaState, ensemble: Ensemble, unit: np.ndarray) -> 
         / (len(parts) - 1)
         / state.n_cells
     )
-    chosen = np.arange(len(u)) // 2 % len(parts)
-    linear = np.array([own[chosen == part].mean() for part in range(len(parts))])
+    linear = np.array([sum(own[chosen].mean() for chosen in part) for part in rows])
     return stiffness * float(1.0 + linear.mean() + against.mean()), stiffness * float(
         standard_error(linear + 2.0 * against)
     )
@@ -318,10 +393,10 @@ def _third_orders(
     residual: np.ndarray,
     directions: np.ndarray,
     weights: np.ndarray | None,
-    n_parts: int,
+    rows: list[list[np.ndarray]],
 ) -> np.ndarray:
-    """(n_parts, k, m, m): the third order along the columns of ``directions`` in modes, by parts of
-    the ensemble."""
+    """(n_parts, k, m, m): the third order along the columns of ``directions`` in modes, by the
+    parts of the ensemble whose ``rows`` `_parts` gives."""
     vectors = state.patterns
     inside = u @ (state.precision @ vectors)
     forces = residual @ vectors
@@ -330,8 +405,9 @@ def _third_orders(
     stiffness = 1.0 / variance(state.modes.hbar_omega, state.temperature)
     metric = vectors.T @ state.precision @ directions
     parts: list[list[np.ndarray]] = []
-    for chosen in (np.arange(len(u)) // 2 % n_parts == number for number in range(n_parts)):
-        part = share[chosen, None] / share[chosen].sum()
+    for levels in rows:
+        chosen = np.concatenate(levels)
+        part = np.concatenate([share[own, None] / share[own].sum() for own in levels])
         v, f = inside[chosen], forces[chosen]
         parts.append([])
         for force, u_along, row in zip(along[chosen].T, along_u[chosen].T, metric.T, strict=True):
@@ -349,41 +425,47 @@ def matrix_decrease(
     residual: np.ndarray,
     symmetry: Symmetry,
     weights: np.ndarray | None = None,
+    level: np.ndarray | None = None,
 ) -> tuple[float, np.ndarray]:
     """Decrease of F, eV per primitive cell, by a full self-consistent step of the force constants,
     and how each pair moves it.
 
     With K = <d2V> - Phi in mass-weighted modes, dF = -1/4 sum K_mn^2 w_mn, where w is minus the
     divided difference of the variance with respect to omega^2; K^2 is the mean over the products of
-    different blocks of the ensemble (`quadratic_decrease`).
+    different blocks of the ensemble (`quadratic_decrease`), of two levels (K_0 + K_1)^2 with K_0^2
+    and K_1^2 such means.
     """
     n_pairs = len(u) // 2
     if n_pairs < 2:
         return np.inf, np.zeros(n_pairs)
-    n_blocks = min(BLOCKS, n_pairs)
-    share = (np.ones(len(u)) if weights is None else weights / weights.mean()) / len(u)
     vectors = state.patterns
     response = variance_response(state.modes.hbar_omega, state.temperature)
     scaled = u @ state.precision
-    total, own, shares = np.zeros((vectors.shape[1],) * 2), 0.0, 0.0
-    for block in range(n_blocks):
-        chosen = np.arange(len(u)) // 2 % n_blocks == block
-        curvature = -(share[chosen, None] * scaled[chosen]).T @ residual[chosen]
-        compact = symmetry.force_constants(
-            fold(0.5 * (curvature + curvature.T), state.supercell_matrix)
-        )
-        inside = vectors.T @ expand(compact, state.supercell_matrix) @ vectors
-        total += inside
-        own += float(np.sum(inside**2 * response))
-        shares += float(share[chosen].sum()) ** 2
+    total, square = np.zeros(response.shape), 0.0
+    for rows in _parts(np.zeros(len(u)) if level is None else level, 1)[0]:
+        n_blocks = min(BLOCKS, len(rows) // 2)
+        share = np.ones(len(rows)) if weights is None else weights[rows] / weights[rows].mean()
+        share = share / len(rows)
+        mean, own, shares = np.zeros(response.shape), 0.0, 0.0
+        for block in range(n_blocks):
+            inside = np.arange(len(rows)) // 2 % n_blocks == block
+            chosen = rows[inside]
+            curvature = -(share[inside, None] * scaled[chosen]).T @ residual[chosen]
+            compact = symmetry.force_constants(
+                fold(0.5 * (curvature + curvature.T), state.supercell_matrix)
+            )
+            part = vectors.T @ expand(compact, state.supercell_matrix) @ vectors
+            mean += part
+            own += float(np.sum(part**2 * response))
+            shares += float(share[inside].sum()) ** 2
+        square += (float(np.sum(mean * (mean * response))) - own) / (1.0 - shares)
+        square += 2.0 * float(np.sum(total * mean * response))
+        total += mean
     weighted = total * response
-    predicted_decrease = (
-        0.25 * (float(np.sum(total * weighted)) - own) / (1.0 - shares) / state.n_cells
-    )
+    predicted_decrease = 0.25 * square / state.n_cells
     slope = vectors @ weighted @ vectors.T
-    influence = (
-        -0.5 * pair_means(np.einsum("ci,ci->c", scaled @ slope, residual), weights) / state.n_cells
-    )
+    pulls = np.einsum("ci,ci->c", scaled @ slope, residual)
+    influence = -0.5 * pair_means(pulls, weights, level) / state.n_cells
     return predicted_decrease, influence - influence.mean()
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import logging
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -25,9 +25,11 @@ from magus_anharmonic.errors import (
 from magus_anharmonic.evaluator import EnergySource, Evaluator, as_evaluator
 from magus_anharmonic.notebook import says_in_notebooks
 from magus_anharmonic.settings import SschaSettings, check_pressure, parse
+from magus_anharmonic.settings.born import Born
 from magus_anharmonic.sscha.cell import CellStiffness, Start
-from magus_anharmonic.sscha.engines import effective_number, minimise, reweighted
+from magus_anharmonic.sscha.engines import effective_sample, minimise, reweighted
 from magus_anharmonic.sscha.ensemble import Averages, Ensemble, average
+from magus_anharmonic.sscha.nonanalytic import require_fit
 from magus_anharmonic.sscha.result import (
     Progress,
     RunFolder,
@@ -37,11 +39,11 @@ from magus_anharmonic.sscha.result import (
 )
 from magus_anharmonic.sscha.run import SschaRun
 from magus_anharmonic.sscha.start import (
-    SYMMETRY_OF_A_STATE,
     check_crystal,
     configurations_of,
     read_state,
     supercell_of,
+    symmetry_of,
     with_masses,
 )
 from magus_anharmonic.sscha.state import SschaState, agree
@@ -85,6 +87,7 @@ def free_energy(
     directory: str | Path | None = None,
     any_start: bool = False,
     *,
+    centroids: Literal["relaxed", "fixed"] = DEFAULTS.centroids,
     error_tolerance: float | None = DEFAULTS.error_tolerance,
     free_energy_tolerance: float = DEFAULTS.free_energy_tolerance,
     pressure_tolerance: GPa | None = DEFAULTS.pressure_tolerance,
@@ -94,6 +97,7 @@ def free_energy(
     n_configs_start: int | None = DEFAULTS.n_configs_start,
     symprec: float = DEFAULTS.symprec,
     reference_spacing: float = DEFAULTS.reference_spacing,
+    born: Born | Mapping[str, str] | Sequence[Born] | None = None,
 ) -> SschaResult:
     """SSCHA free energy of ``atoms`` at ``pressure`` (GPa) and ``temperature`` (K).
 
@@ -108,6 +112,10 @@ def free_energy(
         Angstrom}``.
     cell
         ``"variable"`` relaxes the cell at the pressure, ``"fixed"`` keeps it.
+    centroids
+        ``"fixed"`` keeps structure and cell exactly as they are given, minimum or not, and
+        minimises in the force constants alone: F as a function of the centroids. Its gradient is
+        minus ``force`` of the result, its strain derivative ``stress``, both of the last ensemble.
     n_configs, max_populations
         Configurations per ensemble (even: +u/-u pairs; a quarter, at least 20 to 100, while far
         from the minimum), and most ensembles.
@@ -120,9 +128,10 @@ def free_energy(
     start
         Cell, centroids and force constants to start from instead of harmonic ones: an
         `SschaResult`, the folder of a finished run, or the prefix of Quantum ESPRESSO dynamical
-        matrices (``.../dyn_pop5_``). Of the folder of another model's run the configurations of the
-        last state are evaluated again, before any is drawn. Of the folder of a run with other
-        masses they are reweighted, without any evaluation, where that is enough.
+        matrices (``.../dyn_pop5_``); with fixed centroids the force constants alone. Of the folder
+        of another model's run the configurations of the last state are evaluated again, before any
+        is drawn. Of the folder of a run with other masses they are reweighted, without any
+        evaluation, where that is enough.
     directory
         Where the files of the run go; the same run started again there continues. None: nothing is
         kept.
@@ -142,6 +151,10 @@ def free_energy(
     symprec, reference_spacing
         Angstrom and 2 pi / Angstrom: symmetry of the start, and spacing of the q points of the
         finite-size term.
+    born
+        Born charges and dielectric tensor for the non-analytic (LO-TO) term: a ``Born`` (from
+        arrays: ``Born.of(atoms, charges, dielectric)``) or ``{structure file: BORN file}`` of this
+        structure, or a list of ``Born`` of several, of which the nearest is taken, if one is near.
 
     Returns
     -------
@@ -153,9 +166,11 @@ def free_energy(
     InputError
         A wrong argument, or a folder that holds another run.
     """
-    given = dict(locals())
+    given = {**locals(), "born": [born] if isinstance(born, Born) else born}
     settings = parse(SschaSettings, {key: given[key] for key in DEFAULTS.of_a_run()}, "sscha")
     check_crystal(atoms, masses)
+    if isinstance(born, Born | Mapping) and settings.born:
+        require_fit(atoms, settings.born)
     try:
         pressure = check_pressure(pressure)
         source = as_evaluator(evaluator, [atoms])
@@ -266,7 +281,7 @@ def reweighted_result(
     if found is None:
         return None
     start, ensemble, own = found
-    symmetry = Symmetry(start.state.atoms, start.state.supercell_matrix, SYMMETRY_OF_A_STATE)
+    symmetry = symmetry_of(start.state.atoms, start.state.supercell_matrix, task.settings)
     cell = start.stiffness(symmetry, task.pressure)
     state, averages, sample = start.state, *_averaged(own, ensemble, start.state, symmetry, cell)
     sample = min(sample, overlap(own, state))
@@ -304,6 +319,12 @@ def _source(task: Task, source: StartOfRun | None) -> tuple[Start, Ensemble, Ssc
         return None
     path, result, state = Path(source), SschaResult.read(source), task.start
     structure = with_masses(state.atoms, task.atoms, task.masses)
+    if task.settings.centroids == "fixed" and not (
+        len(structure) == len(task.atoms)
+        and np.allclose(structure.cell.array, task.atoms.cell.array, atol=1e-9)
+        and np.allclose(structure.positions, task.atoms.positions, atol=1e-9)
+    ):
+        return None
     if np.allclose(structure.get_masses(), state.atoms.get_masses(), atol=1e-6, rtol=0.0):
         return None
     ensemble, begun = final_ensemble(path, result), path / "start.npz"
@@ -355,7 +376,8 @@ def _averaged(
     """Averages of ``state`` over an ensemble of ``own`` (the same cell), and the effective part of
     the sample."""
     about, weights = reweighted(own, ensemble, state)
-    return average(state, about, symmetry, weights, cell), effective_number(weights) / len(weights)
+    sample = effective_sample(weights, about.level) / len(weights)
+    return average(state, about, symmetry, weights, cell), sample
 
 
 def reweighted_ensemble(

@@ -282,7 +282,10 @@ def square_errors(found: Hessian, rows: Rows, tensor: ThirdOrder) -> np.ndarray:
         parts = [contributions(found, data, q, rows.everywhere(tensor, q)) for q in computed]
         cubic, auxiliary = (sum(part) / len(computed) for part in zip(*parts, strict=True))
         for level in levels(found.squares[members[0]]):
-            both = [standard_error(values[:, level].mean(axis=1)) for values in (cubic, auxiliary)]
+            both = [
+                standard_error(data.scatter(values[:, level].mean(axis=1)))
+                for values in (cubic, auxiliary)
+            ]
             errors[np.ix_(members, level)] = np.hypot(*both) * HBAR**2
     return errors
 

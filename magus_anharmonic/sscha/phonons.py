@@ -2,8 +2,8 @@
 representation: which squared frequencies belong to T1u of Im-3m.
 
 Path: Hinuma, Pizzi, Kumagai, Oba, Tanaka, Comp. Mater. Sci. 128, 140 (2017),
-doi:10.1016/j.commatsci.2016.10.015, by seekpath. Long-range dipoles (LO-TO splitting) are not
-added.
+doi:10.1016/j.commatsci.2016.10.015, by seekpath. Long-range dipoles (LO-TO splitting) are in the
+bands where Born charges are given; Gamma is then the limit along the path.
 
 Representations: projectors P = d/|G| sum_g chi(g)* D(g) on the mass-weighted displacements of the
 primitive cell; the characters, under the names of Mulliken, are phonopy's tables. Projecting the
@@ -26,6 +26,7 @@ from magus_anharmonic.errors import InputError
 from magus_anharmonic.io import pictures
 from magus_anharmonic.io.tables import cell, write_table
 from magus_anharmonic.sscha.hessian import Hessian
+from magus_anharmonic.sscha.nonanalytic import NonAnalytic, dipole_squares
 from magus_anharmonic.sscha.reciprocal import interpolated_squares
 from magus_anharmonic.sscha.record import SYMPREC
 from magus_anharmonic.sscha.state import SschaState, phonon_energy, translations
@@ -100,12 +101,31 @@ def bands(state: SschaState, force_constants: np.ndarray, q: np.ndarray) -> np.n
     return phonon_energy(interpolated_squares(changed, q))
 
 
+def path_bands(
+    state: SschaState, force_constants: np.ndarray, path: BandPath, dipoles: NonAnalytic | None
+) -> np.ndarray:
+    """`bands` along a path, with long-range dipoles where they are given: at Gamma the limit along
+    the straight piece that ends there."""
+    if dipoles is None:
+        return bands(state, force_constants, path.q)
+    changed = replace(state, force_constants=force_constants)
+    squares = interpolated_squares(changed, path.q, dipoles)
+    for first, last in path.segments:
+        for end, other in ((first, last), (last, first)):
+            if np.abs(path.q[end]).max() < 1e-9:
+                squares[end] = dipole_squares(changed, dipoles, path.q[[end]], path.q[other])[0]
+    return phonon_energy(squares)
+
+
 def dispersion(
-    hessian: Hessian, harmonic: np.ndarray | None = None, symprec: float = SYMPREC
+    hessian: Hessian,
+    harmonic: np.ndarray | None = None,
+    symprec: float = SYMPREC,
+    dipoles: NonAnalytic | None = None,
 ) -> Dispersion:
     """Harmonic (if given), auxiliary and free-energy Hessian bands along the path of the space
-    group that ``state.atoms`` have at ``symprec`` (A); error bars at the q points of the
-    supercell."""
+    group that ``state.atoms`` have at ``symprec`` (A), with long-range dipoles where they are
+    given; error bars at the q points of the supercell."""
     state = hessian.state
     path = band_path(state.atoms, symprec=symprec)
     curves: Mapping[str, np.ndarray | None] = {
@@ -114,7 +134,9 @@ def dispersion(
         "hessian": hessian.force_constants,
     }
     found = {
-        name: bands(state, matrix, path.q) for name, matrix in curves.items() if matrix is not None
+        name: path_bands(state, matrix, path, dipoles)
+        for name, matrix in curves.items()
+        if matrix is not None
     }
     return Dispersion(path, found, _marks(hessian, path))
 

@@ -281,6 +281,7 @@ def to_ensemble(state: SschaState, ensemble: Ensemble) -> Any:
     Rydbergs)."""
     import sscha.Ensemble
 
+    ensemble = ensemble.of_the_truth("sscha.engine: python-sscha")
     loaded = sscha.Ensemble.Ensemble(to_phonons(state), T0=state.temperature)
     order = atom_order(state.supercell, loaded.supercell_structure.coords)
     _transform_gradients_fast(loaded, state.supercell_matrix, order)

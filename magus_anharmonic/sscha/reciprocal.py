@@ -10,7 +10,8 @@ The Hessian needs all q (`Wavevectors`, `Samples`, `Representation`); the minimi
 each pair q, -q (`Reciprocal`, `Spectrum`): n_cells times less work per step than on the supercell,
 and exact lattice symmetry.
 
-Finite-size term: the auxiliary harmonic free energy on a fine q mesh minus that of the supercell.
+Finite-size term: the auxiliary harmonic free energy on a fine q mesh minus that of the supercell;
+with long-range dipoles where Born charges are given (`nonanalytic`).
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from ase import Atoms
 from ase.geometry import minkowski_reduce
 
 from magus_anharmonic.errors import SschaError
-from magus_anharmonic.sscha.ensemble import Ensemble, static_response
+from magus_anharmonic.sscha.ensemble import Ensemble, level_scale, static_response
+from magus_anharmonic.sscha.nonanalytic import NonAnalytic, dipole_squares
 from magus_anharmonic.sscha.state import (
     SschaState,
     fourier,
@@ -142,38 +144,62 @@ class Samples:
 
     scaled : (n_q, n, 3n), <uu>^-1 u; even, odd : residual forces (f + harmonic pull) that go with
     an even and an odd number of displacements: mean and half difference of a pair; the same array
-    twice where there are no pairs.
+    twice where there are no pairs. level : (n,), see `Ensemble`; of two levels the forces are
+    times n over the number of their level, so that plain means are sums of the levels' means.
     """
 
     modes: Wavevectors
     scaled: np.ndarray
     even: np.ndarray
     odd: np.ndarray
+    level: np.ndarray
 
     def __len__(self) -> int:
         return self.scaled.shape[1]
 
     def part(self, chosen: slice) -> Samples:
         """Some of the samples."""
-        parts = (values[:, chosen] for values in (self.scaled, self.even, self.odd))
-        return Samples(self.modes, *parts)
+        level = self.level[chosen]
+        factor = (_level_factors(level) / _level_factors(self.level)[chosen])[:, None]
+        even, odd = (factor * values[:, chosen] for values in (self.even, self.odd))
+        return Samples(self.modes, self.scaled[:, chosen], even, odd, level)
+
+    def scatter(self, values: np.ndarray) -> np.ndarray:
+        """``values`` (n, ...) linear in the forces, with a scatter that gives the error of their
+        mean: each level about its own mean, see `ensemble.pair_means`."""
+        if not self.level.any():
+            return values
+        found = values.copy()
+        for number in (0, 1):
+            own = self.level == number
+            factor = own.sum() / len(own)
+            deviations = factor * (values[own] - values[own].mean(axis=0))
+            found[own] = level_scale(int(own.sum()), len(own)) * deviations
+        return found
+
+
+def _level_factors(level: np.ndarray) -> np.ndarray:
+    """(n,) n over the number of samples in the same level (n,)."""
+    return len(level) / np.bincount(level)[level]
 
 
 def samples(state: SschaState, ensemble: Ensemble, modes: Wavevectors) -> Samples:
     """The ensemble of a state in its modes."""
-    u = ensemble.displacements
+    u, level = ensemble.displacements, ensemble.level
     even = odd = ensemble.residual(state)[1].reshape(u.shape)
     paired = len(u) % 2 == 0 and np.allclose(u[0::2], -u[1::2], rtol=0.0, atol=1e-6)
     if paired:
-        u, plus, minus = u[0::2], even[0::2], even[1::2]
+        u, plus, minus, level = u[0::2], even[0::2], even[1::2], level[0::2]
         even, odd = 0.5 * (plus + minus), 0.5 * (plus - minus)
     scaled = modes.covectors(u * state.supercell.get_masses()[:, None])
-    components = modes.covectors(even)
+    factor = _level_factors(level)[:, None, None]
+    components = modes.covectors(factor * even)
     return Samples(
         modes,
         scaled / modes.variance[:, None, :],
         components,
-        modes.covectors(odd) if paired else components,
+        modes.covectors(factor * odd) if paired else components,
+        level,
     )
 
 
@@ -381,11 +407,12 @@ CHUNK = 2048
 @dataclass(frozen=True)
 class FiniteSize:
     """term : eV per primitive cell, added to F; mesh : q points; imaginary : part of interpolated
-    modes below zero."""
+    modes below zero; dipoles : what of the term comes from long-range dipoles, None without."""
 
     term: float
     mesh: Three
     imaginary: float
+    dipoles: float | None = None
 
 
 def reference_mesh(atoms: Atoms, spacing: float, supercell_matrix: SupercellMatrix) -> Three:
@@ -398,21 +425,30 @@ def reference_mesh(atoms: Atoms, spacing: float, supercell_matrix: SupercellMatr
     )
 
 
-def finite_size_term(state: SschaState, spacing: float) -> FiniteSize:
+def finite_size_term(
+    state: SschaState, spacing: float, nonanalytic: NonAnalytic | None = None
+) -> FiniteSize:
     """Fourier interpolation of the force constants with shared nearest images (Wigner-Seitz cell of
     the supercell).
 
     An imaginary interpolated mode enters with the size of its frequency, and is counted. The three
     translations at Gamma are left out, as in the supercell. Long-range dipoles (LO-TO splitting)
-    are not added.
+    are in it where ``nonanalytic`` is given.
     """
     mesh = reference_mesh(state.atoms, spacing, state.supercell_matrix)
     grid = np.array(list(np.ndindex(*mesh))) / np.array(mesh)
-    squares = interpolated_squares(state, grid).ravel()[3:]
-    hbar_omega = np.abs(phonon_energy(squares))
-    total = oscillator_free_energy(hbar_omega[hbar_omega > 1e-6], state.temperature).sum()
-    term = float(total) / len(grid) - state.harmonic_free_energy
-    return FiniteSize(term, mesh, float((squares <= 0).mean()))
+
+    def term(squares: np.ndarray) -> float:
+        hbar_omega = np.abs(phonon_energy(squares))
+        total = oscillator_free_energy(hbar_omega[hbar_omega > 1e-6], state.temperature).sum()
+        return float(total) / len(grid) - state.harmonic_free_energy
+
+    squares, plain = interpolated_squares(state, grid, nonanalytic).ravel()[3:], None
+    if nonanalytic is not None:
+        plain = term(interpolated_squares(state, grid).ravel()[3:])
+    found = term(squares)
+    dipoles = None if plain is None else found - plain
+    return FiniteSize(found, mesh, float((squares <= 0).mean()), dipoles)
 
 
 def nearest_images(state: SschaState) -> tuple[np.ndarray, np.ndarray]:
@@ -444,8 +480,13 @@ def interpolated(vectors: np.ndarray, blocks: np.ndarray, q: np.ndarray) -> np.n
     return (np.exp(2j * np.pi * q @ vectors.T) @ flat).reshape(-1, size, size)
 
 
-def interpolated_squares(state: SschaState, q: np.ndarray) -> np.ndarray:
-    """Eigenvalues (n_q, 3n) of the dynamical matrix at fractional ``q``, ascending, eV/A^2/amu."""
+def interpolated_squares(
+    state: SschaState, q: np.ndarray, nonanalytic: NonAnalytic | None = None
+) -> np.ndarray:
+    """Eigenvalues (n_q, 3n) of the dynamical matrix at fractional ``q``, ascending, eV/A^2/amu;
+    with long-range dipoles where these are given (`nonanalytic.dipole_squares`)."""
+    if nonanalytic is not None:
+        return dipole_squares(state, nonanalytic, q)
     root, images, found = root_mass(state.atoms), nearest_images(state), []
     for offset in range(0, len(q), CHUNK):
         matrices = interpolated(*images, q[offset : offset + CHUNK])

@@ -25,6 +25,7 @@ from magus_anharmonic.runs.lock import locked
 from magus_anharmonic.sscha.ensemble import Ensemble, joined
 from magus_anharmonic.sscha.gibbs import DEFAULTS
 from magus_anharmonic.sscha.hessian import Hessian, free_energy_hessian, levels
+from magus_anharmonic.sscha.nonanalytic import NonAnalytic, phonopy_crystal
 from magus_anharmonic.sscha.phonons import (
     BandPath,
     bands,
@@ -40,8 +41,7 @@ from magus_anharmonic.sscha.start import (
     in_double_precision,
     sample_ensemble,
 )
-from magus_anharmonic.sscha.state import SschaState, atom_order
-from magus_anharmonic.sscha.supercells import shape_supercell_matrix
+from magus_anharmonic.sscha.state import SschaState
 from magus_anharmonic.sscha.symmetry import Symmetry
 from magus_anharmonic.sscha.unstable import supported_group
 from magus_anharmonic.units import EV_IN_CM1, ev_to_mev
@@ -146,7 +146,8 @@ def ensemble_of(
     n_configs: int | None,
     seed: int,
 ) -> Ensemble:
-    """``stored``, or with more configurations drawn and evaluated; see `hessian_of_run`."""
+    """``stored``, or with more configurations drawn and evaluated; see `hessian_of_run`. To one of
+    two levels none are added: they are all drawn anew."""
     have = 0 if stored is None else len(stored.energies)
     wanted = have if n_configs is None else n_configs
     if wanted < 4 or wanted % 2:
@@ -157,6 +158,8 @@ def ensemble_of(
         raise InputError(
             f"--n-configs: {wanted}: the run holds {have}; give --checkpoint to sample the rest"
         )
+    if stored is not None and stored.two_level:
+        have, stored = 0, None
     missing, what = wanted - have, "configurations for the Hessian"
     log.info("sampling %d configurations of the final state", missing)
     fresh = sample_ensemble(state, missing, [seed, SAMPLING_TAG], evaluator, what)
@@ -218,6 +221,7 @@ def summary(report: HessianReport) -> dict[str, Any]:
         "supercell": list(hessian.state.supercell_matrix),
         "n_configs": hessian.n_configs,
         "fourth_order": hessian.fourth_order,
+        "nonanalytic": result.dipoles is not None,
         "unbiased": hessian.unbiased,
         "model": result.model_id,
         "sscha_status": result.status,
@@ -243,9 +247,11 @@ def write_report(report: HessianReport, harmonic: np.ndarray | None) -> None:
     write_dyn(state, folder / "dyn_auxiliary")
     write_dyn(state, folder / "dyn_hessian", hessian.force_constants)
     write_frequencies(hessian, folder / "frequencies.csv")
-    found = dispersion(hessian, harmonic, report.result.symmetry_tolerance or SYMPREC)
+    dipoles = report.result.dipoles
+    found = dispersion(hessian, harmonic, report.result.symmetry_tolerance or SYMPREC, dipoles)
     write_dispersion(found, folder / "dispersion.csv")
-    write_phonopy(replace(state, force_constants=hessian.force_constants), found.path, folder)
+    physical = replace(state, force_constants=hessian.force_constants)
+    write_phonopy(physical, found.path, folder, dipoles)
     title = (
         f"{state.atoms.get_chemical_formula()} at {report.result.target_pressure:g} GPa,"
         f" {state.temperature:g} K: {hessian.status}"
@@ -254,27 +260,16 @@ def write_report(report: HessianReport, harmonic: np.ndarray | None) -> None:
     write_json(folder / "hessian.json", summary(report))
 
 
-def write_phonopy(state: SschaState, path: BandPath, folder: Path) -> None:
-    """``phonopy.yaml`` with the force constants of ``state``, as ``phonopy-load`` reads them, the
-    same as ``FORCE_CONSTANTS`` (it writes a ``phonopy.yaml`` without them over ours, and takes
-    these from then on), and phonopy's own ``band.yaml`` along ``path``."""
-    from phonopy import Phonopy
+def write_phonopy(
+    state: SschaState, path: BandPath, folder: Path, dipoles: NonAnalytic | None = None
+) -> None:
+    """``phonopy.yaml`` with the force constants of ``state``, and Born charges where they are
+    given, as ``phonopy-load`` reads them, the same as ``FORCE_CONSTANTS`` (it writes a
+    ``phonopy.yaml`` without them over ours, and takes these from then on), and phonopy's own
+    ``band.yaml`` along ``path``."""
     from phonopy.file_IO import write_FORCE_CONSTANTS
-    from phonopy.structure.atoms import PhonopyAtoms
 
-    atoms, labels = state.atoms, dict(path.ticks)
-    cell = PhonopyAtoms(
-        symbols=atoms.get_chemical_symbols(),
-        cell=atoms.cell.array,
-        positions=atoms.positions,
-        masses=state.masses,
-    )
-    matrix = shape_supercell_matrix(state.supercell_matrix).T
-    phonon = Phonopy(cell, supercell_matrix=matrix, primitive_matrix=np.eye(3), is_symmetry=False)
-    order = atom_order(state.supercell, phonon.supercell.positions)
-    n = len(order)
-    full = state.full.reshape(n, 3, n, 3).transpose(0, 2, 1, 3)
-    phonon.force_constants = full[np.ix_(order, order)]
+    labels, phonon = dict(path.ticks), phonopy_crystal(state, dipoles)
     pieces = [path.q[first : last + 1] for first, last in path.segments]
     joins = [np.allclose(one[-1], other[0]) for one, other in pairwise(pieces)] + [False]
     names = []

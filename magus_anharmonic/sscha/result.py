@@ -30,6 +30,7 @@ from magus_anharmonic.notebook import Described
 from magus_anharmonic.runs.lock import NAME as LOCK
 from magus_anharmonic.sscha.cell import Start, StaticResponse
 from magus_anharmonic.sscha.ensemble import Ensemble, joined
+from magus_anharmonic.sscha.nonanalytic import NonAnalytic
 from magus_anharmonic.sscha.record import FreeEnergy
 from magus_anharmonic.sscha.state import SschaState, agree
 from magus_anharmonic.sscha.supercells import SupercellMatrix, as_supercell_matrix
@@ -49,11 +50,14 @@ class SschaResult(Described, FreeEnergy):
     raises ``NotConverged`` unless ``converged`` (``numbers.gibbs`` is there all the same), with
     gibbs_error, its standard error by sampling. The other numbers of the free energy: `FreeEnergy`.
     helmholtz : with the finite-size term, eV/atom; stress, stress_error : (3, 3) eV/A^3, ASE's
-    sign; pressure : GPa, positive = compressed; target_pressure : GPa; temperature : K. centroids :
-    average positions, one primitive cell; position_error : A, of the least certain centroid.
-    interpolated_imaginary : part of the modes of the finite-size mesh that are imaginary (0 where
-    the interpolation can be trusted). force_constants : compact, see `state`; None when there is no
-    state.
+    sign; force, force_error : (n, 3) eV/A on the centroids, -dF/dR per cell, symmetrised, and its
+    standard error; pressure : GPa, positive = compressed; target_pressure : GPa; temperature : K.
+    centroids : average positions, one primitive cell (fixed ones: the cell that was given);
+    position_error : A, of the least certain centroid. interpolated_imaginary : part of the modes of
+    the finite-size mesh that are imaginary (0 where the interpolation can be trusted).
+    force_constants : compact, see `state`; None when there is no state. charges, dielectric : Born
+    charges (n, 3, 3) and dielectric tensor (3, 3) in the frame of the centroids, see
+    `nonanalytic.NonAnalytic`; None where the long-range dipoles are not in G.
     """
 
     target_pressure: GPa
@@ -65,11 +69,15 @@ class SschaResult(Described, FreeEnergy):
     helmholtz: float | None = None
     stress: np.ndarray = field(default_factory=lambda: np.full((3, 3), np.nan))
     stress_error: np.ndarray = field(default_factory=lambda: np.full((3, 3), np.nan))
+    force: np.ndarray | None = None
+    force_error: np.ndarray | None = None
     pressure: GPa | None = None
     position_error: float | None = None
     supercell: SupercellMatrix = (0, 0, 0)
     interpolated_imaginary: float | None = None
     force_constants: np.ndarray | None = None
+    charges: np.ndarray | None = None
+    dielectric: np.ndarray | None = None
 
     @property
     def gibbs(self) -> float:
@@ -107,6 +115,13 @@ class SschaResult(Described, FreeEnergy):
         if self.force_constants is None:
             raise InputError(f"start: the SSCHA run ended without a state ({self.reason})")
         return SschaState(self.centroids, self.supercell, self.force_constants, self.temperature)
+
+    @property
+    def dipoles(self) -> NonAnalytic | None:
+        """Born charges and dielectric tensor of the state; None without."""
+        if self.charges is None or self.dielectric is None:
+            return None
+        return NonAnalytic(self.charges, self.dielectric)
 
     def write(self, directory: Path) -> None:
         """Write ``result.npz`` (force constants) and then ``result.json``: the run is finished when
@@ -158,6 +173,8 @@ class SschaResult(Described, FreeEnergy):
             raise KeyError(", ".join(sorted(absent)))
         for name in ("stress", "stress_error"):
             data[name] = np.full((3, 3), np.nan) if data[name] is None else np.array(data[name])
+        for name in ("force", "force_error", "charges", "dielectric"):
+            data[name] = None if data.get(name) is None else np.array(data[name])
         if data.get("error_vector") is not None:
             data["error_vector"] = tuple(data["error_vector"])
         data["supercell"] = as_supercell_matrix(data["supercell"])
@@ -361,11 +378,11 @@ def read_population_file(path: Path) -> tuple[SschaState, Ensemble]:
     stored = load_arrays(path)
     with readable(path, "a population of an SSCHA run"):
         state = _state(stored)
-        ensemble = Ensemble(
-            *(stored[name] for name in ("displacements", "energies", "forces", "stresses"))
-        )
+        names = ("displacements", "energies", "forces", "stresses")
+        # populations of earlier versions have no levels
+        ensemble = Ensemble(*(stored[name] for name in names), stored.get("level"))
         n, atoms = len(ensemble.energies), len(state.atoms) * state.n_cells
-        shapes = [(n, atoms, 3), (n,), (n, atoms, 3), (n, 3, 3)]
+        shapes = [(n, atoms, 3), (n,), (n, atoms, 3), (n, 3, 3), (n,)]
         if [values.shape for values in vars(ensemble).values()] != shapes:
             raise DamagedFile(f"{path}: arrays do not fit one another")
     return state, ensemble

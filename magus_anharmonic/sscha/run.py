@@ -20,7 +20,7 @@ from magus_anharmonic.sscha.cell import CellStiffness
 from magus_anharmonic.sscha.engines import Population, engine
 from magus_anharmonic.sscha.ensemble import Averages, Ensemble, average, joined
 from magus_anharmonic.sscha.result import Progress, RunFolder, SschaResult
-from magus_anharmonic.sscha.start import evaluated, sample_ensemble, start_run
+from magus_anharmonic.sscha.start import evaluated, sample_ensemble, start_run, symmetry_of
 from magus_anharmonic.sscha.state import (
     LARGEST_AMPLITUDE_LATER,
     MELTED,
@@ -109,7 +109,7 @@ class SschaRun:
         self._phase = Answer()
         self._question: Question | None = None
         state = self.start.state
-        self._go_on_from(state, Symmetry(state.atoms, state.supercell_matrix))
+        self._go_on_from(state, symmetry_of(state.atoms, state.supercell_matrix, task.settings))
         self._resume()
 
     def _go_on_from(self, state: SschaState, symmetry: Symmetry) -> None:
@@ -370,7 +370,7 @@ class SschaRun:
 
     def _identity(self, averages: Averages, ensemble: Ensemble) -> Answer:
         """What a relaxed run knows of the phase that it is in."""
-        if self.progress.group:
+        if self.progress.group or not self.symmetry.movable:
             return Answer(self.progress.group)
         self.progress.asked += 1
         if self._question is not None:

@@ -39,7 +39,13 @@ from magus_anharmonic.sscha.state import (
     repeated,
     sample,
 )
-from magus_anharmonic.sscha.supercells import SupercellMatrix, is_diagonal, n_cells, q_points
+from magus_anharmonic.sscha.supercells import (
+    SupercellMatrix,
+    as_supercell_matrix,
+    is_diagonal,
+    n_cells,
+    q_points,
+)
 from magus_anharmonic.sscha.symmetry import (
     Symmetry,
     choose_supercell_matrix,
@@ -213,11 +219,12 @@ def harmonic_start(
     temperature: float,
     supercell_matrix: SupercellMatrix,
     variable_cell: bool,
+    symmetry: Symmetry | None = None,
 ) -> Start:
     """Floored harmonic force constants, and the stress response, of a relaxed symmetric primitive
-    cell."""
+    cell; or of any other, whose ``symmetry`` is given."""
     counting = CountingEvaluator(evaluator)
-    symmetry = Symmetry(atoms, supercell_matrix)
+    symmetry = symmetry or Symmetry(atoms, supercell_matrix)
     compact = harmonic_force_constants(atoms, supercell_matrix, symmetry, counting)
     state = SschaState(atoms, supercell_matrix, compact, temperature)
     soft = int((state.modes.hbar_omega <= 0).sum())
@@ -235,6 +242,18 @@ def harmonic_start(
 
 SYMMETRY_OF_A_STATE = 1e-3
 """A, tolerance for the symmetry of a structure that is already symmetric."""
+SYMMETRY_AS_GIVEN = 1e-5
+"""A, the same of one that is not to be moved at all: the forces of what is averaged differ by less
+than 1 meV/A."""
+
+
+def symmetry_of(
+    atoms: Atoms, supercell_matrix: SupercellMatrix, settings: SschaSettings
+) -> Symmetry:
+    """Of the states of a run: with fixed centroids, what the structure has as it is given."""
+    fixed = settings.centroids == "fixed"
+    tolerance = SYMMETRY_AS_GIVEN if fixed else SYMMETRY_OF_A_STATE
+    return Symmetry(atoms, supercell_matrix, tolerance, movable=not fixed)
 
 
 def check_crystal(atoms: Atoms, masses: Mapping[str, float] | None) -> None:
@@ -313,36 +332,47 @@ def start_run(task: Task, evaluator: Evaluator) -> Start:
     check_calculator(evaluator, atoms, stress=variable_cell)
     if task.start is not None:
         return continue_from(task.start, task, evaluator)
-    reduced = symmetric_primitive(stripped(atoms), settings.symprec)
-    supercell_of(reduced, settings)
     counting = CountingEvaluator(in_double_precision(evaluator))
-    relaxed = relaxed_primitive(
-        reduced, counting, task.pressure, symprec=settings.symprec, variable_cell=variable_cell
-    )
+    relaxed = stripped(atoms)
+    if settings.centroids == "relaxed":
+        reduced = symmetric_primitive(relaxed, settings.symprec)
+        supercell_of(reduced, settings)
+        relaxed = relaxed_primitive(
+            reduced, counting, task.pressure, symprec=settings.symprec, variable_cell=variable_cell
+        )
     structure = with_masses(relaxed, relaxed, task.masses)
     if heavy := isotopes(structure):
         log.info("%s: masses %s amu", structure.get_chemical_formula(), heavy)
+    matrix = supercell_of(structure, settings)
     first = harmonic_start(
         structure,
         counting,
         temperature=task.temperature,
-        supercell_matrix=supercell_of(structure, settings),
+        supercell_matrix=matrix,
         variable_cell=variable_cell,
+        symmetry=symmetry_of(structure, matrix, settings),
     )
     return replace(first, n_evaluations=counting.count)
 
 
 def continue_from(start: SschaState, task: Task, evaluator: Evaluator) -> Start:
     """Take cell, centroids and force constants of another run; supercell, masses and temperature
-    may change."""
+    may change. With fixed centroids it takes the force constants alone."""
     if composition(start.atoms.numbers) != composition(task.atoms.numbers):
         raise InputError(
             f"start: is {start.atoms.get_chemical_formula()}, the structure is"
             f" {task.atoms.get_chemical_formula()}"
         )
     structure = with_masses(start.atoms, task.atoms, task.masses)
+    if task.settings.centroids == "fixed":
+        if not np.array_equal(start.atoms.numbers, task.atoms.numbers):
+            raise InputError(
+                "start: has its atoms in another order or number than the structure, whose"
+                " centroids are fixed; start without it"
+            )
+        structure = with_masses(stripped(task.atoms), task.atoms, task.masses)
     matrix = supercell_of(structure, task.settings)
-    symmetry = Symmetry(structure, matrix, SYMMETRY_OF_A_STATE)
+    symmetry = symmetry_of(structure, matrix, task.settings)
     same = matrix == start.supercell_matrix
     compact = symmetry.force_constants(
         start.force_constants if same else interpolate(start, matrix)
@@ -358,11 +388,18 @@ def continue_from(start: SschaState, task: Task, evaluator: Evaluator) -> Start:
 
 def supercell_of(atoms: Atoms, settings: SschaSettings) -> SupercellMatrix:
     """The supercell of a primitive cell; raises ``InputError`` for one atom in one cell, and for
-    what the engine cannot take."""
+    what the engine cannot take.
+
+    With fixed centroids the one that is asked for, whatever the symmetry: neighbours on the surface
+    F(R) have the same.
+    """
     diagonal = settings.engine == "python-sscha"
-    supercell_matrix = choose_supercell_matrix(
-        atoms, settings.supercell, SYMMETRY_OF_A_STATE, diagonal=diagonal
-    )
+    if settings.centroids == "fixed" and not isinstance(settings.supercell, dict):
+        supercell_matrix = as_supercell_matrix(settings.supercell)
+    else:
+        supercell_matrix = choose_supercell_matrix(
+            atoms, settings.supercell, SYMMETRY_OF_A_STATE, diagonal=diagonal
+        )
     if diagonal and not is_diagonal(supercell_matrix):
         raise InputError(
             f"sscha.supercell: {[list(row) for row in supercell_matrix]}: is not diagonal, and"

@@ -37,12 +37,19 @@ class Symmetry:
     rotations : (m, 3, 3) Cartesian, fractional : (m, 3, 3) the same in whole numbers; permutations
     : (m, n), operation g takes atom a to permutations[g, a], in the cell shifts[g, a] (m, n, 3)
     when a is in the first. targets : (m, n_cells, n, n), the cell of the block to which operation g
-    takes block (R, a, b).
+    takes block (R, a, b). movable : whether centroids may move at all; where not, no displacement
+    of them keeps the "symmetry".
     """
 
     def __init__(
-        self, atoms: Atoms, supercell_matrix: SupercellMatrix, symprec: float = 1e-3
+        self,
+        atoms: Atoms,
+        supercell_matrix: SupercellMatrix,
+        symprec: float = 1e-3,
+        *,
+        movable: bool = True,
     ) -> None:
+        self.movable = movable
         found = spglib_or_none(spglib.get_symmetry, spglib_cell(atoms), symprec=symprec)
         fractional = found["rotations"] if found else np.eye(3, dtype=int)[None]
         translations = found["translations"] if found else np.zeros((1, 3))
@@ -94,7 +101,9 @@ class Symmetry:
 
     def centroids(self) -> np.ndarray:
         """(3n, k) orthonormal displacements of the centroids that keep the symmetry, translations
-        left out."""
+        left out; none where they are not `movable`."""
+        if not self.movable:
+            return np.zeros((3 * self.permutations.shape[1], 0))
         values, vectors = np.linalg.eigh(0.5 * (self._vector_average + self._vector_average.T))
         return vectors[:, values > 0.5]
 

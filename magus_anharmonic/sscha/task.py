@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 from ase import Atoms
 
-from magus_anharmonic.settings import OF_A_RANKING, SschaSettings
+from magus_anharmonic.settings import SschaSettings
 from magus_anharmonic.sscha.cell import Start
 from magus_anharmonic.sscha.ensemble import Averages
+from magus_anharmonic.sscha.nonanalytic import fitted
 from magus_anharmonic.sscha.reciprocal import finite_size_term
 from magus_anharmonic.sscha.result import Progress, SschaResult
 from magus_anharmonic.sscha.state import SschaState, state_digest
@@ -46,7 +47,6 @@ class Task:
     def identity(self) -> dict[str, Any]:
         """Everything on which the numbers depend; two runs with the same identity are the same
         run."""
-        ignored = {*OF_A_RANKING, "max_populations", "error_tolerance"}
         return {
             "structure": structure_id(self.atoms),
             "formula": self.atoms.get_chemical_formula(),
@@ -57,7 +57,7 @@ class Task:
             "masses": dict(self.masses or {}),
             "start": None if self.start is None else state_digest(self.start),
             "configurations": None if self.configurations is None else len(self.configurations),
-            "sscha": self.settings.model_dump(mode="json", exclude=ignored),
+            "sscha": self.settings.identity("max_populations", "error_tolerance"),
         }
 
 
@@ -184,7 +184,8 @@ def finished_result(
     within their error.
     """
     n = len(state.atoms)
-    finite = finite_size_term(state, task.settings.reference_spacing)
+    nonanalytic = fitted(state.atoms, task.settings.born)
+    finite = finite_size_term(state, task.settings.reference_spacing, nonanalytic)
     raw, error = gibbs_energy(state, averages, task.pressure)
     volume = float(state.atoms.get_volume() / n)
     tolerance = centroid_tolerance(state, averages)
@@ -198,10 +199,13 @@ def finished_result(
         gibbs_error=error,
         gibbs_raw=raw,
         finite_size=finite.term / n,
+        nonanalytic=None if finite.dipoles is None else finite.dipoles / n,
         helmholtz=gibbs - gpa_to_ev_per_a3(task.pressure) * volume,
         volume=volume,
         stress=averages.stress,
         stress_error=averages.stress_error,
+        force=averages.force,
+        force_error=averages.force_error,
         pressure=pressure_of(averages),
         predicted_decrease=max(0.0, averages.predicted_decrease) / n,
         centroids=state.atoms.copy(),
@@ -213,6 +217,8 @@ def finished_result(
         supercell=state.supercell_matrix,
         interpolated_imaginary=finite.imaginary,
         force_constants=state.force_constants,
+        charges=None if nonanalytic is None else nonanalytic.charges,
+        dielectric=None if nonanalytic is None else nonanalytic.dielectric,
         **_of_any(task, progress, began),
     )
 

@@ -1,0 +1,120 @@
+"""``checkpoint: scratch``: a search that begins without any model labels random crystals first."""
+
+import numpy as np
+import pytest
+from ase.calculators.emt import EMT
+from ase.io import read
+
+from magus_anharmonic.errors import CheckpointError, InputError
+from magus_anharmonic.io.files import read_jsonl
+from magus_anharmonic.labelers import get_labeler
+from magus_anharmonic.learning.dataset import LabelStore
+from magus_anharmonic.learning.first import first_model
+from magus_anharmonic.potential import load
+from magus_anharmonic.search import run
+from magus_anharmonic.search.archive import Archive
+from magus_anharmonic.search.generate import crystals_of
+from magus_anharmonic.settings import parse_settings, rank_settings
+
+SHAPE = {"num_blocks": 1, "units": 16, "cutoff": 4.0, "threebody_cutoff": 3.0}
+STAGE = {"epochs": 3, "learning_rate": 5e-3, "batch_size": 4, "keep": "last"}
+SEARCH = {
+    "seed": 4,
+    "symbols": ["Cu"],
+    "formulaType": "fix",
+    "formula": [1],
+    "min_n_atoms": 2,
+    "max_n_atoms": 2,
+    "popSize": 3,
+    "saveGood": 1,
+    "numGen": 1,
+    "spacegroup": [1, 2, 12],
+    "scheduler": "serial",
+    "MainCalculator": {"calculator": "mattersim", "checkpoint": "scratch", "max_step": 4},
+    "learning": {
+        "labeler": {"calculator": "ase.calculators.emt.EMT", "n_workers": 1},
+        "n_sample": 1,
+        "n_perturb": 1,
+        "epochs": 1,
+        "scratch": {"n_structures": 8, "batches": 2, "architecture": SHAPE, "stages": [STAGE]},
+    },
+}
+
+
+def made(folder, settings, limit=None):
+    """The file of the first model in ``folder``; of the first ``limit`` labels alone, then a
+    kill."""
+    labeler = get_labeler(settings.learning.labeler, folder / "labeling")
+    label, left = labeler.label, [limit]
+
+    def killed_in_between(structures, on_result=None):
+        def keep(index, result):
+            if left[0] == 0:
+                raise KeyboardInterrupt
+            left[0] = None if left[0] is None else left[0] - 1
+            on_result(index, result)
+
+        return label(structures, keep)
+
+    labeler.label = killed_in_between
+    return first_model(
+        lambda batch, n: crystals_of(settings, 4, batch, n),
+        pressure=0.0,
+        settings=settings.learning,
+        labeler=labeler,
+        store=LabelStore(folder / "labels"),
+        run_dir=folder,
+        seed=4,
+    )
+
+
+def test_the_first_generation_is_relaxed_with_a_model_of_labelled_random_crystals(tmp_path):
+    run(parse_settings(SEARCH), tmp_path)
+    archive = Archive(tmp_path)
+    labels = LabelStore(archive.anharmonic / "labels").labels(generation=0)
+    lines = {line["generation"]: line for line in read_jsonl(archive.anharmonic / "metrics.jsonl")}
+    first = load(archive.anharmonic / "checkpoints" / "gen0.pth")
+    assert len(labels) == lines[0]["n_labels"] == 16
+    assert first.model_id == lines[0]["new_model"] == lines[1]["old_model"]
+    for atoms in labels:
+        bare = atoms.copy()
+        bare.calc = EMT()
+        assert atoms.get_potential_energy() == pytest.approx(bare.get_potential_energy(), abs=1e-6)
+    relaxed = read(tmp_path / "results" / "raw1.traj", ":")
+    assert {atoms.info["model"] for atoms in relaxed} == {first.model_id}
+
+
+def test_a_kill_among_the_labels_of_the_second_batch_changes_nothing(tmp_path):
+    settings = parse_settings(SEARCH)
+    whole = load(made(tmp_path / "whole", settings))
+    with pytest.raises(KeyboardInterrupt):
+        made(tmp_path / "killed", settings, 11)
+    again = load(made(tmp_path / "killed", settings))
+    assert again.model_id == whole.model_id
+
+
+def test_new_weights_learn_the_forces_of_crystals_that_they_have_not_seen(tmp_path):
+    stage = STAGE | {"epochs": 40, "schedule": "cosine", "force_loss_ratio": 0.3}
+    scratch = {"n_structures": 30, "batches": 1, "architecture": SHAPE, "stages": [stage]}
+    settings = parse_settings(SEARCH | {"learning": SEARCH["learning"] | {"scratch": scratch}})
+    model = load(made(tmp_path, settings))
+    fresh = crystals_of(settings, 99, 1, 20)
+    wanted = []
+    for atoms in fresh:
+        atoms.calc = EMT()
+        wanted.append(atoms.get_forces())
+    wanted = np.concatenate(wanted)
+    error = np.concatenate(model.evaluate([atoms.copy() for atoms in fresh]).forces) - wanted
+    assert np.sqrt(np.mean(error**2)) < 0.5 * np.sqrt(np.mean(wanted**2))
+
+
+def test_scratch_is_refused_where_nothing_could_train_it():
+    alone = {key: value for key, value in SEARCH.items() if key != "learning"}
+    with pytest.raises(InputError, match="checkpoint: scratch.*learning"):
+        parse_settings(alone)
+    with pytest.raises(InputError, match="checkpoint: scratch"):
+        rank_settings(None, {}, calculator={"checkpoint": "scratch"}, sscha={})
+    with pytest.raises(InputError, match="MLCalculator.checkpoint: scratch"):
+        parse_settings(SEARCH | {"MLCalculator": SEARCH["MainCalculator"]})
+    with pytest.raises(CheckpointError, match="stands for new weights"):
+        load("scratch")
