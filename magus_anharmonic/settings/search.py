@@ -28,7 +28,6 @@ from magus_anharmonic.settings.calculators import (
     CalculatorSettings,
     WorkerSettings,
     as_magus_reads,
-    import_path,
     parse_calculator,
     stages,
 )
@@ -46,7 +45,6 @@ from magus_anharmonic.settings.section import (
     PressureGPa,
     Section,
     Spacing,
-    absolute_file,
     load_yaml,
     parse,
     snake_case,
@@ -468,46 +466,6 @@ def parse_settings(data: Mapping[str, object]) -> Settings:
     except InputError as error:
         problems.extend(_public_name(line) for line in error.problems)
     raise InputError(*problems)
-
-
-def rank_settings(
-    file: str | Path | None,
-    given: Mapping[str, Any],
-    *,
-    calculator: Mapping[str, Any],
-    sscha: Mapping[str, Any],
-) -> Settings:
-    """Settings of a ranking: what was ``given`` for the top level, for the block of the calculator
-    and for the block ``sscha`` (None: not given), else the keys of ``file``, else the defaults.
-
-    Raises ``InputError``.
-    """
-    data = {
-        name if (name := snake_case(str(key))) in Settings.model_fields else str(key): value
-        for key, value in (load_yaml(file) if file else {}).items()
-    }
-    block = as_magus_reads(data.get("main_calculator")) or {}
-    wanted = {key: value for key, value in calculator.items() if value is not None}
-    if "checkpoint" in wanted:
-        wanted["checkpoint"] = absolute_file(wanted["checkpoint"])
-        if wanted.setdefault("calculator", "mattersim") != "mattersim":
-            raise InputError("--calculator, --checkpoint: give one of the two")
-    asked, there = (str(one.get("calculator", "")) for one in (wanted, block))
-    same = not (asked and there) or (import_path(asked) or asked) == (import_path(there) or there)
-    return parse_settings(
-        {
-            "seed": 0,
-            **data,
-            **{key: value for key, value in given.items() if value is not None},
-            "fitness": ["SSCHA"],
-            "main_calculator": {"calculator": "mattersim", **(block if same else {}), **wanted},
-            "sscha": {
-                **(data.get("sscha") or {}),
-                **({"evaluator": None} if asked else {}),
-                **{key: value for key, value in sscha.items() if value is not None},
-            },
-        }
-    )
 
 
 def _public_name(line: str) -> str:
