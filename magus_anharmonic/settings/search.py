@@ -184,8 +184,8 @@ class SschaSettings(Section):
     allocation: Literal["elimination", "fixed"] = Field(
         "elimination",
         description=(
-            "elimination: who cannot be among the best, ends far above the lowest or is of the phase"
-            " of another stops early; fixed: everybody runs to the end"
+            "elimination: who cannot be among the best, ends far above the lowest or is of the"
+            " phase of another stops early; fixed: everybody runs to the end"
         ),
     )
     confidence: Annotated[float, Field(gt=0.5, lt=1.0)] = Field(
