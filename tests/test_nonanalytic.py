@@ -10,17 +10,29 @@ from ase import Atoms
 from ase.io import write
 from ase.neighborlist import neighbor_list
 from ase.spacegroup import crystal
+from campaign_inputs import write_campaign
 from rigid_ions import COULOMB, RigidIons
 
+from magus_anharmonic.campaign.steps import plan
 from magus_anharmonic.errors import InputError
-from magus_anharmonic.settings import SschaSettings, parse
+from magus_anharmonic.ranking import rank_structures
+from magus_anharmonic.settings import SschaSettings, parse, parse_settings
 from magus_anharmonic.settings.born import Born, read_born
+from magus_anharmonic.settings.campaign import load_campaign
 from magus_anharmonic.sscha import SschaResult, free_energy
 from magus_anharmonic.sscha.nonanalytic import dipole_squares, fitted
 from magus_anharmonic.sscha.reciprocal import finite_size_term, interpolated_squares
 from magus_anharmonic.sscha.report import hessian_of_run
 from magus_anharmonic.sscha.start import harmonic_force_constants
-from magus_anharmonic.sscha.state import SschaState, atom_order, fold, phonon_energy, repeated
+from magus_anharmonic.sscha.state import (
+    SschaState,
+    atom_order,
+    fold,
+    fourier,
+    inverse_fourier,
+    phonon_energy,
+    repeated,
+)
 from magus_anharmonic.sscha.supercells import q_points
 from magus_anharmonic.sscha.symmetry import Symmetry
 
@@ -116,6 +128,26 @@ def test_with_dipoles_the_free_energy_of_a_small_supercell_is_that_of_a_large_on
     )
 
 
+def test_dft_of_rock_salt_in_a_small_supercell_is_that_of_a_large_one_too():
+    """NaCl by DFPT: the q points of 2x2x2 against those of 4x4x4."""
+    half, charge = 2.8451507380878356, 1.1007123 * np.eye(3)
+    cell = half * (1 - np.eye(3))
+    atoms = Atoms("NaCl", scaled_positions=[[0, 0, 0], [0.5] * 3], cell=cell, pbc=True)
+    born = Born.of(atoms, np.array([charge, -charge]), 2.474413280838 * np.eye(3))
+    with np.load(MGO.with_name("nacl") / "force_constants.npz") as stored:
+        compact = {4: stored["compact"]}
+    q = q_points((2, 2, 2))
+    compact[2] = inverse_fourier(fourier(compact[4], (4, 4, 4), q), (2, 2, 2), q)
+    plain, whole = np.zeros(2), np.zeros(2)
+    for index, n in enumerate((2, 4)):
+        state = SschaState(atoms, (n, n, n), compact[n], 0.0)
+        plain[index] = whole[index] = state.harmonic_free_energy
+        plain[index] += finite_size_term(state, 0.03).term
+        whole[index] += finite_size_term(state, 0.03, fitted(atoms, [born])).term
+    assert plain[1] - plain[0] > 4e-4
+    assert abs(whole[1] - whole[0]) < 1e-5, "eV per cell of two atoms"
+
+
 def anatase(u=0.208):
     basis = [(0, 0, 0), (0, 0, u)]
     return crystal(["Ti", "O"], basis, spacegroup=141, cellpar=[3.78, 3.78, 9.5, 90, 90, 90])
@@ -202,6 +234,37 @@ def test_the_key_reads_the_files_once_and_a_run_depends_on_what_they_hold(tmp_pa
     Path("BORN").unlink()
     assert parse(SschaSettings, stored, "sscha") == settings
     assert "born" not in SschaSettings().model_dump(), "a run of before there was the key goes on"
+
+
+def test_a_campaign_keeps_what_the_files_hold(tmp_path):
+    files = {str(MGO / "POSCAR-unitcell"): str(MGO / "BORN")}
+    block = {"pressures": [100], "settings": {"born": files}}
+    loaded = load_campaign(write_campaign(tmp_path, sscha=block))
+    (step,) = (one for one in plan(loaded) if one.kind == "sscha")
+    (born,) = step.settings["sscha"]["born"]
+    assert born["dielectric"][0][0] == 3.38121106
+    assert loaded.ranking_settings(100.0, loaded.foundation).sscha.born[0].symbols[4] == "O"
+
+
+def test_a_ranking_says_whose_g_holds_the_dipoles(tmp_path):
+    ions = RigidIons()
+    salt = ions.crystal()
+    other = Atoms("MgO", scaled_positions=[[0, 0, 0], [0.5] * 3], cell=[2.6] * 3, pbc=True)
+    block = {
+        "born": [ionic_charges(ions, salt)],
+        "supercell": [2, 2, 1],
+        "cell": "fixed",
+        "n_configs": 20,
+        "max_populations": 1,
+        "hessian": 0,
+        "allocation": "fixed",
+    }
+    settings = parse_settings({"pressure": 0, "Fitness": ["SSCHA"], "sscha": block})
+    found = rank_structures([salt, other], ions, settings, tmp_path, relax=False, workers=1)
+    numbers = {one.spg_static: one.free_energy for one in found}
+    assert numbers["Fm-3m (225)"].nonanalytic is not None
+    lacking = numbers["Pm-3m (221)"]
+    assert lacking.nonanalytic is None and "none of sscha.born is of this phase" in lacking.reason
 
 
 @pytest.mark.parametrize(

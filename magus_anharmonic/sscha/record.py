@@ -25,9 +25,9 @@ State = Literal[
 """``converged`` : the relaxation came to its end; ``stable``, ``saddle`` : so it did, and the
 Hessian of the free energy has no negative mode, or has one, beyond two standard errors.
 ``unconverged`` : the populations or the budget ran out; ``eliminated`` : stopped early, because it
-cannot be among the best; both G are upper bounds. ``estimated`` : G from a line through others;
-``static`` : no G. ``failed`` : no G, and a reason. ``transformed`` : another phase now (of a phase
-diagram)."""
+cannot be among the best or ends far above them; both G are upper bounds. ``estimated`` : G from a
+line through others; ``static`` : no G. ``failed`` : no G, and a reason. ``transformed`` : another
+phase now (of a phase diagram)."""
 
 CONVERGED: tuple[State, ...] = ("converged", "stable", "saddle")
 """States whose relaxation came to its end."""
@@ -79,9 +79,9 @@ class FreeEnergy:
         info=True,
     )
     gibbs: float | None = column(
-        "Gibbs free energy, finite-size term included",
+        "Gibbs free energy, finite-size term included, and electronic where it is given",
         "eV/atom",
-        equation="(F + P V) / N + finite_size",
+        equation="(F + P V) / N + finite_size + electronic",
         origin=_MADE,
         needed=True,
         info=True,
@@ -112,6 +112,13 @@ class FreeEnergy:
         "eV/atom",
         equation="finite_size with dipoles - finite_size without",
         origin="sscha.reciprocal.finite_size_term",
+    )
+    electronic: float | None = column(
+        "free energy of the electrons at the temperature minus their energy at zero smearing, mean"
+        " of the DFT labels of the ensemble (`errors --electronic`), in gibbs; empty: not in it",
+        "eV/atom",
+        equation="<F_el - E_0> / N",
+        origin="ranking.uncertainty.with_electronic",
     )
     predicted_decrease: float | None = column(
         "by how much the relaxation may still lower gibbs", "eV/atom", origin=_MADE
