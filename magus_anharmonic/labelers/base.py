@@ -1,13 +1,9 @@
-"""What a labeler is, its recipe, and commands without a shell.
-
-Commands of DFT codes without a shell: what is split here, and the calculators' own ``shell=True``
-taken away.
+"""What every labeler is and returns, what identifies an energy surface, and commands without a
+shell: split here, the calculators' own ``shell=True`` taken away.
 
 A command is a program, its arguments in quotes or not, variables of the environment, and plain
 redirections. Nothing else is understood, and nothing is carried out of what only a shell
 understands.
-
-What every labeler is and returns, and what identifies an energy surface.
 """
 
 from __future__ import annotations
