@@ -29,6 +29,7 @@ from magus_anharmonic.cli.common import (
     settings_of,
 )
 from magus_anharmonic.errors import InputError
+from magus_anharmonic.runs.folder import SearchFolder
 
 Supercell = Annotated[
     tuple[int, int, int] | None,
@@ -367,12 +368,17 @@ def errors(
     with (
         locked(output, WHAT),
         contextlib.closing(
-            get_labeler(labels, output / "labeling", settings if input_file else None)
+            get_labeler(labels, SearchFolder(output).labeling, settings if input_file else None)
         ) as labeler,
     ):
         model = ranking_evaluator(settings)
         found = find_source(
-            source, model, output / "sscha", settings, phase=phase, run=free_energy_on(settings)
+            source,
+            model,
+            SearchFolder(output).sscha,
+            settings,
+            phase=phase,
+            run=free_energy_on(settings),
         )
         displacements = (
             None if ensemble is None else given_displacements(found.state, ensemble)[:n_configs]

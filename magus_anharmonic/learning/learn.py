@@ -22,6 +22,7 @@ from magus_anharmonic.learning.dataset import LabelStore, labelled, on_side, rea
 from magus_anharmonic.learning.round import Purpose, Round
 from magus_anharmonic.potential.label_check import outliers, sound
 from magus_anharmonic.potential.labelled import FEW, Scores, score
+from magus_anharmonic.runs.folder import SearchFolder
 from magus_anharmonic.runs.record import record_failure
 from magus_anharmonic.settings import LearningSettings
 
@@ -184,7 +185,7 @@ def finished(folder: Path, generation: int, potential: Potential) -> Learned | N
     """The result of a round that an earlier run finished: its line of metrics and its checkpoint
     are there."""
     records = _recorded(folder, generation)
-    file = checkpoint_file(folder, generation)
+    file = SearchFolder(folder).checkpoint(generation)
     if not records or not file.is_file():
         return None
     metrics, current = records[-1], potential
@@ -201,7 +202,7 @@ def finished(folder: Path, generation: int, potential: Potential) -> Learned | N
                 "%s is not the model that metrics.jsonl names; the round is done again", file
             )
             return None
-    for left in (folder / "training").glob(
+    for left in SearchFolder(folder).training.glob(
         f"gen{generation}.pth*"
     ):  # killed between the checkpoint and its tidying up
         remove(left)
@@ -211,13 +212,8 @@ def finished(folder: Path, generation: int, potential: Potential) -> Learned | N
 
 def _recorded(folder: Path, generation: int) -> list[dict[str, Any]]:
     """The lines of ``metrics.jsonl`` about a round."""
-    records = read_jsonl(folder / "metrics.jsonl", METRICS)
+    records = read_jsonl(SearchFolder(folder).metrics, METRICS)
     return [record for record in records if record["generation"] == generation]
-
-
-def checkpoint_file(folder: Path, generation: int) -> Path:
-    """Where the model after a round is."""
-    return folder / "checkpoints" / f"gen{generation}.pth"
 
 
 def label_planned(
@@ -363,7 +359,7 @@ def _train(
         sets.train,
         sets.validation,
         now.settings,
-        out=folder / "training" / f"gen{now.generation}.pth",
+        out=SearchFolder(folder).trained(now.generation),
         seed=int(now.random(Purpose.TRAIN).integers(2**31)),
         parent_id=potential.model_id,
         species=potential.species_seen,
@@ -421,9 +417,9 @@ def _conclude(
     generation = int(metrics["generation"])
     recorded = _recorded(folder, generation)
     if not recorded or recorded[-1]["new_model"] != current.model_id:
-        append_jsonl(folder / "metrics.jsonl", metrics)
-    file = checkpoint_file(folder, generation)
-    _write_checkpoint(current, changed, file, folder / "training" / f"gen{generation}.pth")
+        append_jsonl(SearchFolder(folder).metrics, metrics)
+    file = SearchFolder(folder).checkpoint(generation)
+    _write_checkpoint(current, changed, file, SearchFolder(folder).trained(generation))
     if changed:
         current.path = file
     return Learned(current, metrics)
