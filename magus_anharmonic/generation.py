@@ -376,11 +376,22 @@ def measured_terms(run_dir: str | Path, pressure: GPa) -> dict[str, ModelTerm]:
     Rows without an error bar are left out. Raises ``InputError`` for a table that cannot be read.
     """
     from magus_anharmonic.paper import tables
-    from magus_anharmonic.ranking.uncertainty import ModelTerm
+    from magus_anharmonic.ranking.uncertainty import Electronic, ModelTerm
+
+    def electronic(row: tables.GibbsCorrection) -> Electronic | None:
+        names = (
+            "electronic_eV_per_atom",
+            "electronic_error_eV_per_atom",
+            "electronic_temperature_K",
+        )
+        found = [getattr(row, name) for name in names]
+        return None if None in found else Electronic(*found)
 
     rows = tables.read_if_there(tables.GibbsCorrection, run_dir)
     return {
-        row.phase: ModelTerm(row.correction_eV_per_atom, row.correction_error_eV_per_atom)
+        row.phase: ModelTerm(
+            row.correction_eV_per_atom, row.correction_error_eV_per_atom, electronic(row)
+        )
         for row in rows
         if row.correction_error_eV_per_atom is not None and abs(row.pressure_GPa - pressure) < 1e-6
     }

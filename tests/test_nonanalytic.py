@@ -10,11 +10,15 @@ from ase import Atoms
 from ase.io import write
 from ase.neighborlist import neighbor_list
 from ase.spacegroup import crystal
+from campaign_inputs import write_campaign
 from rigid_ions import COULOMB, RigidIons
 
+from magus_anharmonic.campaign.steps import plan
 from magus_anharmonic.errors import InputError
-from magus_anharmonic.settings import SschaSettings, parse
+from magus_anharmonic.ranking import rank_structures
+from magus_anharmonic.settings import SschaSettings, parse, parse_settings
 from magus_anharmonic.settings.born import Born, read_born
+from magus_anharmonic.settings.campaign import load_campaign
 from magus_anharmonic.sscha import SschaResult, free_energy
 from magus_anharmonic.sscha.nonanalytic import dipole_squares, fitted
 from magus_anharmonic.sscha.reciprocal import finite_size_term, interpolated_squares
@@ -202,6 +206,37 @@ def test_the_key_reads_the_files_once_and_a_run_depends_on_what_they_hold(tmp_pa
     Path("BORN").unlink()
     assert parse(SschaSettings, stored, "sscha") == settings
     assert "born" not in SschaSettings().model_dump(), "a run of before there was the key goes on"
+
+
+def test_a_campaign_keeps_what_the_files_hold(tmp_path):
+    files = {str(MGO / "POSCAR-unitcell"): str(MGO / "BORN")}
+    block = {"pressures": [100], "settings": {"born": files}}
+    loaded = load_campaign(write_campaign(tmp_path, sscha=block))
+    (step,) = (one for one in plan(loaded) if one.kind == "sscha")
+    (born,) = step.settings["sscha"]["born"]
+    assert born["dielectric"][0][0] == 3.38121106
+    assert loaded.ranking_settings(100.0, loaded.foundation).sscha.born[0].symbols[4] == "O"
+
+
+def test_a_ranking_says_whose_g_holds_the_dipoles(tmp_path):
+    ions = RigidIons()
+    salt = ions.crystal()
+    other = Atoms("MgO", scaled_positions=[[0, 0, 0], [0.5] * 3], cell=[2.6] * 3, pbc=True)
+    block = {
+        "born": [ionic_charges(ions, salt)],
+        "supercell": [2, 2, 1],
+        "cell": "fixed",
+        "n_configs": 20,
+        "max_populations": 1,
+        "hessian": 0,
+        "allocation": "fixed",
+    }
+    settings = parse_settings({"pressure": 0, "Fitness": ["SSCHA"], "sscha": block})
+    found = rank_structures([salt, other], ions, settings, tmp_path, relax=False, workers=1)
+    numbers = {one.spg_static: one.free_energy for one in found}
+    assert numbers["Fm-3m (225)"].nonanalytic is not None
+    lacking = numbers["Pm-3m (221)"]
+    assert lacking.nonanalytic is None and "none of sscha.born is of this phase" in lacking.reason
 
 
 @pytest.mark.parametrize(

@@ -324,6 +324,14 @@ def errors(
     temperature: Temperature = None,
     supercell: Supercell = None,
     seed: Seed = None,
+    electronic: Annotated[
+        bool,
+        typer.Option(
+            "--electronic",
+            help="Label with Fermi-Dirac occupations at the temperature of the state, and add the"
+            " electrons' free energy.",
+        ),
+    ] = False,
     output: Annotated[
         Path,
         typer.Option(
@@ -340,7 +348,7 @@ def errors(
     """Errors of forces and of free-energy gradients against DFT, and the correction of G by
     first-order perturbation."""
     from magus_anharmonic.evaluator import as_evaluator
-    from magus_anharmonic.labelers import get_labeler
+    from magus_anharmonic.labelers import at_electronic_temperature, get_labeler
     from magus_anharmonic.paper.ensemble_errors import (
         add_to_tables,
         draw_report,
@@ -365,24 +373,23 @@ def errors(
         calculator={"calculator": calculator, "checkpoint": checkpoint, "device": device},
         sscha={"temperature": temperature, "supercell": supercell},
     )
-    with (
-        locked(output, WHAT),
-        contextlib.closing(
-            get_labeler(labels, SearchFolder(output).labeling, settings if input_file else None)
-        ) as labeler,
-    ):
+    if electronic and settings.sscha and not source.is_dir():  # before the run of a structure
+        at_electronic_temperature(labels, settings.sscha.temperatures[0])
+    files = SearchFolder(output)
+    place = files.labeling, settings if input_file else None
+    with locked(output, WHAT), contextlib.ExitStack() as opened:
+        # a wrong one ends here, not after the SSCHA run
+        labeler = opened.enter_context(contextlib.closing(get_labeler(labels, *place)))
         model = ranking_evaluator(settings)
         found = find_source(
-            source,
-            model,
-            SearchFolder(output).sscha,
-            settings,
-            phase=phase,
-            run=free_energy_on(settings),
+            source, model, files.sscha, settings, phase=phase, run=free_energy_on(settings)
         )
         displacements = (
             None if ensemble is None else given_displacements(found.state, ensemble)[:n_configs]
         )
+        if electronic:
+            warm = at_electronic_temperature(labels, found.state.temperature)
+            labeler = opened.enter_context(contextlib.closing(get_labeler(warm, *place)))
         report = measure_locked(
             found,
             as_evaluator(model, [found.state.atoms]),
@@ -391,6 +398,7 @@ def errors(
             n_configs=n_configs,
             seed=settings.seed or 0,
             displacements=displacements,
+            electronic=electronic,
         )
         draw_report(report)
     if tables is not None:
@@ -457,6 +465,13 @@ def _show(report: Any) -> None:
         " order, an upper bound),"
     )
     screen.print(f"  {second:.2f} meV/atom more when the state follows (second order).")
+    if report.correction.electronic is not None:
+        electrons = ev_to_mev(report.correction.electronic)
+        margin = ev_to_mev(report.correction.electronic_error)
+        screen.print(
+            f"* Free energy of the electrons minus their energy: {electrons:.2f} +- {margin:.2f}"
+            " meV/atom."
+        )
     if report.corrected_gibbs is not None:
         value, spread = report.corrected_gibbs
         screen.print(

@@ -15,6 +15,7 @@ from magus_anharmonic.labelers.codes import REGISTRY, code_of
 from magus_anharmonic.labelers.pool import CallableLabeler, ScheduledLabeler, WorkerLabeler
 from magus_anharmonic.scheduler import Scheduling, available_cores, is_remote
 from magus_anharmonic.settings import LabelerSettings
+from magus_anharmonic.units import KELVIN
 
 __all__ = [
     "REGISTRY",
@@ -24,6 +25,7 @@ __all__ = [
     "Label",
     "Labeler",
     "Recipe",
+    "at_electronic_temperature",
     "available",
     "code_of",
     "get_labeler",
@@ -40,6 +42,20 @@ def available(name: str, execution: Mapping[str, Any] | None = None) -> tuple[bo
         return code_of(name).available(execution)
     except InputError as error:
         return False, str(error)
+
+
+def at_electronic_temperature(settings: LabelerSettings, temperature: float) -> LabelerSettings:
+    """The same labeler with Fermi-Dirac occupations at ``temperature`` (K), so that the free energy
+    of a label is that of its electrons there. Raises ``InputError`` at 0 K, where there is nothing
+    to add to the energy, and for a code whose words for it are not known."""
+    if temperature <= 0:
+        raise InputError("--electronic: at 0 K the free energy of the electrons is their energy")
+    try:
+        code = code_of(settings.calculator)
+        arguments = code.fermi_dirac(settings.arguments, KELVIN * temperature)
+    except LabelerError as error:
+        raise InputError(f"--electronic: {error}; take gpaw, vasp or espresso") from None
+    return settings.model_copy(update={"arguments": arguments})
 
 
 def get_labeler(

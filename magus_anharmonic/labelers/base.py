@@ -407,6 +407,11 @@ class Code:
         spacing = None if named else settings.k_spacing or self.k_spacing
         return Recipe(self.name, arguments, spacing, execution, files)
 
+    def fermi_dirac(self, arguments: Mapping[str, Any], width: float) -> dict[str, Any]:
+        """The same ``arguments`` with Fermi-Dirac occupations of ``width`` kT (eV). Raises
+        ``LabelerError`` where the code's words for that are not known."""
+        raise LabelerError(f"{self.name}: how to set an electronic temperature is not known")
+
     def calculator(self, recipe: Recipe, atoms: Atoms, directory: Path) -> Any:
         """An ASE calculator for one single point; its files go to ``directory``."""
         raise NotImplementedError

@@ -91,6 +91,10 @@ class Gpaw(Code):
         chosen = {name: file for name, file in found.items() if name.endswith(f".{functional}")}
         return chosen or {name: file for name, file in found.items() if name.endswith(".PBE")}
 
+    def fermi_dirac(self, arguments: Mapping[str, Any], width: float) -> dict[str, Any]:
+        """See `Code`."""
+        return {**arguments, "occupations": {"name": "fermi-dirac", "width": width}}
+
     def calculator(self, recipe: Recipe, atoms: Atoms, directory: Path) -> Any:
         """A GPAW calculator, which itself raises ``KohnShamConvergenceError``."""
         from gpaw import GPAW
@@ -178,6 +182,11 @@ class Vasp(Code):
                 if place.parts[0].split(".")[0] == wanted and file.is_file():
                     found.setdefault(str(place), file)
         return found
+
+    def fermi_dirac(self, arguments: Mapping[str, Any], width: float) -> dict[str, Any]:
+        """See `Code`."""
+        kept = {k: v for k, v in arguments.items() if k.lower() not in ("ismear", "sigma")}
+        return {**kept, "ismear": -1, "sigma": width}
 
     def calculator(self, recipe: Recipe, atoms: Atoms, directory: Path) -> Any:
         """ASE's Vasp, which takes an OUTCAR with bytes that are no UTF-8."""

@@ -106,6 +106,13 @@ class Espresso(Code):
         _check_files(folder, pseudopotentials)
         return replace(made, arguments=arguments, files={**made.files, **files})
 
+    def fermi_dirac(self, arguments: Mapping[str, Any], width: float) -> dict[str, Any]:
+        """See `Code`."""
+        data = _nested(arguments.get("input_data", {}))
+        electrons = {"smearing": "fermi-dirac", "degauss": width / RYDBERG}
+        system = {**data.get("system", {}), "occupations": "smearing", **electrons}
+        return {**arguments, "input_data": {**data, "system": system}}
+
     def calculator(self, recipe: Recipe, atoms: Atoms, directory: Path) -> Any:
         """ASE's Espresso, whose output may have bytes that are no UTF-8, and whose ``energy`` is
         extrapolated to zero smearing (ASE returns the free energy under both names)."""
@@ -269,7 +276,7 @@ def _words(output: Path) -> str:
     return f"{found[1].strip()}: {found[2]}" if found else ""
 
 
-def _input_data(given: Any, cutoffs: Mapping[str, float] | None = None) -> dict[str, Any]:
+def _nested(given: Any) -> dict[str, dict[str, Any]]:
     from ase.io.espresso import Namelist
 
     if not isinstance(given, Mapping):
@@ -279,7 +286,11 @@ def _input_data(given: Any, cutoffs: Mapping[str, float] | None = None) -> dict[
         )
     nested = Namelist(dict(given))
     nested.to_nested("pw")
-    data = {section: dict(keys) for section, keys in nested.items() if keys}
+    return {section: dict(keys) for section, keys in nested.items() if keys}
+
+
+def _input_data(given: Any, cutoffs: Mapping[str, float] | None = None) -> dict[str, Any]:
+    data = _nested(given)
     control = data.get("control", {})
     if control.get("calculation", "scf") != "scf":
         raise LabelerError(

@@ -121,12 +121,14 @@ class ErrorsReport:
 
     @property
     def corrected_gibbs(self) -> tuple[float, float] | None:
-        """G by the reference to first order with its standard error, eV/atom; None where the
-        model's G is not known."""
+        """G by the reference to first order with its standard error, eV/atom, with the free energy
+        of the electrons where it was asked for; None where the model's G is not known."""
         if self.source.gibbs is None:
             return None
-        error = float(np.hypot(self.source.gibbs_error or 0.0, self.correction.first_order_error))
-        return self.source.gibbs + self.correction.first_order, error
+        found = self.correction
+        errors = self.source.gibbs_error, found.first_order_error, found.electronic_error
+        error = float(np.linalg.norm([one or 0.0 for one in errors]))
+        return self.source.gibbs + found.first_order + (found.electronic or 0.0), error
 
 
 def source_of_result(result: SschaResult, phase: str = "") -> Source:
@@ -208,9 +210,11 @@ def measure_errors(
     n_configs: int = 60,
     seed: int = 0,
     displacements: np.ndarray | None = None,
+    electronic: bool = False,
 ) -> ErrorsReport:
     """Label ``n_configs`` configurations (or those of ``displacements``), and write tables and
-    ``errors.json`` to ``folder``.
+    ``errors.json`` to ``folder``; ``electronic``: the mean of the labels' F_el - E_0 too, of a
+    labeler at the temperature of the state (`labelers.at_electronic_temperature`).
 
     Labels that are there are not made again. Raises ``InputError`` (another state or other DFT
     settings in the folder, another process that works there, no whole pairs).
@@ -224,6 +228,7 @@ def measure_errors(
             n_configs=n_configs,
             seed=seed,
             displacements=displacements,
+            electronic=electronic,
         )
 
 
@@ -236,6 +241,7 @@ def measure_locked(
     n_configs: int,
     seed: int,
     displacements: np.ndarray | None = None,
+    electronic: bool = False,
 ) -> ErrorsReport:
     """`measure_errors` for a caller that holds the lock of ``folder``."""
     u = (
@@ -244,11 +250,16 @@ def measure_locked(
         else displacements
     )
     label_locked(source.state, u, labeler, folder)
-    return analyse_errors(source, model, u, folder)
+    return analyse_errors(source, model, u, folder, electronic=electronic)
 
 
 def analyse_errors(
-    source: Source, model: Evaluator, displacements: np.ndarray, folder: str | Path
+    source: Source,
+    model: Evaluator,
+    displacements: np.ndarray,
+    folder: str | Path,
+    *,
+    electronic: bool = False,
 ) -> ErrorsReport:
     """The errors from whatever pairs are labelled in ``folder``; writes tables and ``errors.json``
     there.
@@ -256,7 +267,7 @@ def analyse_errors(
     Raises what `read_labelled` raises.
     """
     target = Path(folder)
-    labelled = read_labelled(source.state, displacements, model, target)
+    labelled = read_labelled(source.state, displacements, model, target, electronic=electronic)
     report = ErrorsReport(
         source,
         gradients.gradient_errors(labelled),
@@ -274,10 +285,11 @@ def analyse_errors(
 def report_tables(report: ErrorsReport, labelled: Labelled) -> dict[type, list[Any]]:
     """Rows of the campaign's tables, by table."""
     phase, pressure = report.source.phase, report.source.pressure
+    temperature = report.source.state.temperature
     bins, parity = distributions(labelled, phase, pressure)
     return {
         tables.GradientError: gradients.rows(report.errors, phase, pressure),
-        tables.GibbsCorrection: [gradients.row(report.correction, phase, pressure)],
+        tables.GibbsCorrection: [gradients.row(report.correction, phase, pressure, temperature)],
         tables.GradientBin: bins,
         tables.GradientParity: parity,
     }

@@ -43,7 +43,8 @@ class Labelled:
 
     ``reference`` and ``model`` share their displacements; ``centroid`` are the forces (n_supercell,
     3) eV/A of reference and model at the centroids, None where there is no label of them.
-    ``n_failed`` labels could not be made.
+    ``n_failed`` labels could not be made. ``electronic`` : (n,) eV per supercell, of each label the
+    free energy of the electrons minus the energy at zero smearing; None where it was not asked for.
     """
 
     state: SschaState
@@ -51,6 +52,7 @@ class Labelled:
     model: Ensemble
     centroid: tuple[np.ndarray, np.ndarray] | None
     n_failed: int = 0
+    electronic: np.ndarray | None = None
 
     @property
     def n_pairs(self) -> int:
@@ -192,14 +194,19 @@ def _check_settings(file: Path, settings_hash: str) -> None:
 
 
 def read_labelled(
-    state: SschaState, displacements: np.ndarray, model: Evaluator, folder: str | Path
+    state: SschaState,
+    displacements: np.ndarray,
+    model: Evaluator,
+    folder: str | Path,
+    *,
+    electronic: bool = False,
 ) -> Labelled:
     """The labels of ``folder/labels.xyz`` that belong to ``displacements``, and the model's numbers
-    at the same configurations.
+    at the same configurations; ``electronic``: the labels' free energies too.
 
     Pairs of which a member has no label are left out. Raises ``InputError`` when fewer than two
-    whole pairs were labelled, and ``MagusAnharmonicError`` with the reasons when that is because
-    labels failed.
+    whole pairs were labelled, or a free energy is asked for that the code does not give, and
+    ``MagusAnharmonicError`` with the reasons when that is because labels failed.
     """
     file = Path(folder) / "labels.xyz"
     structures = configurations(state, displacements)
@@ -242,9 +249,8 @@ def read_labelled(
             )
         raise InputError(text)
     chosen = [ensemble[index] for index in whole]
-    reference = evaluated_by_labels(
-        [found[atoms.info["id"]] for atoms in chosen], displacements[whole]
-    )
+    labels = [found[atoms.info["id"]] for atoms in chosen]
+    reference = evaluated_by_labels(labels, displacements[whole])
     centroid = None
     if centroids.info["id"] in found:
         at_centroids = model.evaluate([centroids]).forces[0]
@@ -258,7 +264,16 @@ def read_labelled(
         evaluated_by(model, chosen, displacements[whole]),
         centroid,
         int((~there).sum()),
+        _electronic(labels, reference.energies, file) if electronic else None,
     )
+
+
+def _electronic(labels: Sequence[Atoms], energies: np.ndarray, file: Path) -> np.ndarray:
+    """(n,) F_el - E_0 of ``labels``, eV."""
+    free = [atoms.info.get("free_energy") for atoms in labels]
+    if None in free:
+        raise InputError(f"{file}: labels without a free energy: this code gives none of electrons")
+    return np.array(free, dtype=float) - energies
 
 
 def evaluated_by_labels(frames: Sequence[Atoms], displacements: np.ndarray) -> Ensemble:

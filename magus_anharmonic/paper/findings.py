@@ -154,6 +154,12 @@ def corrections(folder: Path) -> list[str]:
             f"{row.phase} at {row.pressure_GPa:g} GPa: {row.n_labels} DFT labels of its ensemble"
             f" change G by {change} meV/atom."
         )
+        if row.electronic_eV_per_atom is not None:
+            found.append(
+                f"{row.phase} at {row.pressure_GPa:g} GPa: free energy of the electrons at"
+                f" {row.electronic_temperature_K:g} K minus their energy:"
+                f" {ev_to_mev(row.electronic_eV_per_atom):.3g} meV/atom."
+            )
     return found
 
 

@@ -22,7 +22,7 @@ R^2 = systematic^2 + statistical^2: the systematic part is what an infinite ense
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -42,12 +42,16 @@ from magus_anharmonic.units import GPa
 
 @dataclass(frozen=True)
 class Correction:
-    """What to add to a model's G, eV/atom; ``second_order`` is None with fewer than two pairs."""
+    """What to add to a model's G, eV/atom; ``electronic``, with its standard error: the free energy
+    of the electrons at the temperature of the state minus their energy, None where it was not asked
+    for."""
 
     n_labels: int
     first_order: float
     first_order_error: float
     second_order: float
+    electronic: float | None = None
+    electronic_error: float | None = None
 
 
 def gibbs_correction(labelled: Labelled) -> Correction:
@@ -72,9 +76,14 @@ def gibbs_correction(labelled: Labelled) -> Correction:
     decrease += matrix_decrease(state, displacements, difference.reshape(n_configs, -1), symmetry)[
         0
     ]
-    return Correction(
+    found = Correction(
         n_configs, float(pairs.mean()), float(standard_error(pairs)), -decrease / len(state.atoms)
     )
+    if labelled.electronic is None:
+        return found
+    electrons = pair_means(labelled.electronic) / n_supercell
+    error = float(standard_error(electrons))
+    return replace(found, electronic=float(electrons.mean()), electronic_error=error)
 
 
 def energy_differences(labelled: Labelled) -> np.ndarray:
@@ -82,8 +91,8 @@ def energy_differences(labelled: Labelled) -> np.ndarray:
     return labelled.reference.energies - labelled.model.energies
 
 
-def row(correction: Correction, phase: str, pressure: GPa) -> GibbsCorrection:
-    """The line of ``gibbs_correction.csv``; ``pressure`` in GPa."""
+def row(correction: Correction, phase: str, pressure: GPa, temperature: float) -> GibbsCorrection:
+    """The line of ``gibbs_correction.csv``; ``pressure`` in GPa, ``temperature`` in K."""
     return GibbsCorrection(
         phase,
         pressure,
@@ -91,6 +100,9 @@ def row(correction: Correction, phase: str, pressure: GPa) -> GibbsCorrection:
         correction.first_order,
         correction.first_order_error,
         correction.second_order,
+        correction.electronic,
+        correction.electronic_error,
+        None if correction.electronic is None else temperature,
     )
 
 

@@ -200,7 +200,8 @@ class GradientParity:
 @dataclass(frozen=True)
 class GibbsCorrection:
     """G by DFT minus G by the model from the labels of one ensemble: first order, its standard
-    error, second order."""
+    error, second order; and the free energy of the electrons at ``electronic_temperature_K`` minus
+    their energy, with its standard error, where it was asked for."""
 
     FILE: ClassVar[str] = "gibbs_correction.csv"
     phase: str
@@ -209,6 +210,9 @@ class GibbsCorrection:
     correction_eV_per_atom: float
     correction_error_eV_per_atom: float | None
     second_order_eV_per_atom: float | None
+    electronic_eV_per_atom: float | None = None
+    electronic_error_eV_per_atom: float | None = None
+    electronic_temperature_K: float | None = None
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ from magus_anharmonic.ranking.runs import (
 )
 from magus_anharmonic.ranking.stability import check_stability, with_followers
 from magus_anharmonic.ranking.store import FreeEnergyStore, Key
-from magus_anharmonic.ranking.uncertainty import ModelTerm, with_probabilities
+from magus_anharmonic.ranking.uncertainty import ModelTerm, with_electronic, with_probabilities
 from magus_anharmonic.runs.folder import SearchFolder
 from magus_anharmonic.scheduler import Scheduler, open_scheduler
 from magus_anharmonic.settings import Settings
@@ -299,6 +299,7 @@ class Ranking:
             covariance = runs.common_numbers.covariance
             phases = label_phases(candidates)
             phases = merge_duplicates(phases, runs.store, key, runs.root, covariance)
+            phases = with_electronic(phases, self.measured)
             candidates = with_probabilities(
                 phases, energy_rmse, self.measured, lambda a, b: common_error(a, b, covariance)
             )

@@ -204,10 +204,50 @@ class CommonNumbers:
 @dataclass(frozen=True)
 class ModelTerm:
     """What DFT labels of an SSCHA ensemble say about a model's G: ``correction`` = G_DFT - G_model
-    with standard error, eV/atom."""
+    with standard error, and the free energy of the electrons minus their energy (`Electronic`)
+    where it was measured; eV/atom."""
 
     correction: float
     error: float
+    electronic: Electronic | None = None
+
+
+@dataclass(frozen=True)
+class Electronic:
+    """<F_el - E_0> of an ensemble with its standard error, eV/atom, at a temperature, K."""
+
+    energy: float
+    error: float
+    temperature: float
+
+
+def with_electronic(
+    candidates: Sequence[Candidate], measured: Mapping[str, ModelTerm]
+) -> list[Candidate]:
+    """Put the free energy of the electrons into G, where labels say it of every phase at its
+    temperature; where they do of some only, into none, so that all stay comparable."""
+    phases = [c for c in candidates if c.phase_ranked]
+    found: dict[str, Electronic] = {}
+    for c, term in zip(phases, model_terms(phases, measured), strict=True):
+        if term and term.electronic and abs(term.electronic.temperature - c.temperature) < 1e-6:
+            found[c.id] = term.electronic
+    lacking = [c.label for c in phases if c.id not in found]
+    if lacking and found:
+        log.warning(
+            "free energy of the electrons: in no G, because it is not measured of %s",
+            ", ".join(lacking),
+        )
+    if lacking:
+        return list(candidates)
+    return [_added(c, found[c.id]) if c.id in found else c for c in candidates]
+
+
+def _added(candidate: Candidate, term: Electronic) -> Candidate:
+    return candidate.updated(
+        gibbs=_number(candidate.gibbs) + term.energy,
+        gibbs_error=math.hypot(_number(candidate.gibbs_error), term.error),
+        electronic=term.energy,
+    )
 
 
 @dataclass(frozen=True)

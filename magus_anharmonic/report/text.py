@@ -286,14 +286,17 @@ def _open(rows: Sequence[Candidate]) -> list[str]:
 
 
 def _contents(done: Sequence[Candidate]) -> list[str]:
-    """Whether G holds what polar compounds need in it, where charges were given at all."""
+    """Whether G holds what polar and metallic compounds need in it, where that was asked for."""
     own = [row for row in done if not row.same_as]
+    electrons = any(row.free_energy.electronic is not None for row in own)
+    lines = ["The free energy of the electrons is in G of all phases."] * electrons
     without = [row.label for row in own if row.free_energy.nonanalytic is None]
-    if not own or len(without) == len(own):
-        return []
+    if len(without) == len(own):
+        return lines
     named = f", not in that of {_named(without)}: do not compare" if without else ""
     count = len(own) - len(without)
-    return [f"Long-range dipoles (LO-TO) are in G of {count} phase{'s' * (count > 1)}{named}."]
+    several = "s" * (count > 1)
+    return [*lines, f"Long-range dipoles (LO-TO) are in G of {count} phase{several}{named}."]
 
 
 def _cost(rows: Sequence[Candidate]) -> list[str]:

@@ -119,7 +119,6 @@ def phonopy_cell(atoms: Atoms) -> Any:
 def read_born(structure: str | Path, file: str | Path) -> Born:
     """phonopy's ``BORN`` (its first line, of units and cutoffs, is not used: charges and dielectric
     tensor have no unit) of the crystal in the file ``structure``. Raises ``InputError``."""
-    from phonopy.exception import BORNFileParseError
     from phonopy.file_IO import parse_BORN
     from phonopy.structure.symmetry import Symmetry
 
@@ -132,7 +131,9 @@ def read_born(structure: str | Path, file: str | Path) -> Born:
     cell = phonopy_cell(atoms)
     try:
         read = parse_BORN(cell, filename=str(path))
-    except (BORNFileParseError, ValueError) as error:
+        if read is None:  # of a phonopy of before its BORNFileParseError
+            raise ValueError("its lines are not those of a BORN file")
+    except (RuntimeError, ValueError) as error:
         kinds = [atoms.symbols[i] for i in Symmetry(cell).get_independent_atoms()]
         raise InputError(
             f"{path}: not the BORN file of {structure}: {one_line(error)}; it needs a line of"

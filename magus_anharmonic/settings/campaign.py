@@ -280,4 +280,10 @@ def resolved(settings: CampaignSettings, folder: Path) -> CampaignSettings:
     dataset = settings.merge.dataset
     if dataset is not None and (folder / dataset).is_file():
         changes["merge"] = settings.merge.model_copy(update={"dataset": str(folder / dataset)})
+    if settings.sscha is not None and "born" in settings.sscha.settings:
+        # what the files hold, so that a changed one is computed anew
+        whole = parse(SschaSettings, settings.sscha.settings, "sscha.settings")
+        born = whole.model_dump(mode="json").get("born")
+        given = {**settings.sscha.settings, "born": born}
+        changes["sscha"] = settings.sscha.model_copy(update={"settings": given})
     return settings.model_copy(update=changes)

@@ -171,7 +171,8 @@ def read_ensemble(
         raise InputError(f"{where}: {one_line(error)}") from None
     count, atoms = ensemble.energies.size, len(state.supercell)
     shapes = (count, atoms, 3), (count,), (count, atoms, 3), (count, 3, 3)
-    for (name, values), expected in zip(vars(ensemble).items(), shapes, strict=True):
+    read = list(vars(ensemble).items())[: len(shapes)]  # the level is no number of the files
+    for (name, values), expected in zip(read, shapes, strict=True):
         if values.shape != expected or not np.issubdtype(values.dtype, np.floating):
             raise InputError(
                 f"{where}: {name} are {values.dtype} of the shape {values.shape}, not numbers of"

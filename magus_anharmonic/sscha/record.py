@@ -79,9 +79,9 @@ class FreeEnergy:
         info=True,
     )
     gibbs: float | None = column(
-        "Gibbs free energy, finite-size term included",
+        "Gibbs free energy, finite-size term included, and electronic where it is given",
         "eV/atom",
-        equation="(F + P V) / N + finite_size",
+        equation="(F + P V) / N + finite_size + electronic",
         origin=_MADE,
         needed=True,
         info=True,
@@ -112,6 +112,13 @@ class FreeEnergy:
         "eV/atom",
         equation="finite_size with dipoles - finite_size without",
         origin="sscha.reciprocal.finite_size_term",
+    )
+    electronic: float | None = column(
+        "free energy of the electrons at the temperature minus their energy at zero smearing, mean"
+        " of the DFT labels of the ensemble (`errors --electronic`), in gibbs; empty: not in it",
+        "eV/atom",
+        equation="<F_el - E_0> / N",
+        origin="ranking.uncertainty.with_electronic",
     )
     predicted_decrease: float | None = column(
         "by how much the relaxation may still lower gibbs", "eV/atom", origin=_MADE
