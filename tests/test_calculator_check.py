@@ -233,3 +233,21 @@ def test_a_relaxation_at_fixed_cell_needs_no_stress_and_one_of_the_cell_says_so(
     assert found.converged and not found.failed and np.isnan(found.stress).all()
     with pytest.raises(InputError, match="no stress"):
         relax(CalculatorEvaluator(Twisted(stress=None)), [moved])
+
+
+class LikePypolymlp(EMT):
+    """Results as those of the ASE calculator of pypolymlp 0.22.1: its stress is eV per cell, with
+    the other sign, and the shears in the order xy, yz, zx."""
+
+    def calculate(self, *arguments, **options):
+        super().calculate(*arguments, **options)
+        if "stress" in self.results:
+            shuffled = self.results["stress"][[0, 1, 2, 5, 3, 4]]
+            self.results["stress"] = -self.atoms.get_volume() * shuffled
+
+
+@pytest.mark.parametrize("a", [3.3, 3.5, 3.62, 3.8])
+def test_what_is_wrong_with_the_stress_of_pypolymlp_is_named(a):
+    """The shears, in another order too, must not hide the unit."""
+    with pytest.raises(InputError, match="other sign.*of the cell, not divided by its volume"):
+        check_calculator(CalculatorEvaluator(LikePypolymlp()), bulk("Cu", a=a), stress=True)

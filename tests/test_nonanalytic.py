@@ -24,7 +24,15 @@ from magus_anharmonic.sscha.nonanalytic import dipole_squares, fitted
 from magus_anharmonic.sscha.reciprocal import finite_size_term, interpolated_squares
 from magus_anharmonic.sscha.report import hessian_of_run
 from magus_anharmonic.sscha.start import harmonic_force_constants
-from magus_anharmonic.sscha.state import SschaState, atom_order, fold, phonon_energy, repeated
+from magus_anharmonic.sscha.state import (
+    SschaState,
+    atom_order,
+    fold,
+    fourier,
+    inverse_fourier,
+    phonon_energy,
+    repeated,
+)
 from magus_anharmonic.sscha.supercells import q_points
 from magus_anharmonic.sscha.symmetry import Symmetry
 
@@ -118,6 +126,26 @@ def test_with_dipoles_the_free_energy_of_a_small_supercell_is_that_of_a_large_on
     assert interpolated_squares(states[0], q, dipoles) == pytest.approx(
         interpolated_squares(states[0], q), abs=1e-9
     )
+
+
+def test_dft_of_rock_salt_in_a_small_supercell_is_that_of_a_large_one_too():
+    """NaCl by DFPT: the q points of 2x2x2 against those of 4x4x4."""
+    half, charge = 2.8451507380878356, 1.1007123 * np.eye(3)
+    cell = half * (1 - np.eye(3))
+    atoms = Atoms("NaCl", scaled_positions=[[0, 0, 0], [0.5] * 3], cell=cell, pbc=True)
+    born = Born.of(atoms, np.array([charge, -charge]), 2.474413280838 * np.eye(3))
+    with np.load(MGO.with_name("nacl") / "force_constants.npz") as stored:
+        compact = {4: stored["compact"]}
+    q = q_points((2, 2, 2))
+    compact[2] = inverse_fourier(fourier(compact[4], (4, 4, 4), q), (2, 2, 2), q)
+    plain, whole = np.zeros(2), np.zeros(2)
+    for index, n in enumerate((2, 4)):
+        state = SschaState(atoms, (n, n, n), compact[n], 0.0)
+        plain[index] = whole[index] = state.harmonic_free_energy
+        plain[index] += finite_size_term(state, 0.03).term
+        whole[index] += finite_size_term(state, 0.03, fitted(atoms, [born])).term
+    assert plain[1] - plain[0] > 4e-4
+    assert abs(whole[1] - whole[0]) < 1e-5, "eV per cell of two atoms"
 
 
 def anatase(u=0.208):

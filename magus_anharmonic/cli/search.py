@@ -156,7 +156,8 @@ def rank(
     keep_best: Annotated[
         int | None,
         typer.Option(
-            help="So many of the lowest are run to the end and put in order.", show_default=SETTINGS
+            help="So many of the lowest phases are run to the end and put in order.",
+            show_default=SETTINGS,
         ),
     ] = None,
     budget: Annotated[

@@ -4,6 +4,9 @@ A candidate's G is bounded from above by its free energy so far (SSCHA is variat
 of the relaxation is an upper bound of its end) and from below by what it may still fall. One whose
 lower bound lies above the upper bounds of the best few stops; the rest go on until the order of the
 best few is known with the wanted confidence. Energies in eV/atom.
+
+The best few are phases: of those that come to one phase only the one that stands for it goes on
+(`_same_phase`), and one that ends far above the lowest stops though it is among them.
 """
 
 from __future__ import annotations
@@ -15,15 +18,24 @@ from dataclasses import dataclass, replace
 
 from scipy.stats import norm
 
+from magus_anharmonic.ranking.phases import AGREEMENT, GIBBS_TOLERANCE, Alike
 from magus_anharmonic.ranking.uncertainty import difference_error
+from magus_anharmonic.units import ev_to_mev
 
 DECREASE_FACTOR = 3.0
 """Times the predicted remaining decrease of G: the prediction is of second order, and the path to a
 minimum may be longer."""
 MIN_POPULATIONS = 2
-"""Nobody is stopped on one population: how fast G falls shows only with the second."""
+"""Nobody is stopped on one population, but far above: how fast G falls shows only with the second.
+"""
 RESOLUTION = 0.3
 """Of the model's error: a smaller sampling error improves no comparison."""
+UNKNOWN_ERROR = 1e-3
+"""eV/atom, sampling error that is small enough where the model's error is not known: DFT itself is
+converged (cutoff, k points) to about that, and no potential is better."""
+FAR = 0.05
+"""eV/atom above the lowest phase, where the order is of no interest. Wells that the static start
+does not show, and what a relaxation takes from the kinetic energy, are smaller."""
 
 
 @dataclass(frozen=True)
@@ -32,12 +44,13 @@ class Stop:
     its end.
 
     budget_spent : the budget of force evaluations that ended the race before its rank was known,
-    else None.
+    else None. same_as : the candidate that goes on for the phase of both; empty: none.
     """
 
     reason: str = ""
     eliminated: bool = False
     budget_spent: int | None = None
+    same_as: str = ""
 
 
 @dataclass(frozen=True)
@@ -47,7 +60,9 @@ class Standing:
     gibbs, error : G and its standard error by sampling; predicted_decrease : of G, by the rest of
     the relaxation;
     fallen : by how much G fell with the last population (None with one); converged : every
-    criterion of the relaxation is met; n_new : force evaluations of the last round.
+    criterion of the relaxation is met; n_new : force evaluations of the last round; n_atoms : of
+    the cell that is run; potential : mean potential energy (and P V) of the state above the static
+    start, eV/atom: about half the zero-point energy.
     """
 
     gibbs: float
@@ -57,23 +72,31 @@ class Standing:
     converged: bool
     n_populations: int
     n_new: int = 0
+    n_atoms: int = 0
+    potential: float = math.inf
+
+    @property
+    def rest(self) -> float:
+        """What G may still fall by: ``predicted_decrease``; before the end of the relaxation times
+        a factor, or once more as much as the last time; infinite with one population."""
+        if self.converged:
+            return self.predicted_decrease
+        if self.fallen is None:
+            return math.inf
+        return max(DECREASE_FACTOR * self.predicted_decrease, self.fallen)
 
     def upper(self, z: float) -> float:
         """G at the end of the relaxation is below this."""
         return self.gibbs + z * self.error
 
     def lower(self, z: float) -> float:
-        """G at the end is above this. It may fall by ``predicted_decrease`` times a factor, or once
-        more by as much as the last time."""
-        if self.converged:
-            return self.gibbs - self.predicted_decrease - z * self.error
-        if self.fallen is None:
-            return -math.inf
-        return (
-            self.gibbs
-            - max(DECREASE_FACTOR * self.predicted_decrease, self.fallen)
-            - z * self.error
-        )
+        """G at the end is above this."""
+        return self.gibbs - self.rest - z * self.error
+
+    def floor(self, z: float) -> float:
+        """G at the end is above this within less than `FAR`, also where one population does not say
+        how far it falls: of its potential energy a state can lose all, and keeps the rest."""
+        return max(self.lower(z), self.gibbs - self.potential - z * self.error)
 
 
 def last_cost(standing: Standing | None) -> int:
@@ -98,6 +121,7 @@ class Rules:
     tolerance: float = 0.0
     budget: int | None = None
     cost: Callable[[Standing | None], int] = last_cost
+    far: float = math.inf
 
     def z(self, n_candidates: int) -> float:
         """Half width of the bounds in standard errors: one side, corrected for candidates times
@@ -108,12 +132,22 @@ class Rules:
 
 def resolution(model_error: float | None, free_energy_tolerance: float) -> float:
     """Sampling error of G that is small enough: 0.3 of the model's error, never below the tolerance
-    of the relaxation; eV/atom."""
-    return max(free_energy_tolerance, RESOLUTION * (model_error or 0.0))
+    of the relaxation; eV/atom. ``model_error`` None: not known."""
+    wanted = UNKNOWN_ERROR if model_error is None else RESOLUTION * model_error
+    return max(free_energy_tolerance, wanted)
 
 
 Common = Callable[[str, str], float]
 """Covariance of the free energies of two candidates, eV^2/atom^2."""
+
+
+AlikeOf = Callable[[str, str], Alike]
+"""What cells and centroids of two candidates say (`phases.alike`)."""
+
+
+def none_alike(one: str, other: str) -> Alike:
+    """Every candidate a phase of its own."""
+    return ""
 
 
 FieldOf = Callable[[str], str]
@@ -131,40 +165,58 @@ def verdicts(
     n_candidates: int | None = None,
     common: Common | None = None,
     field_of: FieldOf = one_field,
+    alike: AlikeOf = none_alike,
+    merged: Mapping[str, str] | None = None,
 ) -> dict[str, Stop]:
     """Candidates that stop now; whoever is not in it goes on.
 
     ``n_candidates`` is the number at the start of the ranking, for the correction of the bounds
     (default: those given); ``common`` knows what the errors of two candidates have in common
-    (default: nothing). ``rules.keep_best`` counts in each field. One that has had its populations
-    and did not converge is not ranked: it eliminates no other, and no other waits for it.
+    (default: nothing), ``alike`` what their structures say, ``merged`` who was seen to be
+    of the phase of whom before. ``rules.keep_best`` counts phases in each field. One that has had
+    its populations and did not converge is not ranked: it eliminates no other, and no other waits
+    for it.
     """
     z = rules.z(n_candidates or len(standings))
     stopped: dict[str, Stop] = {}
     for field in dict.fromkeys(map(field_of, standings)):
         rivals = {name: standing for name, standing in standings.items() if field_of(name) == field}
-        stopped |= _verdicts_of_field(rivals, rules, z, common)
+        same_as = _same_phase(rivals, rules, common, alike, merged or {})
+        stopped |= _verdicts_of_field(rivals, rules, z, common, same_as)
     return stopped
 
 
 def _verdicts_of_field(
-    standings: Mapping[str, Standing], rules: Rules, z: float, common: Common | None
+    standings: Mapping[str, Standing],
+    rules: Rules,
+    z: float,
+    common: Common | None,
+    same_as: Mapping[str, str],
 ) -> dict[str, Stop]:
     field = {
         name: standing
         for name, standing in standings.items()
-        if standing.converged or standing.n_populations < rules.max_populations
+        if _counts(standing, rules) and name not in same_as
     }
     uppers = sorted(standing.upper(z) for standing in field.values())
     limit = uppers[rules.keep_best - 1] if len(uppers) >= rules.keep_best else math.inf
+    far = uppers[0] + rules.far if uppers else math.inf
+    best = "the lowest" if rules.keep_best == 1 else f"the lowest {rules.keep_best}"
     stopped = {}
     for name, standing in standings.items():
-        if standing.n_populations >= MIN_POPULATIONS and standing.lower(z) > limit:
-            best = "the lowest" if rules.keep_best == 1 else f"the lowest {rules.keep_best}"
+        why = ""
+        if name in same_as:
+            why = f"the same phase as {same_as[name]}"
+        elif standing.n_populations >= MIN_POPULATIONS and standing.lower(z) > limit:
+            why = f"not among {best} ({z:.1f} sigma)"
+        elif standing.floor(z) > far:
+            why = f"more than {ev_to_mev(rules.far):.0f} meV/atom above the lowest ({z:.1f} sigma)"
+        if why:
+            n = standing.n_populations
             stopped[name] = Stop(
-                f"stopped after {standing.n_populations} populations: not among {best} ({z:.1f}"
-                " sigma)",
+                f"stopped after {n} population{'s' * (n > 1)}: {why}",
                 eliminated=True,
+                same_as=same_as.get(name, ""),
             )
         elif standing.n_populations >= rules.max_populations:
             stopped[name] = Stop()
@@ -174,6 +226,57 @@ def _verdicts_of_field(
         ):
             stopped[name] = Stop()
     return stopped
+
+
+def _counts(standing: Standing, rules: Rules) -> bool:
+    return standing.converged or standing.n_populations < rules.max_populations
+
+
+def _same_phase(
+    standings: Mapping[str, Standing],
+    rules: Rules,
+    common: Common | None,
+    alike: AlikeOf,
+    merged: Mapping[str, str],
+) -> dict[str, str]:
+    """Who stops because another goes on for the phase of both: that of the smallest cell; of those
+    one that has converged, then the one with the most populations and the smallest error.
+    ``merged`` stay so while the other one is there: one that waits in a state does not move with
+    it.
+
+    Two are of one phase when their structures say so (`phases.alike`) and G at their ends is within
+    `GIBBS_TOLERANCE`, with three errors of the difference and what the relaxations may still do:
+    from one state both fall alike, else one may fall alone. Everyone is compared with those that go
+    on, so that no chain of small steps merges two ends.
+    """
+
+    def order(name: str) -> tuple[int, bool, int, float, str]:
+        one = standings[name]
+        return one.n_atoms, not one.converged, -one.n_populations, one.error, name
+
+    found = {name: leader for name, leader in merged.items() if {name, leader} <= set(standings)}
+    leaders: list[str] = []
+    for name in sorted(standings.keys() - found.keys(), key=order):
+        near = (one for one in leaders if _one_phase(one, name, standings, common, alike))
+        if leader := next(near, ""):
+            found[name] = leader
+        elif _counts(standings[name], rules):
+            leaders.append(name)
+    return found
+
+
+def _one_phase(
+    one: str, other: str, standings: Mapping[str, Standing], common: Common | None, alike: AlikeOf
+) -> bool:
+    a, b = standings[one], standings[other]
+    if min(a.n_populations, b.n_populations) < MIN_POPULATIONS:
+        return False
+    apart = abs(a.gibbs - b.gibbs)
+    if apart > GIBBS_TOLERANCE or not (known := alike(one, other)):
+        return False
+    apart += abs(a.rest - b.rest) if known == "state" else max(a.rest, b.rest)
+    error = difference_error(a.error, b.error, 0.0 if common is None else common(one, other))
+    return apart + AGREEMENT * error <= GIBBS_TOLERANCE
 
 
 def rank_is_known(
@@ -221,24 +324,33 @@ def race(
     eliminated_before: Mapping[str, Standing],
     common: Common | None = None,
     field_of: FieldOf = one_field,
+    alike: AlikeOf = none_alike,
 ) -> dict[str, Stop]:
     """Give populations to ``names`` round by round until each has stopped.
 
     ``known`` are candidates whose G is final, ``dormant`` ones that an earlier ranking eliminated:
     they, and those that were eliminated here, become active again when they could be among the best
     after all and all others have stopped. Returns a `Stop` for everyone that ran and did not fail.
-    ``common``, ``field_of``: see `verdicts`.
+    ``common``, ``field_of``, ``alike``: see `verdicts`.
     """
     total = len(names) + len(known) + len(eliminated_before)
     standings, eliminated, spent = {**known, **eliminated_before}, set(eliminated_before), 0
     field = dict.fromkeys([*names, *eliminated_before])
     ran: dict[str, None] = {}
     ended: set[str] = set()
+    merged: dict[str, str] = {}
     verdicts_of = functools.partial(
-        verdicts, rules=rules, n_candidates=total, common=common, field_of=field_of
+        verdicts,
+        rules=rules,
+        n_candidates=total,
+        common=common,
+        field_of=field_of,
+        alike=alike,
+        merged=merged,
     )
     while True:
         stopped = verdicts_of(standings)
+        merged |= {name: stop.same_as for name, stop in stopped.items() if stop.same_as}
         eliminated |= {name for name in field if name in stopped and stopped[name].eliminated}
         wanted = [name for name in field if name not in stopped and name not in ended]
         running = _active(wanted, eliminated, field_of)
@@ -265,6 +377,8 @@ def race(
             standings.pop(failed, None)
             field.pop(failed)
             ran.pop(failed, None)
+            for name in [name for name, leader in merged.items() if leader == failed]:
+                del merged[name]
 
 
 def _budget_spent(

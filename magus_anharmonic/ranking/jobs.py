@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import pickle
 import tempfile
 from collections.abc import Callable, Sequence
@@ -115,7 +116,22 @@ def standing_of(run: Run, before: Run | None) -> Standing:
         now.converged,
         now.n_populations,
         n_new,
+        len(run.phase),
     )
+
+
+def potential_energy(result: Any, enthalpy: float | None) -> float:
+    """Mean potential energy and P V of the state of an ``SschaResult`` above the static
+    ``enthalpy`` (eV/atom) of its start; infinite where that is not known.
+
+    At least that of its auxiliary crystal, <V_0>: the start may be no minimum.
+    """
+    if enthalpy is None or result.gibbs_raw is None or result.force_constants is None:
+        return math.inf
+    state, n = result.state, len(result.centroids)
+    auxiliary = 0.5 * float(np.sum(state.full * state.covariance)) / state.n_cells / n
+    mean = result.gibbs_raw - state.harmonic_free_energy / n + auxiliary
+    return max(mean - enthalpy, auxiliary)
 
 
 def stopped_run(run: Run, stop: Stop) -> Run:
@@ -148,11 +164,12 @@ def with_result(candidate: Candidate, own: Run, final: Run) -> Candidate:
     """``candidate`` with the free energy of ``final``, to which its ``own`` run led."""
     found = final.free_energy
     if final is not own:
-        note = f"G of its {len(final.phase)}-atom primitive cell, run again"
+        mine, merged = own.free_energy, own.status == "eliminated"
+        again = f"G of its {len(final.phase)}-atom primitive cell, run again"
         found = replace(
             found,
-            reason="; ".join(filter(None, (found.reason, note))),
-            n_evaluations=own.free_energy.n_evaluations + found.n_evaluations,
+            reason="; ".join(filter(None, (found.reason, mine.reason if merged else again))),
+            n_evaluations=mine.n_evaluations + (0 if merged else found.n_evaluations),
         )
     return replace(
         candidate,

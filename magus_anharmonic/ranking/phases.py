@@ -32,6 +32,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from ase import Atoms
@@ -41,6 +42,7 @@ from magus_anharmonic.ranking.candidate import Candidate
 from magus_anharmonic.ranking.matcher import (
     PHASE_TOLERANCE,
     Fingerprint,
+    largest_difference,
     pointwise_distances,
     same_phase,
     table_difference,
@@ -50,6 +52,7 @@ from magus_anharmonic.sscha.record import CONVERGED, MINIMA
 from magus_anharmonic.sscha.result import SschaResult
 from magus_anharmonic.sscha.state import SschaState
 from magus_anharmonic.sscha.symmetry import symmetric_primitive
+from magus_anharmonic.sscha.unstable import EXACT
 from magus_anharmonic.structures import UNDECIDED
 
 log = logging.getLogger(__name__)
@@ -343,13 +346,59 @@ def one_phase(a: Fingerprint, b: Fingerprint) -> bool:
     )
 
 
+STATE_TOLERANCE = 0.01
+"""Angstrom between interatomic distances of two states that are one: a twentieth of what hydrogen
+moves by, and less than a minimisation on one population leaves open."""
+Alike = Literal["", "state", "end"]
+"""Whether two runs are in one state, or sure to come to one phase."""
+
+
+@dataclass(frozen=True)
+class Ending:
+    """Where a run is and how far from there it may end: the primitive cell of its centroids at the
+    symmetry that it keeps exactly, and A within which each coordinate ends (three standard errors,
+    and what the relaxation still has to do). ``settled`` : no question about its symmetry is open.
+    """
+
+    fingerprint: Fingerprint
+    reach: float
+    settled: bool
+
+
+def ending_of(run: Run) -> Ending:
+    """That of a run with centroids, also before it has converged. An SSCHA run keeps its symmetry,
+    unless it was moved onto a higher one, which it may still leave (`sscha.unstable`)."""
+    found, energy = primitive_fingerprint(run.phase, EXACT), run.free_energy
+    kept = energy.converged or found.space_group == energy.space_group_start
+    return Ending(found, run.tolerance, kept and UNDECIDED not in energy.space_group)
+
+
+def alike(a: Ending, b: Ending) -> Alike:
+    """What cells and centroids of two runs say, both at the symmetry that they keep.
+
+    "state" : no interatomic distance differs by `STATE_TOLERANCE` now. States are not measured but
+    known, and what follows from one follows from the other. "end" : none can differ by more than
+    `PHASE_TOLERANCE` at their ends, so that `label_phases` would take them for one phase: the
+    largest difference now, and sqrt(2) times both reaches in quadrature (a distance has two ends),
+    is below it. Reaches are three standard errors and what is left to relax: two phases that differ
+    by more are taken for one with a probability below 0.0014 each time that they are compared.
+    """
+    if not (a.settled and b.settled and one_phase(a.fingerprint, b.fingerprint)):
+        return ""
+    apart = largest_difference(a.fingerprint, b.fingerprint)
+    doubt = math.sqrt(2.0) * math.hypot(a.reach, b.reach)
+    return (
+        "end" if apart + doubt <= PHASE_TOLERANCE else "state" if apart <= STATE_TOLERANCE else ""
+    )
+
+
 def label_phases(candidates: Sequence[Candidate]) -> list[Candidate]:
     """Fill in ``same_as``: of the candidates that ended in one quantum phase one stands for all.
 
     That is a converged one if there is any, whose space group is decided (what another of its phase
     could not decide, it did), at the reference supercell (its cell is the phase's primitive one)
     rather than at another, with more rather than fewer atoms in the supercell; among equals the one
-    of lowest G.
+    of lowest G, and before those that share its run the one whose own that is.
     """
     prints = {
         c.id: primitive_fingerprint(c.centroids, c.tolerance)
@@ -380,7 +429,9 @@ def label_phases(candidates: Sequence[Candidate]) -> list[Candidate]:
     return [replace(c, same_as=same_as.get(c.id, "")) for c in candidates]
 
 
-def _standing(candidate: Candidate, n_primitive: int) -> tuple[bool, bool, bool, int, float, str]:
+def _standing(
+    candidate: Candidate, n_primitive: int
+) -> tuple[bool, bool, bool, int, float, bool, str]:
     undecided = UNDECIDED in candidate.free_energy.space_group
     larger = len(candidate.centroids or ()) > n_primitive
     return (
@@ -389,6 +440,7 @@ def _standing(candidate: Candidate, n_primitive: int) -> tuple[bool, bool, bool,
         larger,
         -(candidate.free_energy.n_atoms_supercell or 0),
         candidate.gibbs or 0.0,
+        candidate.run_id != candidate.id,
         candidate.id,
     )
 

@@ -18,18 +18,26 @@ from ase import Atoms
 
 from magus_anharmonic.evaluator import Evaluator
 from magus_anharmonic.ranking.candidate import Candidate
-from magus_anharmonic.ranking.elimination import Rules, Standing, race, resolution
+from magus_anharmonic.ranking.elimination import FAR, Rules, Standing, race, resolution
 from magus_anharmonic.ranking.jobs import (
     Job,
     Outcome,
     Workers,
+    potential_energy,
     run_jobs,
     run_of,
     standing_of,
     stopped_run,
 )
 from magus_anharmonic.ranking.matcher import ENERGY_TOLERANCE
-from magus_anharmonic.ranking.phases import reduced_centroids, same_primitive
+from magus_anharmonic.ranking.phases import (
+    Alike,
+    Ending,
+    alike,
+    ending_of,
+    reduced_centroids,
+    same_primitive,
+)
 from magus_anharmonic.ranking.store import FreeEnergyStore, Key, Run, sscha_hash
 from magus_anharmonic.ranking.uncertainty import CommonNumbers, ensemble_trust
 from magus_anharmonic.runs.folder import SearchFolder
@@ -381,6 +389,7 @@ def race_rules(runs: Runs) -> Rules:
         runs.error_tolerance(),
         sscha.budget,
         cost,
+        max(FAR, RMSE_FACTOR * (runs.energy_rmse or 0.0)),
     )
 
 
@@ -406,7 +415,8 @@ def run_race(runs: Runs, candidates: Sequence[Candidate]) -> None:
             standing = standing_of(run, earlier)
             # a run whose phase is open has not come to its end, though its G has
             settled = standing.converged and not outcome.result.reason
-            found[job.structure] = replace(standing, converged=settled)
+            potential = potential_energy(outcome.result, candidate.enthalpy)
+            found[job.structure] = replace(standing, converged=settled, potential=potential)
             latest[job.structure] = job, outcome, run
 
         jobs = [
@@ -416,24 +426,46 @@ def run_race(runs: Runs, candidates: Sequence[Candidate]) -> None:
         runs.execute(jobs, done)
         return found
 
+    def now(name: str) -> Run:
+        return latest[name][2] if name in latest else before[name]
+
     def common(one: str, other: str) -> float:
-        folders = [
-            (latest[name][2] if name in latest else before[name]).folder for name in (one, other)
-        ]
-        return runs.common_numbers.covariance(*folders)
+        return runs.common_numbers.covariance(now(one).folder, now(other).folder)
+
+    endings: dict[str, tuple[Run, Ending]] = {}
+
+    def ending(name: str) -> Ending:
+        run = now(name)
+        if name not in endings or endings[name][0] is not run:
+            endings[name] = run, ending_of(run)
+        return endings[name][1]
+
+    def alike_now(one: str, other: str) -> Alike:
+        return alike(ending(one), ending(other))
 
     names = [name for name in whose if name not in before]
     counted = {name: standing_of(run, None) for name, run in before.items() if run.ranked}
     known = {name: one for name, one in counted.items() if before[name].status != "eliminated"}
     eliminated = {name: one for name, one in counted.items() if name not in known}
     stops = race(
-        names, advance, rules, known, eliminated, common, lambda name: whose[name].composition
+        names,
+        advance,
+        rules,
+        known,
+        eliminated,
+        common,
+        lambda name: whose[name].composition,
+        alike_now,
     )
     for name, stop in stops.items():
         job, outcome, run = latest[name]
         # Only now: what the model says about an ensemble is asked once, of the last one.
         final = runs.made(job, key, outcome, whose[name].enthalpy) or run
-        runs.keep(whose[name], key, stopped_run(final, stop), outcome)
+        stopped = stopped_run(final, stop)
+        if stop.same_as and stopped.status == "eliminated":
+            stopped = replace(stopped, reduced=now(stop.same_as).structure)
+            stopped = stopped.updated(reason=stop.reason)
+        runs.keep(whose[name], key, stopped, outcome)
     waiting = sum(
         runs.of(whose[name], key) is None and (name, key) not in runs.failures for name in names
     )

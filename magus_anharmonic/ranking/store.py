@@ -62,7 +62,8 @@ class Run(WithFreeEnergy):
 
     ``enthalpy`` : of the start, eV/atom. ``parent`` is the structure whose run led to this one (a
     centroid reduced to its primitive cell, or a saddle point that was followed), ``reduced`` the
-    run that took over from this one in the first case, ``followed`` the one in the second.
+    run that took over from this one in the first case, or because it was seen to come to the same
+    phase, ``followed`` the one in the second.
     ``budget_spent`` : the budget (force evaluations of a race) where that ended the run, else None.
     ``generation`` : of a search, that last changed the run (None: not part of one), and ``before``
     : what earlier ones left, oldest first.
@@ -363,8 +364,7 @@ class FreeEnergyStore:
         return None
 
     def final(self, record: Run) -> Run:
-        """The run that took over from ``record`` after a reduction to a smaller cell, or ``record``
-        itself."""
+        """The run that took over from ``record`` (`Run.reduced`), or ``record`` itself."""
         seen = {record.structure}
         while record.reduced and record.reduced not in seen:
             successor = self.get(record.reduced, record.key)

@@ -163,8 +163,8 @@ class SschaSettings(Section):
     error_tolerance: Energy | None = Field(
         None,
         description=(
-            "eV/atom, sampling error of G that ends a run; left out: none, or 0.3 of the model's"
-            " validation RMSE in a ranking"
+            "eV/atom, sampling error of G that ends a run; left out: none; in a ranking 0.3 of the"
+            " model's validation RMSE, 0.001 where that is not known"
         ),
     )
     n_configs_start: Even | None = Field(
@@ -177,8 +177,8 @@ class SschaSettings(Section):
     allocation: Literal["elimination", "fixed"] = Field(
         "elimination",
         description=(
-            "elimination: who cannot be among the best stops early; fixed: everybody runs to"
-            " the end"
+            "elimination: who cannot be among the best, ends far above the lowest or is of the"
+            " phase of another stops early; fixed: everybody runs to the end"
         ),
     )
     confidence: Annotated[float, Field(gt=0.5, lt=1.0)] = Field(
@@ -187,8 +187,9 @@ class SschaSettings(Section):
     keep_best: Count = Field(
         3,
         description=(
-            "so many of the lowest candidates (of each composition) are run to the end and put in"
-            " order"
+            "so many of the lowest phases (of each composition) are run to the end and put in"
+            " order; none that is more than 0.05 eV/atom (or three times the model's validation"
+            " RMSE) above the lowest"
         ),
     )
     budget: Count | None = Field(
