@@ -29,6 +29,7 @@ from magus_anharmonic.learning.dataset import (
 from magus_anharmonic.learning.round import Purpose, Round
 from magus_anharmonic.potential.label_check import outliers, sound
 from magus_anharmonic.potential.labelled import FEW, Scores, score, weights_by_error
+from magus_anharmonic.runs.folder import SearchFolder
 from magus_anharmonic.runs.record import record_failure
 from magus_anharmonic.settings import LearningSettings
 from magus_anharmonic.structures import structure_id
@@ -195,7 +196,7 @@ def finished(folder: Path, generation: int, potential: Potential) -> Learned | N
     """The result of a round that an earlier run finished: its line of metrics and its checkpoint
     are there."""
     records = _recorded(folder, generation)
-    file = checkpoint_file(folder, generation)
+    file = SearchFolder(folder).checkpoint(generation)
     if not records or not file.is_file():
         return None
     metrics, current = records[-1], potential
@@ -212,7 +213,7 @@ def finished(folder: Path, generation: int, potential: Potential) -> Learned | N
                 "%s is not the model that metrics.jsonl names; the round is done again", file
             )
             return None
-    for left in (folder / "training").glob(
+    for left in SearchFolder(folder).training.glob(
         f"gen{generation}.pth*"
     ):  # killed between the checkpoint and its tidying up
         remove(left)
@@ -222,13 +223,8 @@ def finished(folder: Path, generation: int, potential: Potential) -> Learned | N
 
 def _recorded(folder: Path, generation: int) -> list[dict[str, Any]]:
     """The lines of ``metrics.jsonl`` about a round."""
-    records = read_jsonl(folder / "metrics.jsonl", METRICS)
+    records = read_jsonl(SearchFolder(folder).metrics, METRICS)
     return [record for record in records if record["generation"] == generation]
-
-
-def checkpoint_file(folder: Path, generation: int) -> Path:
-    """Where the model after a round is."""
-    return folder / "checkpoints" / f"gen{generation}.pth"
 
 
 def label_planned(
@@ -256,11 +252,11 @@ def label_planned(
 
 
 def _gather(now: Round, labeler: Labeler, folder: Path) -> None:
-    """Take in the labels that runs in ``folder`` hold without having been asked for them: their
+    """Take in the labels that SSCHA runs in ``folder`` hold without having been asked for them: their
     families keep their sides, and new ones train."""
     known = now.known_sides()
     have = {structure_id(atoms) for atoms in now.store.labels(quarantined=True)}
-    for atoms, label in labeler.found(folder):
+    for atoms, label in labeler.found(SearchFolder(folder).sscha):
         if structure_id(atoms) in have:
             continue
         have.add(structure_id(atoms))
@@ -398,7 +394,7 @@ def _train(
         sets.train,
         sets.validation,
         now.settings,
-        out=folder / "training" / f"gen{now.generation}.pth",
+        out=SearchFolder(folder).trained(now.generation),
         seed=int(now.random(Purpose.TRAIN).integers(2**31)),
         parent_id=potential.model_id,
         species=potential.species_seen,
@@ -457,9 +453,9 @@ def _conclude(
     generation = int(metrics["generation"])
     recorded = _recorded(folder, generation)
     if not recorded or recorded[-1]["new_model"] != current.model_id:
-        append_jsonl(folder / "metrics.jsonl", metrics)
-    file = checkpoint_file(folder, generation)
-    _write_checkpoint(current, changed, file, folder / "training" / f"gen{generation}.pth")
+        append_jsonl(SearchFolder(folder).metrics, metrics)
+    file = SearchFolder(folder).checkpoint(generation)
+    _write_checkpoint(current, changed, file, SearchFolder(folder).trained(generation))
     if changed:
         current.path = file
     return Learned(current, metrics)

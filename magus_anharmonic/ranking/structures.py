@@ -39,6 +39,7 @@ from magus_anharmonic.ranking.candidate import RankingTable, write_relaxed
 from magus_anharmonic.ranking.jobs import Workers
 from magus_anharmonic.ranking.rank import rank
 from magus_anharmonic.ranking.uncertainty import ModelTerm
+from magus_anharmonic.runs.folder import SearchFolder
 from magus_anharmonic.runs.lock import locked
 from magus_anharmonic.runs.record import check_results_version, read_run_record, write_run_record
 from magus_anharmonic.scheduler import open_scheduler
@@ -380,7 +381,7 @@ def rank_alone(
     """
     with locked(output, "magus-anharmonic rank"):
         check_results_version(output)
-        begun = (Path(output) / "run.json").is_file()
+        begun = SearchFolder(output).record.is_file()
         if "start" in sources and begun and read_run_record(output).start != sources["start"]:
             raise InputError(f"{output}: holds a ranking with another start; give another folder")
         evaluator = as_evaluator(ranking_evaluator(settings), structures)
