@@ -11,7 +11,8 @@ from exact_crystals import CASES, ExactCrystal, Scha
 from magus_anharmonic import free_energy
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.evaluator import Evaluation
-from magus_anharmonic.settings import SschaSettings
+from magus_anharmonic.ranking.structures import ranking_evaluator
+from magus_anharmonic.settings import SschaSettings, parse_settings
 from magus_anharmonic.sscha.result import RunFolder, final_ensemble
 from magus_anharmonic.sscha.run import SschaRun
 from magus_anharmonic.sscha.surrogate import surrogate_of
@@ -233,6 +234,9 @@ def test_what_a_surrogate_may_be_is_said_where_it_is_none_of_it():
             surrogate_of(wrong, crystal.atoms)
     with pytest.raises(InputError, match="sscha.surrogate: int: int is no evaluator"):
         surrogate_of(3, crystal.atoms)
+    settings = parse_settings({"symbols": ["Be"], "sscha": {"surrogate": "nowhere.at.all"}})
+    with pytest.raises(InputError, match="sscha.surrogate: nowhere.at.all"):
+        ranking_evaluator(settings)
     with pytest.raises(InputError, match="surrogate: engine: python-sscha minimises on one"):
         run("hcp", perturbed, engine="python-sscha")
 
