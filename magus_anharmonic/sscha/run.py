@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from magus_anharmonic.energy_surface import require_potential
 from magus_anharmonic.errors import SschaError
 from magus_anharmonic.evaluator import Evaluator
 from magus_anharmonic.sscha.cell import CellStiffness
@@ -92,6 +93,7 @@ class SschaRun:
     ) -> None:
         """Read the start from the folder, or work it out. Raises ``InputError`` and ``SschaError``
         as `start_run` does."""
+        require_potential(evaluator, "SSCHA")
         self._began = time.perf_counter()
         self.task, self.folder = task, folder
         self._evaluator = evaluator
