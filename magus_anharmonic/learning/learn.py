@@ -252,8 +252,8 @@ def label_planned(
 
 
 def _gather(now: Round, labeler: Labeler, folder: Path) -> None:
-    """Take in the labels that SSCHA runs in ``folder`` hold without having been asked for them: their
-    families keep their sides, and new ones train."""
+    """Take in the labels that SSCHA runs in ``folder`` hold without having been asked for them:
+    their families keep their sides, and new ones train."""
     known = now.known_sides()
     have = {structure_id(atoms) for atoms in now.store.labels(quarantined=True)}
     for atoms, label in labeler.found(SearchFolder(folder).sscha):
