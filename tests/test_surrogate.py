@@ -6,13 +6,17 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from ase.build import bulk
 from exact_crystals import CASES, ExactCrystal, Scha
+from sscha_models import EV
 
 from magus_anharmonic import free_energy
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.evaluator import Evaluation
-from magus_anharmonic.settings import SschaSettings
-from magus_anharmonic.sscha.result import RunFolder, final_ensemble
+from magus_anharmonic.io.files import load_arrays, write_arrays
+from magus_anharmonic.ranking.structures import ranking_evaluator
+from magus_anharmonic.settings import SschaSettings, parse_settings
+from magus_anharmonic.sscha.result import RunFolder, final_ensemble, read_population_file
 from magus_anharmonic.sscha.run import SschaRun
 from magus_anharmonic.sscha.surrogate import surrogate_of
 from magus_anharmonic.sscha.task import Task
@@ -208,6 +212,19 @@ def test_a_run_that_was_stopped_after_every_population_gives_the_same_bits(surro
     assert told[0] == told[1] == told[2]
     ensemble = final_ensemble(tmp_path / "whole", results[0])
     assert ensemble.two_level and ensemble.n_truth < len(ensemble.energies) / 3
+    truth = read_population_file(sorted((tmp_path / "whole").glob("truth_*.npz"))[-1])[1]
+    corrected = ensemble.part(ensemble.level > 0).displacements[-len(truth.energies) :]
+    assert not truth.two_level and np.array_equal(corrected, truth.displacements)
+
+
+def test_a_population_of_earlier_versions_is_of_one_level(tmp_path):
+    run("hcp", "none", directory=tmp_path)
+    path = tmp_path / "population_001.npz"
+    arrays = load_arrays(path)
+    del arrays["level"]
+    write_arrays(path, **arrays)
+    ensemble = read_population_file(path)[1]
+    assert not ensemble.two_level and ensemble.n_truth == len(arrays["energies"])
 
 
 def test_what_learns_has_not_seen_what_it_corrects():
@@ -228,11 +245,17 @@ def test_what_a_surrogate_may_be_is_said_where_it_is_none_of_it():
     assert surrogate_of("none", crystal.atoms) is None
     assert surrogate_of("ase.calculators.emt.EMT", crystal.atoms).fixed is not None
     assert surrogate_of("test_surrogate.does_not_fit", crystal.atoms).fit is does_not_fit
+    shipped = surrogate_of("h3s-gpaw-small", crystal.atoms)
+    assert shipped.name == shipped.fixed.model_id
+    assert surrogate_of("polynomial", crystal.atoms).fit.__module__.endswith("polynomial")
     for wrong in ("nowhere.at.all", "ase.calculators.emt.Nothing"):
         with pytest.raises(InputError, match=f"sscha.surrogate: {wrong}: cannot be imported"):
             surrogate_of(wrong, crystal.atoms)
     with pytest.raises(InputError, match="sscha.surrogate: int: int is no evaluator"):
         surrogate_of(3, crystal.atoms)
+    settings = parse_settings({"symbols": ["Be"], "sscha": {"surrogate": "nowhere.at.all"}})
+    with pytest.raises(InputError, match="sscha.surrogate: nowhere.at.all"):
+        ranking_evaluator(settings)
     with pytest.raises(InputError, match="surrogate: engine: python-sscha minimises on one"):
         run("hcp", perturbed, engine="python-sscha")
 
@@ -244,3 +267,17 @@ def test_a_run_with_another_surrogate_is_another_run_and_one_without_is_what_it_
     assert "surrogate" not in plain and "surrogate" not in plain["sscha"]
     chosen = surrogate_of(perturbed(crystal), crystal.atoms)
     assert Task(*of, surrogate=chosen).identity()["surrogate"] == "perturbed+0"
+
+
+def test_a_polynomial_fitted_to_twenty_configurations_saves_most_evaluations_of_a_metal():
+    """Copper in the effective-medium theory, whose many-body energy no sum over pairs and triples
+    is."""
+    options = dict(temperature=300.0, supercell=(2, 2, 2), n_configs=400, reference_spacing=0.5)
+    plain, ours = (
+        free_energy(bulk("Cu"), EV, surrogate=name, **options) for name in ("none", "polynomial")
+    )
+    assert plain.converged and ours.converged
+    off = np.hypot(plain.gibbs_error, ours.gibbs_error)
+    assert abs(plain.gibbs - ours.gibbs) < 4.0 * off
+    assert ours.gibbs_error < 1.3 * plain.gibbs_error
+    assert ours.n_evaluations < plain.n_evaluations / 4.0

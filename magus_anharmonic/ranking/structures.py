@@ -61,6 +61,7 @@ from magus_anharmonic.sscha.state import (
     floor_modes,
     state_digest,
 )
+from magus_anharmonic.sscha.surrogate import surrogate_of
 from magus_anharmonic.sscha.symmetry import Symmetry
 from magus_anharmonic.sscha.task import pressure_of
 from magus_anharmonic.structures import stripped, structure_id
@@ -163,7 +164,10 @@ def evaluator_of(
 
 def ranking_evaluator(settings: Settings, own: Evaluator | None = None) -> Evaluator:
     """Whose energies are ranked: what ``sscha.evaluator`` names, else ``own``, the search's, else
-    what `evaluator_of` makes."""
+    what `evaluator_of` makes. Raises ``InputError`` for a ``sscha.surrogate`` that is none, before
+    anything is computed."""
+    if settings.sscha is not None:
+        surrogate_of(settings.sscha.surrogate, Atoms(settings.symbols))
     if settings.evaluator is not None:
         return open_evaluator(settings.evaluator, "sscha.evaluator", settings.symbols)
     return own or evaluator_of(settings)[0]

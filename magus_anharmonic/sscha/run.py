@@ -336,7 +336,10 @@ class SschaRun:
                 self.folder.write_truth(number, self.state, own)
             self.folder.write_population(number, self.state, ensemble)
         self.progress.n_evaluations += ensemble.n_truth
-        self.progress.n_surrogate += len(ensemble.energies) if ensemble.two_level else 0
+        if ensemble.two_level:
+            self.progress.n_surrogate += len(ensemble.energies)
+            of = number, ensemble.n_truth, len(ensemble.energies)
+            log.info("population %d: %d evaluations, and %d of the surrogate", *of)
         if (learner := self._learner) is not None:
             learner.learned(number, truth, ensemble, last)
             self.progress.surrogate_failures = learner.failures
