@@ -48,8 +48,8 @@ class Affine:
 
     model_id = "affine"
 
-    def __init__(self, crystal):
-        self.base, self.sizes = perturbed(crystal), []
+    def __init__(self, crystal, size=0.02):
+        self.base, self.sizes = perturbed(crystal, size), []
 
     def fit(self, structures, found):
         self.sizes.append(len(structures))
@@ -180,7 +180,12 @@ def test_a_sabotaged_surrogate_costs_evaluations_but_no_truth(name, caplog):
     assert result.n_evaluations < 900
 
 
-@pytest.mark.parametrize("surrogate", [perturbed, Affine])
+def poor(crystal):
+    """One that is to learn before it is used, and never does."""
+    return Affine(crystal, 0.04)
+
+
+@pytest.mark.parametrize("surrogate", [perturbed, poor])
 def test_a_run_that_was_stopped_after_every_population_gives_the_same_bits(surrogate, tmp_path):
     case = CASES["triclinic"]
     settings = SschaSettings(
