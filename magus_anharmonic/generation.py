@@ -31,6 +31,7 @@ from magus_anharmonic.errors import InputError, LabelerNotInstalled
 from magus_anharmonic.evaluator import Evaluator
 from magus_anharmonic.ranking.candidate import Candidate
 from magus_anharmonic.ranking.structures import reevaluate
+from magus_anharmonic.runs.folder import SearchFolder
 from magus_anharmonic.settings import SCRATCH, Settings
 from magus_anharmonic.units import GPa, ev_to_mev
 
@@ -292,7 +293,7 @@ def first_model(
 def newest_checkpoint(run_dir: str | Path, up_to: int | None = None) -> Path | None:
     """``checkpoints/gen{N}.pth`` with the largest N (not above ``up_to``), or None."""
     found = {}
-    for path in (Path(run_dir) / "checkpoints").glob("gen*.pth"):
+    for path in SearchFolder(run_dir).checkpoints.glob("gen*.pth"):
         number = re.fullmatch(r"gen(\d+)", path.stem)
         if number and (up_to is None or int(number[1]) <= up_to):
             found[int(number[1])] = path
@@ -318,7 +319,7 @@ def checked_learning(settings: Settings, folder: str | Path) -> Settings:
     from magus_anharmonic.learning.dataset import read_dataset
 
     try:
-        labeler = get_labeler(learning.labeler, Path(folder) / "labeling", settings)
+        labeler = get_labeler(learning.labeler, SearchFolder(folder).labeling, settings)
     except LabelerNotInstalled as error:
         if learning.required or settings.from_scratch:
             raise
@@ -333,9 +334,9 @@ def _labeler(settings: Settings, folder: Path) -> tuple[Any, Any]:
     from magus_anharmonic.labelers import get_labeler
     from magus_anharmonic.learning.dataset import LabelStore
 
-    return get_labeler(settings.learning.labeler, folder / "labeling", settings), LabelStore(
-        folder / "labels"
-    )
+    files = SearchFolder(folder)
+    labeler = get_labeler(settings.learning.labeler, files.labeling, settings)
+    return labeler, LabelStore(files.labels)
 
 
 def _recorded_seed(folder: Path, restart: bool) -> int:
@@ -351,7 +352,7 @@ def _recorded_seed(folder: Path, restart: bool) -> int:
 def _recorded_rmse(folder: Path) -> float | None:
     from magus_anharmonic.io.files import read_jsonl
 
-    records = read_jsonl(folder / "metrics.jsonl", ("new",))
+    records = read_jsonl(SearchFolder(folder).metrics, ("new",))
     return validation_rmse(records[-1]) if records else None
 
 
@@ -428,7 +429,7 @@ def undecided(state: SearchState, generation: int) -> list[Contender]:
             if candidate.p_lowest_total is None
             else candidate.p_lowest_total
         )
-        folder = state.run_dir / "sscha" / candidate.sscha_folder
+        folder = SearchFolder(state.run_dir).sscha / candidate.sscha_folder
         if (found and (probability or 0.0) < UNDECIDED) or not (folder / "result.json").is_file():
             continue
         result = SschaResult.read(folder)

@@ -155,7 +155,7 @@ def outcome(folder):
     bit."""
     from magus_anharmonic.io.files import read_jsonl
     from magus_anharmonic.potential.checkpoint import describe
-    from magus_anharmonic.ranking.store import NAME, FreeEnergyStore
+    from magus_anharmonic.ranking.store import FreeEnergyStore
     from magus_anharmonic.runs.record import identity, read_failures
 
     ours = folder / "results" / "anharmonic"
@@ -183,7 +183,7 @@ def outcome(folder):
     found["failures"] = [
         identity(record) for record in read_failures(ours) if record["stage"] != "run"
     ]
-    store = FreeEnergyStore(ours / NAME)
+    store = FreeEnergyStore(ours / "free_energies.db")
     found["free energies"] = sorted(
         (record.folder, repr(record.gibbs), repr(record.gibbs_error)) for record in store.runs()
     )

@@ -36,7 +36,7 @@ from magus_anharmonic.io.tables import table_rows, write_table
 from magus_anharmonic.paper import tables
 from magus_anharmonic.phase_diagram.points import write_points
 from magus_anharmonic.ranking.candidate import read_ranking, write_ranking
-from magus_anharmonic.ranking.store import NAME, FreeEnergyStore, Key
+from magus_anharmonic.ranking.store import FreeEnergyStore, Key
 from magus_anharmonic.report import write_report
 from magus_anharmonic.runs.record import read_run_record, write_run_record
 from magus_anharmonic.search.archive import append_frames, read_frames, write_frames
@@ -144,7 +144,7 @@ def number(file):
 def test_a_database_that_is_empty_cut_or_changed_is_made_again_from_the_runs(
     tmp_path, damage, caplog
 ):
-    file = tmp_path / NAME
+    file = tmp_path / "free_energies.db"
     store = FreeEnergyStore(file)
     for record in records():
         store.put(record)
@@ -164,14 +164,14 @@ def test_a_database_that_is_empty_cut_or_changed_is_made_again_from_the_runs(
 
 
 def test_a_changed_record_of_a_run_is_set_aside(tmp_path):
-    FreeEnergyStore(tmp_path / NAME).put(records(1)[0])
+    FreeEnergyStore(tmp_path / "free_energies.db").put(records(1)[0])
     (file,) = tmp_path.glob("sscha/*/record.json")
     data = json.loads(file.read_text())
     data["data"]["values"]["gibbs"] = 0.0
     file.write_text(json.dumps(data))
-    (tmp_path / NAME).unlink()
+    (tmp_path / "free_energies.db").unlink()
     assert (
-        len(FreeEnergyStore(tmp_path / NAME)) == 0
+        len(FreeEnergyStore(tmp_path / "free_energies.db")) == 0
         and file.with_name("record.json.damaged").exists()
     )
 
@@ -415,11 +415,11 @@ def test_a_record_of_a_run_with_masses_of_its_own_is_taken_back(tmp_path):
     heavy = bulk("Al")
     heavy.set_masses([26.0])
     key = Key("emt", 0.0, 0.0, "0" * 12)
-    FreeEnergyStore(tmp_path / NAME).put(
+    FreeEnergyStore(tmp_path / "free_energies.db").put(
         stored_run("a" * 12, key, heavy, "converged", gibbs=-1.0, centroids=heavy)
     )
-    (tmp_path / NAME).unlink()
-    (record,) = FreeEnergyStore(tmp_path / NAME).runs()
+    (tmp_path / "free_energies.db").unlink()
+    (record,) = FreeEnergyStore(tmp_path / "free_energies.db").runs()
     assert (
         record.gibbs == -1.0
         and record.start.get_masses().tolist() == record.phase.get_masses().tolist() == [26.0]

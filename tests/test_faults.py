@@ -51,7 +51,7 @@ from magus_anharmonic.learning.learn import _label
 from magus_anharmonic.potential import checkpoint
 from magus_anharmonic.potential.relax import relax
 from magus_anharmonic.ranking.jobs import Job, run_job
-from magus_anharmonic.ranking.store import NAME, FreeEnergyStore, Key
+from magus_anharmonic.ranking.store import FreeEnergyStore, Key
 from magus_anharmonic.ranking.structures import reevaluate
 from magus_anharmonic.runs.lock import locked
 from magus_anharmonic.runs.record import read_failures
@@ -492,20 +492,22 @@ def test_a_label_whose_line_in_the_index_a_kill_prevented_is_protected_from_the_
 def test_a_damaged_database_is_set_aside_and_made_anew(tmp_path, caplog):
     key = Key("model", 10.0, 0.0, "settings")
     record = stored_run("abc", key, bulk("Cu"), "failed", reason="x", enthalpy=1.0)
-    FreeEnergyStore(tmp_path / NAME).put(record)
-    whole = (tmp_path / NAME).read_bytes()
+    FreeEnergyStore(tmp_path / "free_energies.db").put(record)
+    whole = (tmp_path / "free_energies.db").read_bytes()
     for cut in (0, 10, 2000, len(whole) // 2, len(whole) - 5000):
-        (tmp_path / NAME).write_bytes(whole[:cut])
-        store = FreeEnergyStore(tmp_path / NAME)
+        (tmp_path / "free_energies.db").write_bytes(whole[:cut])
+        store = FreeEnergyStore(tmp_path / "free_energies.db")
         store.put(record)
-        assert [item.structure for item in FreeEnergyStore(tmp_path / NAME).runs()] == ["abc"]
+        assert [
+            item.structure for item in FreeEnergyStore(tmp_path / "free_energies.db").runs()
+        ] == ["abc"]
     assert "is damaged" in caplog.text
 
 
 def readers(folder):
     """Every kind of file that is set aside when it is damaged, whole, with what reads it."""
     store = store_with_labels(folder / "labels")
-    FreeEnergyStore(folder / NAME).put(
+    FreeEnergyStore(folder / "free_energies.db").put(
         stored_run(
             "abc",
             Key("model", 10.0, 0.0, "settings"),
@@ -523,7 +525,7 @@ def readers(folder):
             sorted(store.directory.glob("pending/*/*.xyz"))[0],
             lambda file: len(LabelStore(file.parents[2])),
         ),
-        "database": (folder / NAME, lambda file: len(FreeEnergyStore(file))),
+        "database": (folder / "free_energies.db", lambda file: len(FreeEnergyStore(file))),
         "population": (folder / "population_001.npz", lambda file: read_whole(file, load_arrays)),
         "settings": (folder / "settings.json", lambda file: read_whole(file, read_json)),
         "structures": (folder / "raw1.traj", whole_frames),
@@ -623,7 +625,7 @@ def largest_file(size):
 def test_a_full_disk_costs_no_database_its_records_and_leaves_no_half_of_one(tmp_path, caplog):
     """At whatever byte the disk is full: while the file is made, while a record is added, and while
     it is opened."""
-    key, path = Key("model", 10.0, 0.0, "settings"), tmp_path / NAME
+    key, path = Key("model", 10.0, 0.0, "settings"), tmp_path / "free_energies.db"
     first, second = (
         stored_run(name, key, bulk("Cu").repeat(3), "failed", reason="x", enthalpy=1.0)
         for name in ("abc", "def")
@@ -642,10 +644,10 @@ def test_a_full_disk_costs_no_database_its_records_and_leaves_no_half_of_one(tmp
                 FreeEnergyStore(path).put(second)
         except MagusAnharmonicError as error:
             refused += 1
-            assert NAME in str(error) and "free space" in str(error)
+            assert "free_energies.db" in str(error) and "free space" in str(error)
         assert {record.structure for record in FreeEnergyStore(path).runs()} >= {"abc"}
     assert refused > 3 and "damaged" not in caplog.text
-    assert sorted(item.name for item in tmp_path.iterdir()) == [NAME, "sscha"]
+    assert sorted(item.name for item in tmp_path.iterdir()) == ["free_energies.db", "sscha"]
 
 
 # --- people and clocks ----------------------------------------------------------------------------

@@ -29,7 +29,7 @@ from magus_anharmonic.learning.round import read_plan
 from magus_anharmonic.paper.ensemble_labels import claim
 from magus_anharmonic.phase_diagram.grid import _isotope_name
 from magus_anharmonic.ranking.candidate import read_ranking
-from magus_anharmonic.ranking.store import NAME, FreeEnergyStore, Key, read_records
+from magus_anharmonic.ranking.store import FreeEnergyStore, Key, read_records
 from magus_anharmonic.ranking.uncertainty import samples_of
 from magus_anharmonic.runs.lock import read_owner
 from magus_anharmonic.runs.record import read_failures, read_run_record
@@ -314,7 +314,7 @@ READERS = {
         ],
     ),
     "traj": ("good1.traj", make_traj, [read_frames, read_structures]),
-    "db": (NAME, make_database, [FreeEnergyStore, read_records]),
+    "db": ("free_energies.db", make_database, [FreeEnergyStore, read_records]),
     "npz": ("population_001.npz", make_population, [read_population_file, load_arrays]),
     "result.json": ("result.json", make_result, [lambda f: SschaResult.read(f.parent)]),
     "result.npz": ("result.npz", make_result, [lambda f: SschaResult.read(f.parent)]),

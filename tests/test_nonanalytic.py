@@ -1,7 +1,9 @@
 """Long-range dipoles between the q points of a supercell. Oracles: phonopy on its own example MgO,
 the Lyddane-Sachs-Teller splitting, and rigid ions, whose dipoles are known exactly."""
 
+import re
 import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -21,12 +23,22 @@ from magus_anharmonic.settings.born import Born, read_born
 from magus_anharmonic.settings.campaign import load_campaign
 from magus_anharmonic.sscha import SschaResult, free_energy
 from magus_anharmonic.sscha.nonanalytic import dipole_squares, fitted
+from magus_anharmonic.sscha.qe_files import state_from_dyn
 from magus_anharmonic.sscha.reciprocal import finite_size_term, interpolated_squares
 from magus_anharmonic.sscha.report import hessian_of_run
 from magus_anharmonic.sscha.start import harmonic_force_constants
-from magus_anharmonic.sscha.state import SschaState, atom_order, fold, phonon_energy, repeated
+from magus_anharmonic.sscha.state import (
+    SschaState,
+    atom_order,
+    fold,
+    fourier,
+    inverse_fourier,
+    phonon_energy,
+    repeated,
+)
 from magus_anharmonic.sscha.supercells import q_points
 from magus_anharmonic.sscha.symmetry import Symmetry
+from magus_anharmonic.units import EV_IN_CM1
 
 MGO = Path(__file__).with_name("mgo")
 THZ = 4.135667696e-3
@@ -118,6 +130,79 @@ def test_with_dipoles_the_free_energy_of_a_small_supercell_is_that_of_a_large_on
     assert interpolated_squares(states[0], q, dipoles) == pytest.approx(
         interpolated_squares(states[0], q), abs=1e-9
     )
+
+
+def test_dft_of_rock_salt_in_a_small_supercell_is_that_of_a_large_one_too():
+    """NaCl by DFPT: the q points of 2x2x2 against those of 4x4x4."""
+    half, charge = 2.8451507380878356, 1.1007123 * np.eye(3)
+    cell = half * (1 - np.eye(3))
+    atoms = Atoms("NaCl", scaled_positions=[[0, 0, 0], [0.5] * 3], cell=cell, pbc=True)
+    born = Born.of(atoms, np.array([charge, -charge]), 2.474413280838 * np.eye(3))
+    with np.load(MGO.with_name("nacl") / "force_constants.npz") as stored:
+        compact = {4: stored["compact"]}
+    q = q_points((2, 2, 2))
+    compact[2] = inverse_fourier(fourier(compact[4], (4, 4, 4), q), (2, 2, 2), q)
+    plain, whole = np.zeros(2), np.zeros(2)
+    for index, n in enumerate((2, 4)):
+        state = SschaState(atoms, (n, n, n), compact[n], 0.0)
+        plain[index] = whole[index] = state.harmonic_free_energy
+        plain[index] += finite_size_term(state, 0.03).term
+        whole[index] += finite_size_term(state, 0.03, fitted(atoms, [born])).term
+    assert plain[1] - plain[0] > 4e-4
+    assert abs(whole[1] - whole[0]) < 1e-5, "eV per cell of two atoms"
+
+
+PSEUDO = Path("/usr/share/espresso/pseudo")
+PW = """&control
+ calculation = 'scf', prefix = 'mgo', pseudo_dir = '/usr/share/espresso/pseudo', outdir = 'tmp'
+/
+&system
+ ibrav = 0, nat = 2, ntyp = 2, ecutwfc = 40
+/
+&electrons
+ conv_thr = 1e-12
+/
+ATOMIC_SPECIES
+Mg 24.305 Mg.pz-n-vbc.UPF
+O 15.999 O.pz-kjpaw.UPF
+ATOMIC_POSITIONS crystal
+Mg 0 0 0
+O 0.5 0.5 0.5
+CELL_PARAMETERS angstrom
+0 2.1 2.1
+2.1 0 2.1
+2.1 2.1 0
+K_POINTS automatic
+2 2 2 1 1 1
+"""
+PH = """phonons
+&inputph
+ prefix = 'mgo', outdir = 'tmp', epsil = .true., tr2_ph = 1e-13, fildyn = 'dyn1'
+/
+0 0 0
+"""
+DYNMAT = "&input fildyn = 'dyn1', asr = 'simple', q(1) = 1, q(2) = 0, q(3) = 0 /\n"
+
+
+@pytest.mark.real_espresso
+@pytest.mark.skipif(
+    shutil.which("ph.x") is None or not (PSEUDO / "Mg.pz-n-vbc.UPF").is_file(),
+    reason="skipped: no ph.x here (apt-get install quantum-espresso quantum-espresso-data)",
+)
+def test_charges_of_ph_x_are_read_and_the_splitting_is_that_of_its_own_dynmat_x(tmp_path):
+    for program, text in (("pw.x", PW), ("ph.x", PH), ("dynmat.x", DYNMAT)):
+        file = tmp_path / f"{program}.pwi"
+        file.write_text(text)
+        command = [program, "-in", file.name]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stdout[-2000:]
+    theirs = [float(row) for row in re.findall(r"^\s+[4-6]\s+(\S+)\s", done.stdout, re.M)]
+    state = state_from_dyn(tmp_path / "dyn")
+    dipoles = fitted(state.atoms, [read_born(tmp_path / "pw.x.pwi", tmp_path / "dyn1")])
+    along_x = state.atoms.cell.array @ [1.0, 0.0, 0.0]
+    squares = dipole_squares(state, dipoles, np.zeros((1, 3)), along_x)[0]
+    ours = phonon_energy(squares)[3:] * EV_IN_CM1
+    assert ours == pytest.approx(theirs, rel=2e-3) and theirs[2] - theirs[0] > 200
 
 
 def anatase(u=0.208):

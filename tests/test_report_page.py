@@ -29,7 +29,7 @@ from magus_anharmonic.paper.quantities import learning_curves
 from magus_anharmonic.phase_diagram.diagram import phase_diagram
 from magus_anharmonic.phase_diagram.report import sentences, write_diagram
 from magus_anharmonic.ranking.candidate import Candidate
-from magus_anharmonic.ranking.store import NAME, FreeEnergyStore, Key, read_records
+from magus_anharmonic.ranking.store import FreeEnergyStore, Key, read_records
 from magus_anharmonic.report import report_at_end, structures, write_report
 from magus_anharmonic.report.figures import stored_picture
 from magus_anharmonic.structures import number_of, space_group, with_isotopes
@@ -433,16 +433,16 @@ def test_a_database_that_is_locked_or_damaged_costs_its_structures_only_and_is_l
         file.unlink()
     ours = search / "results" / "anharmonic"
     key = Key("model", 10.0, 0.0, "hash")
-    FreeEnergyStore(ours / NAME).put(
+    FreeEnergyStore(ours / "free_energies.db").put(
         stored_run("abc", key, bulk("Cu"), "converged", gibbs=1.0, centroids=bulk("Cu"))
     )
-    assert [record.structure for record in read_records(ours / NAME)] == ["abc"]
-    whole = (ours / NAME).read_bytes()
-    with contextlib.closing(sqlite3.connect(ours / NAME)) as writer:
+    assert [record.structure for record in read_records(ours / "free_energies.db")] == ["abc"]
+    whole = (ours / "free_energies.db").read_bytes()
+    with contextlib.closing(sqlite3.connect(ours / "free_energies.db")) as writer:
         writer.execute("BEGIN EXCLUSIVE")
         began = time.monotonic()
         with pytest.raises(MagusAnharmonicError, match="database is locked"):
-            read_records(ours / NAME)
+            read_records(ours / "free_energies.db")
         assert time.monotonic() - began < 10
         page = write_report(search).read_text()
         assert (
@@ -451,10 +451,10 @@ def test_a_database_that_is_locked_or_damaged_costs_its_structures_only_and_is_l
         )
         writer.rollback()
     for content in (whole[:5000], b"", b"no database"):
-        (ours / NAME).write_bytes(content)
+        (ours / "free_energies.db").write_bytes(content)
         assert "free_energies.db: cannot be read now" in write_report(search).read_text()
-        assert [path.name for path in ours.glob("free*")] == [NAME] and (
-            ours / NAME
+        assert [path.name for path in ours.glob("free*")] == ["free_energies.db"] and (
+            ours / "free_energies.db"
         ).read_bytes() == content
 
 

@@ -29,7 +29,7 @@ from magus_anharmonic.generation import checked_learning
 from magus_anharmonic.io.digests import versions
 from magus_anharmonic.io.files import TEMPORARY
 from magus_anharmonic.ranking import rank_file
-from magus_anharmonic.ranking.store import NAME, FreeEnergyStore
+from magus_anharmonic.ranking.store import FreeEnergyStore
 from magus_anharmonic.runs.lock import born, check_free, locked
 from magus_anharmonic.search import host, population, relaxation, run
 from magus_anharmonic.search.archive import Archive
@@ -950,7 +950,7 @@ def everything(directory):
     ours = directory / "results" / "anharmonic"
     records = [
         (r.structure, r.generation, r.status, r.reason, r.gibbs)
-        for r in FreeEnergyStore(ours / NAME).runs()
+        for r in FreeEnergyStore(ours / "free_energies.db").runs()
     ]
     tables = {
         path.name: path.read_bytes()

@@ -21,7 +21,7 @@ from magus_anharmonic.io import pictures as style
 from magus_anharmonic.io.digests import safe_name
 from magus_anharmonic.io.files import read_json, remove
 from magus_anharmonic.paper import enthalpies, quantities, tables
-from magus_anharmonic.runs.record import CampaignFolder
+from magus_anharmonic.runs.folder import CampaignFolder
 
 from . import figures_sscha
 from .drawing import MANY, Drawing, Missing, diagonal, rows_of_step

@@ -37,7 +37,7 @@ from magus_anharmonic.paper.tables import (
     ranking_files,
 )
 from magus_anharmonic.ranking.candidate import Candidate
-from magus_anharmonic.runs.record import CampaignFolder
+from magus_anharmonic.runs.folder import CampaignFolder
 
 from .expected import NAMES, ExpectedValue, ExpectedValues, load_expected
 from .explain import Context, Found, explanations, near, read_context, sources_of, why_absent

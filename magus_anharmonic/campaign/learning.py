@@ -59,6 +59,7 @@ from magus_anharmonic.paper.tables import (
     Parity,
     learning_points,
 )
+from magus_anharmonic.runs.folder import SearchFolder
 from magus_anharmonic.settings import parse_settings
 from magus_anharmonic.settings.section import load_yaml
 
@@ -80,8 +81,8 @@ def learn(context: Context, step: Step) -> Outcome:
     )
     data = context.settings.learning_search(step.pressure or 0.0, start, step.cycle)
     search(context, folder, data)
-    anharmonic = folder / "results" / "anharmonic"
-    metrics = read_jsonl(anharmonic / "metrics.jsonl")
+    files = SearchFolder.below(folder)
+    metrics = read_jsonl(files.metrics)
     if not metrics:
         raise MagusAnharmonicError(
             f"{folder}: the search ended without a round of learning; see its log"
@@ -89,11 +90,7 @@ def learn(context: Context, step: Step) -> Outcome:
     latest = {record["generation"]: record for record in metrics}
     rows = (row for record in latest.values() for row in learning_points(step.id, record))
     write_part(folder, LearningPoint, rows)
-    failed = [
-        record
-        for record in read_jsonl(anharmonic / "failures.jsonl")
-        if record.get("stage") == "label"
-    ]
+    failed = [record for record in read_jsonl(files.failures) if record.get("stage") == "label"]
     structures, evaluations = n_relaxed(folder)
     return Outcome(
         n_structures=structures,
@@ -153,11 +150,7 @@ def search(context: Context, folder: Path, data: dict[str, Any]) -> None:
     else:
         from magus_anharmonic.search import run
 
-        run(
-            parse_settings(data),
-            folder,
-            restart=(folder / "results" / "anharmonic" / "run.json").is_file(),
-        )
+        run(parse_settings(data), folder, restart=SearchFolder.below(folder).record.is_file())
     write_json(mark, {**identity, "finished": True})
 
 
@@ -168,7 +161,7 @@ def progress(step: Step, root: Path) -> str:
     folder = root / step.id
     generations = step.settings["input"].get("numGen", step.settings["input"].get("num_gen"))
     done = max([0, *(number for number, _ in populations(folder))])
-    labels = folder / "results" / "anharmonic" / "labels"
+    labels = SearchFolder.below(folder).labels
     waiting = len(list(labels.glob("pending/*/*.xyz")))
     shown = f", {waiting} labels of this one" if waiting else ""
     return f"generation {done} of {generations} reached{shown}"

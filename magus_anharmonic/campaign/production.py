@@ -53,6 +53,7 @@ from magus_anharmonic.io.files import (
 from magus_anharmonic.paper.quantities import kept_by_dft
 from magus_anharmonic.paper.tables import Enthalpy, SpaceGroups
 from magus_anharmonic.ranking.candidate import Candidate, read_ranking
+from magus_anharmonic.runs.folder import SearchFolder
 from magus_anharmonic.search.archive import read_frames
 from magus_anharmonic.settings import CalculatorSettings, parse
 from magus_anharmonic.structures import decided_group, space_group, stripped, structure_id
@@ -274,7 +275,7 @@ def sscha(context: Context, step: Step) -> Outcome:
         [found.atoms for found in pool], context.final_model, settings, folder, seed=seed
     )
     with replacing_table(folder / "tables" / f"ranking-{pressure:g}GPa.csv") as temporary:
-        shutil.copyfile(folder / "ranking.csv", temporary)
+        shutil.copyfile(SearchFolder(folder).ranking, temporary)
     with structure_file(folder) as file:
         for candidate in candidates:
             file.add(candidate.atoms, candidate.id, candidate.spg_static, pressure, "static")
@@ -299,7 +300,7 @@ def sscha(context: Context, step: Step) -> Outcome:
         log.warning(
             "%s: no free energy has converged, so there is no order; the reasons are in %s",
             step.id,
-            folder / "ranking.csv",
+            SearchFolder(folder).ranking,
         )
     else:
         raise MagusAnharmonicError(
@@ -350,7 +351,7 @@ def changed_candidates(folder: Path, limit: int | None = None) -> list[tuple[Can
     statics = {str(atoms.info["id"]): atoms for atoms in read_statics(folder)}
     rows = [
         row
-        for row in read_ranking(folder / "ranking.csv")
+        for row in read_ranking(SearchFolder(folder).ranking)
         if decided_group(row.spg_quantum) not in ("", row.spg_static)
     ]
     usable = [

@@ -39,9 +39,9 @@ from magus_anharmonic.errors import (
 )
 from magus_anharmonic.io.files import set_aside
 from magus_anharmonic.paper.tables import Cost, FailureRow
+from magus_anharmonic.runs.folder import CampaignFolder
 from magus_anharmonic.runs.lock import locked
 from magus_anharmonic.runs.record import (
-    CampaignFolder,
     check_results_version,
     read_run_record,
     record_file,

@@ -26,8 +26,9 @@ from magus_anharmonic.io.digests import digest, safe_name, versions
 from magus_anharmonic.io.files import reading_table, remove, replacing_table, write_json
 from magus_anharmonic.io.tables import write
 from magus_anharmonic.labelers import get_labeler
-from magus_anharmonic.runs.record import CampaignFolder, read_steps
+from magus_anharmonic.runs.folder import CampaignFolder
 from magus_anharmonic.runs.record import StepRecord as StepRecord
+from magus_anharmonic.runs.record import read_steps
 from magus_anharmonic.settings.campaign import CampaignSettings
 from magus_anharmonic.structures import stripped
 from magus_anharmonic.units import GPa

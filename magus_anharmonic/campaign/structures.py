@@ -34,6 +34,7 @@ from magus_anharmonic.learning.choose import (
 )
 from magus_anharmonic.learning.dataset import LabelStore, read_dataset
 from magus_anharmonic.paper.tables import Enthalpy
+from magus_anharmonic.runs.folder import SearchFolder
 from magus_anharmonic.settings.campaign_blocks import PhaseSettings
 from magus_anharmonic.structures import (
     formula,
@@ -209,8 +210,7 @@ def merge(context: Context, step: Step) -> Outcome:
     """
     settings, folder = context.settings.merge, context.folder(step)
     stores = {
-        name: LabelStore(context.folder(name) / "results" / "anharmonic" / "labels")
-        for name in step.needs
+        name: LabelStore(SearchFolder.below(context.folder(name)).labels) for name in step.needs
     }
     labels = {name: store.labels() for name, store in stores.items()}
     settings_hash = one_settings_hash(labels)

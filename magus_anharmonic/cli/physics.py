@@ -29,6 +29,7 @@ from magus_anharmonic.cli.common import (
     settings_of,
 )
 from magus_anharmonic.errors import InputError
+from magus_anharmonic.runs.folder import SearchFolder
 
 Supercell = Annotated[
     tuple[int, int, int] | None,
@@ -374,13 +375,14 @@ def errors(
     )
     if electronic and settings.sscha and not source.is_dir():  # before the run of a structure
         at_electronic_temperature(labels, settings.sscha.temperatures[0])
-    place = output / "labeling", settings if input_file else None
+    files = SearchFolder(output)
+    place = files.labeling, settings if input_file else None
     with locked(output, WHAT), contextlib.ExitStack() as opened:
         # a wrong one ends here, not after the SSCHA run
         labeler = opened.enter_context(contextlib.closing(get_labeler(labels, *place)))
         model = ranking_evaluator(settings)
         found = find_source(
-            source, model, output / "sscha", settings, phase=phase, run=free_energy_on(settings)
+            source, model, files.sscha, settings, phase=phase, run=free_energy_on(settings)
         )
         displacements = (
             None if ensemble is None else given_displacements(found.state, ensemble)[:n_configs]

@@ -1,13 +1,9 @@
-"""What a labeler is, its recipe, and commands without a shell.
-
-Commands of DFT codes without a shell: what is split here, and the calculators' own ``shell=True``
-taken away.
+"""What every labeler is and returns, what identifies an energy surface, and commands without a
+shell: split here, the calculators' own ``shell=True`` taken away.
 
 A command is a program, its arguments in quotes or not, variables of the environment, and plain
 redirections. Nothing else is understood, and nothing is carried out of what only a shell
 understands.
-
-What every labeler is and returns, and what identifies an energy surface.
 """
 
 from __future__ import annotations
@@ -28,6 +24,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 from ase import Atoms
 
+from magus_anharmonic.energy_surface import FreeEnergySurface
 from magus_anharmonic.errors import LabelerError
 from magus_anharmonic.evaluator import Relaxation
 from magus_anharmonic.io.digests import digest, to_json
@@ -215,7 +212,7 @@ class Label:
 
     energy : eV, extrapolated to zero smearing; free_energy : eV, with the electronic entropy, None
     when the code gives none; forces : (N, 3) eV/A; stress : (3, 3) eV/A^3, ASE's sign; seconds :
-    wall time of this label.
+    wall time of this label; info : what else the calculator says of it (its ``label_info``).
     """
 
     structure: Atoms
@@ -226,6 +223,7 @@ class Label:
     settings_hash: str
     seconds: float
     ok: bool = True
+    info: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -243,10 +241,11 @@ OnResult = Callable[[int, "Label | Failure"], None]
 
 class Labeler:
     """DFT single points and relaxations; ``settings_hash`` (12 hex digits) names the energy
-    surface."""
+    surface, and ``surface`` describes it where it is a free energy."""
 
     settings_hash: str
     description: str
+    surface: FreeEnergySurface | None = None
 
     def label(
         self, structures: Sequence[Atoms], on_result: OnResult | None = None
@@ -270,6 +269,10 @@ class Labeler:
         Raises ``LabelerError`` where single points are all that is made.
         """
         raise LabelerError(f"{self.description}: makes single points only")
+
+    def found(self, folder: Path) -> Iterator[tuple[Atoms, Label]]:
+        """Structures and labels that runs below ``folder`` hold already; most know of none."""
+        yield from ()
 
     def close(self) -> None:
         """End what the labeler has started; it cannot be used afterwards."""
@@ -422,6 +425,14 @@ class Code:
 
     def check(self, calculator: Any) -> None:
         """Raise ``LabelerError`` where the calculator has results that are none."""
+
+    def surface(self, recipe: Recipe) -> FreeEnergySurface | None:
+        """What the labels are of; None: static energies."""
+        return None
+
+    def found(self, recipe: Recipe, folder: Path) -> Iterator[tuple[Atoms, Label]]:
+        """Labels of the recipe that lie below ``folder`` without having been asked for."""
+        yield from ()
 
     def default_workers(self, cores: int) -> int:
         """Labels at the same time: one per core, unless the code takes all cores itself."""

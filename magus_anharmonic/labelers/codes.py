@@ -29,6 +29,7 @@ from magus_anharmonic.labelers.base import (
     program_of,
 )
 from magus_anharmonic.labelers.espresso import Espresso
+from magus_anharmonic.labelers.sscha import SschaLabels
 from magus_anharmonic.settings import (
     AseCalculatorSettings,
     LabelerSettings,
@@ -398,7 +399,12 @@ def _calculates(found: Any) -> bool:
     )
 
 
-REGISTRY: dict[str, type[Code]] = {"gpaw": Gpaw, "vasp": Vasp, "espresso": Espresso}
+REGISTRY: dict[str, type[Code]] = {
+    "gpaw": Gpaw,
+    "vasp": Vasp,
+    "espresso": Espresso,
+    "sscha": SschaLabels,
+}
 """Name in ``learning.labeler.calculator`` -> code; others are of other packages, or import paths of
 ASE calculators."""
 

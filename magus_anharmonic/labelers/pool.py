@@ -11,7 +11,7 @@ import tempfile
 import threading
 import time
 import weakref
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import closing
 from pathlib import Path
@@ -24,6 +24,7 @@ from magus_anharmonic.errors import LabelerError, MachineError
 from magus_anharmonic.evaluator import Relaxation
 from magus_anharmonic.io.files import replacing
 from magus_anharmonic.labelers.base import Failure, Label, Labeler, OnResult, Recipe, settings_hash
+from magus_anharmonic.labelers.codes import code_of
 from magus_anharmonic.labelers.worker import begin
 from magus_anharmonic.processes import Worker, descendants, end_processes, require_space
 from magus_anharmonic.runs.record import Progress
@@ -130,6 +131,7 @@ class JobLabeler(Labeler):
         self.directory = Path(directory).absolute()
         self.timeout = timeout
         self.settings_hash = recipe.settings_hash
+        self.surface = code_of(recipe.code).surface(recipe)
         arguments = ", ".join(f"{key}={value}" for key, value in recipe.arguments.items())
         if recipe.k_spacing is not None:
             arguments += f", k spacing 2 pi x {recipe.k_spacing:g} / A"
@@ -144,7 +146,8 @@ class JobLabeler(Labeler):
             if reason:
                 return Failure(atoms, reason, self.settings_hash)
             numbers = (answer[name] for name in ("energy", "free_energy", "forces", "stress"))
-            return Label(atoms, *numbers, self.settings_hash, answer["seconds"])
+            rest = self.settings_hash, answer["seconds"]
+            return Label(atoms, *numbers, *rest, info=answer.get("info", {}))
 
         return self._all("label", {}, structures, made, on_result)
 
@@ -192,6 +195,10 @@ class JobLabeler(Labeler):
                 if on_result is not None:
                     on_result(index, results[index])
         return results
+
+    def found(self, folder: Path) -> Iterator[tuple[Atoms, Label]]:
+        """See `Labeler`."""
+        return code_of(self.recipe.code).found(self.recipe, folder)
 
     def _for_files_of(self, atoms: Atoms) -> Path:
         """Where the files of a failed label are kept; those of an earlier failure are gone."""

@@ -137,6 +137,7 @@ def _results(atoms: Atoms, code: Code) -> dict[str, Any]:
         "free_energy": None if free_energy is None else float(free_energy),
         "forces": forces,
         "stress": stress,
+        "info": getattr(atoms.calc, "label_info", {}),
     }
 
 

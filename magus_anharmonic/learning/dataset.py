@@ -82,6 +82,7 @@ def labelled(structure: Atoms, label: Label, **info: Any) -> Atoms:
     and ``info`` in ``info``."""
     atoms = stripped(structure)
     atoms.info.update(structure.info)
+    atoms.info.update(label.info)
     atoms.info.update(info, settings_hash=label.settings_hash)
     if label.free_energy is not None:
         atoms.info["free_energy"] = label.free_energy

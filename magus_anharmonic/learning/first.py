@@ -22,9 +22,10 @@ from magus_anharmonic.io.files import append_jsonl, remove, replacing
 from magus_anharmonic.labelers.base import Labeler
 from magus_anharmonic.learning.choose import SIDES
 from magus_anharmonic.learning.dataset import LabelStore, on_side
-from magus_anharmonic.learning.learn import Sets, checkpoint_file, label_planned, scores_of_sets
+from magus_anharmonic.learning.learn import Sets, label_planned, scores_of_sets
 from magus_anharmonic.learning.round import Purpose, Round
 from magus_anharmonic.potential.label_check import sound
+from magus_anharmonic.runs.folder import SearchFolder
 from magus_anharmonic.settings import LearningSettings
 from magus_anharmonic.structures import stripped
 from magus_anharmonic.units import GPa
@@ -83,7 +84,9 @@ def first_model(
                 f" reasons are in {folder / 'failures.jsonl'}"
             )
         started = time.monotonic()
-        model, found_scores = _trained(sets, now, folder / "training" / f"first{batch}.pth", device)
+        model, found_scores = _trained(
+            sets, now, SearchFolder(folder).training / f"first{batch}.pth", device
+        )
         in_training += time.monotonic() - started
         log.info(
             "first model, batch %d of %d: %d labels, %d failed; %s on %d of them held back",
@@ -151,7 +154,7 @@ def _kept(
     """Write the line of metrics, then the checkpoint, whose presence ends the round."""
     scores = scores_of_sets(model, sets, settings)
     append_jsonl(
-        folder / "metrics.jsonl",
+        SearchFolder(folder).metrics,
         {
             **metrics,
             "n_new": sets.n_new,
@@ -166,8 +169,8 @@ def _kept(
             "new": scores,
         },
     )
-    file = checkpoint_file(folder, GENERATION)
+    file = SearchFolder(folder).checkpoint(GENERATION)
     with replacing(file) as temporary:
         shutil.copyfile(Path(str(model.path)), temporary)
-    remove(folder / "training")
+    remove(SearchFolder(folder).training)
     return file

@@ -14,16 +14,25 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from ase import Atoms
 
+from magus_anharmonic.energy_surface import FreeEnergySurface, check_start, surface_in_use
 from magus_anharmonic.errors import CheckpointError
 from magus_anharmonic.io.files import append_jsonl, read_jsonl, remove, replacing, set_aside
 from magus_anharmonic.labelers.base import Failure, Label, Labeler
-from magus_anharmonic.learning.choose import SIDES, Contender
-from magus_anharmonic.learning.dataset import LabelStore, labelled, on_side, read_dataset
+from magus_anharmonic.learning.choose import SIDES, Contender, parent_name
+from magus_anharmonic.learning.dataset import (
+    LabelStore,
+    labelled,
+    on_side,
+    plan_label,
+    read_dataset,
+)
 from magus_anharmonic.learning.round import Purpose, Round
 from magus_anharmonic.potential.label_check import outliers, sound
-from magus_anharmonic.potential.labelled import FEW, Scores, score
+from magus_anharmonic.potential.labelled import FEW, Scores, score, weights_by_error
+from magus_anharmonic.runs.folder import SearchFolder
 from magus_anharmonic.runs.record import record_failure
 from magus_anharmonic.settings import LearningSettings
+from magus_anharmonic.structures import structure_id
 
 if TYPE_CHECKING:
     from magus_anharmonic.potential import Potential
@@ -124,12 +133,15 @@ def learn(
     if earlier is not None:
         return earlier
     store.check(labeler.settings_hash)
+    check_start(surface_in_use(labeler), potential.surface, potential.model_id)
     dataset = read_dataset(settings.dataset, labeler.settings_hash) if settings.dataset else []
     store.adopt(dataset, settings.split)
     began = time.monotonic()
     now = Round(generation, settings, store, seed)
     planned = _plan(now, population, contenders, potential, dataset, folder)
     n_failures = label_planned(planned, generation, labeler, store, folder)
+    if surface_in_use(labeler) is not None:
+        _gather(now, labeler, folder)
     n_failures += _quarantine(generation, potential, store, folder)
     dataset, _ = sound(dataset, potential, "learning.dataset")
     labels = store.labels(generation=generation)
@@ -184,7 +196,7 @@ def finished(folder: Path, generation: int, potential: Potential) -> Learned | N
     """The result of a round that an earlier run finished: its line of metrics and its checkpoint
     are there."""
     records = _recorded(folder, generation)
-    file = checkpoint_file(folder, generation)
+    file = SearchFolder(folder).checkpoint(generation)
     if not records or not file.is_file():
         return None
     metrics, current = records[-1], potential
@@ -201,7 +213,7 @@ def finished(folder: Path, generation: int, potential: Potential) -> Learned | N
                 "%s is not the model that metrics.jsonl names; the round is done again", file
             )
             return None
-    for left in (folder / "training").glob(
+    for left in SearchFolder(folder).training.glob(
         f"gen{generation}.pth*"
     ):  # killed between the checkpoint and its tidying up
         remove(left)
@@ -211,13 +223,8 @@ def finished(folder: Path, generation: int, potential: Potential) -> Learned | N
 
 def _recorded(folder: Path, generation: int) -> list[dict[str, Any]]:
     """The lines of ``metrics.jsonl`` about a round."""
-    records = read_jsonl(folder / "metrics.jsonl", METRICS)
+    records = read_jsonl(SearchFolder(folder).metrics, METRICS)
     return [record for record in records if record["generation"] == generation]
-
-
-def checkpoint_file(folder: Path, generation: int) -> Path:
-    """Where the model after a round is."""
-    return folder / "checkpoints" / f"gen{generation}.pth"
 
 
 def label_planned(
@@ -242,6 +249,30 @@ def label_planned(
         labeler.label(waiting, keep)
     store.close_batch(generation)
     return n_failures
+
+
+def _gather(now: Round, labeler: Labeler, folder: Path) -> None:
+    """Take in the labels that SSCHA runs in ``folder`` hold without having been asked for them:
+    their families keep their sides, and new ones train."""
+    known = now.known_sides()
+    have = {structure_id(atoms) for atoms in now.store.labels(quarantined=True)}
+    for atoms, label in labeler.found(SearchFolder(folder).sscha):
+        if structure_id(atoms) in have:
+            continue
+        have.add(structure_id(atoms))
+        name = parent_name(atoms)
+        family = now.store.families.family(name, atoms)
+        plan_label(
+            atoms,
+            generation=now.generation,
+            parent=name,
+            family=family,
+            side=known.get(family, "train"),
+            kind="population",
+            distortion_seed="none",
+        )
+        keep_label(atoms, label, now.store)
+    now.store.close_batch(now.generation)
 
 
 def _quarantine(generation: int, potential: Potential, store: LabelStore, folder: Path) -> int:
@@ -363,10 +394,11 @@ def _train(
         sets.train,
         sets.validation,
         now.settings,
-        out=folder / "training" / f"gen{now.generation}.pth",
+        out=SearchFolder(folder).trained(now.generation),
         seed=int(now.random(Purpose.TRAIN).integers(2**31)),
         parent_id=potential.model_id,
         species=potential.species_seen,
+        weights=weights_by_error(sets.train),
     )
     found = {
         "shift": shift,
@@ -421,9 +453,9 @@ def _conclude(
     generation = int(metrics["generation"])
     recorded = _recorded(folder, generation)
     if not recorded or recorded[-1]["new_model"] != current.model_id:
-        append_jsonl(folder / "metrics.jsonl", metrics)
-    file = checkpoint_file(folder, generation)
-    _write_checkpoint(current, changed, file, folder / "training" / f"gen{generation}.pth")
+        append_jsonl(SearchFolder(folder).metrics, metrics)
+    file = SearchFolder(folder).checkpoint(generation)
+    _write_checkpoint(current, changed, file, SearchFolder(folder).trained(generation))
     if changed:
         current.path = file
     return Learned(current, metrics)
@@ -437,6 +469,7 @@ def _write_checkpoint(model: Potential, changed: bool, file: Path, trained: Path
             shutil.copyfile(trained, temporary)
     else:
         extra = uncertainty.for_checkpoint(model.error_model)
+        extra |= FreeEnergySurface.for_checkpoint(model.surface)
         checkpoint.save(
             model.module, file, parent_id=model.model_id, species=model.species_seen, **extra
         )

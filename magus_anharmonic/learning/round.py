@@ -28,6 +28,7 @@ from magus_anharmonic.learning.choose import (
     sides_of_families,
 )
 from magus_anharmonic.learning.dataset import LabelStore, plan_label, read_labels
+from magus_anharmonic.runs.folder import SearchFolder
 from magus_anharmonic.settings import LearningSettings
 from magus_anharmonic.structures import stripped
 
@@ -174,7 +175,7 @@ class Round:
         taken up again (a damaged one is set aside and made anew); without contenders and without
         such a file it is empty.
         """
-        file = Path(folder) / "ensembles" / f"gen{self.generation}.xyz"
+        file = SearchFolder(folder).ensembles / f"gen{self.generation}.xyz"
         if (kept := read_whole(file, read_plan)) is not None:
             return kept
         if not contenders:

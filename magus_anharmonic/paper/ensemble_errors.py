@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from ase import Atoms
 
+from magus_anharmonic.energy_surface import require_potential, surface_in_use
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.evaluator import Evaluator
 from magus_anharmonic.gate import read_structures
@@ -244,6 +245,9 @@ def measure_locked(
     electronic: bool = False,
 ) -> ErrorsReport:
     """`measure_errors` for a caller that holds the lock of ``folder``."""
+    require_potential(model, "errors")
+    if surface_in_use(labeler) is not None:
+        raise InputError("labeler: labels of a free energy say nothing of a potential's errors")
     u = (
         sample_displacements(source.state, n_configs, seed)
         if displacements is None

@@ -25,6 +25,7 @@ from magus.calculators.base import Calculator
 from magus.fitness import FitnessCalculator
 
 from magus_anharmonic import evaluator
+from magus_anharmonic.energy_surface import require_kind
 from magus_anharmonic.errors import InputError, MagusAnharmonicError
 from magus_anharmonic.evaluator import (
     CalculatorEvaluator,
@@ -193,6 +194,7 @@ class MatterSimCalculator(Calculator):
             _refuse_forked_cuda(self.options.device)
             self.checkpoint = self._learned() or self.checkpoint
             self._potential = load(self.checkpoint, self.options.device)
+            require_kind(self._potential, self.options.surface, "MainCalculator")
             logger.info("MatterSim model %s from %s", self._potential.model_id, self.checkpoint)
         return self._potential
 

@@ -24,6 +24,7 @@ from magus_anharmonic.plugins.calculator import (
     result_in,
     surface_settings,
 )
+from magus_anharmonic.runs.folder import SearchFolder
 from magus_anharmonic.settings import LearningSettings
 from magus_anharmonic.structures import stripped, structure_id
 
@@ -72,7 +73,7 @@ class MatterSimLearner(MatterSimCalculator):
     def store(self) -> LabelStore:
         """All labels of this search."""
         if self._labels is None:
-            self._labels = LabelStore(self.run_dir / "labels")
+            self._labels = LabelStore(SearchFolder(self.run_dir).labels)
             if self.learning.dataset:
                 self._labels.adopt(
                     read_dataset(self.learning.dataset, self.labeler.settings_hash),

@@ -83,6 +83,7 @@ class _Content(BaseModel):
     provenance: dict[str, Any] | None = None
     model_id: str | None = None
     parent_id: str | None = None
+    surface: dict[str, Any] | None = None
     species: (
         Annotated[list[Annotated[int, Field(ge=1, le=MAX_Z, strict=True)]], Field(strict=False)]
         | None

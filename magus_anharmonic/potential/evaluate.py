@@ -15,6 +15,7 @@ import torch
 from ase import Atoms
 from ase.data import chemical_symbols
 
+from magus_anharmonic.energy_surface import FreeEnergySurface
 from magus_anharmonic.errors import InputError, MachineError, NotFinite, is_out_of_memory
 from magus_anharmonic.evaluator import Evaluation
 from magus_anharmonic.potential import checkpoint, uncertainty
@@ -37,6 +38,7 @@ from magus_anharmonic.potential.resources import (
     run_side_by_side,
 )
 from magus_anharmonic.potential.uncertainty import ErrorModel, Uncertainty
+from magus_anharmonic.units import ev_to_mev
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +52,9 @@ LEAST_EDGES_OF_A_THREAD = 1_000
 """Fewer, and the time to call torch counts."""
 _CHECKED_FROM = 2e8  # bytes; what is smaller is tried without a look at the free memory
 
+FAR = 2.0
+"""Times the error that 95 % of its labels stay below."""
+
 Batch = tuple[list[int], int, Callable[[list[int]], Graph]]
 """Places of structures, about how many edges they have, and what makes the graph of some."""
 
@@ -59,9 +64,9 @@ _DTYPES = {"float32": torch.float32, "float64": torch.float64}
 class Potential:
     """A MatterSim checkpoint: an `Evaluator` for batches of structures of any size and species.
 
-    Directions without ``pbc`` are not periodic; the stress of a structure without a cell is zero.
-    ``module`` is MatterSim's own ``M3Gnet``, ``model`` the factorised form that shares its
-    parameters.
+    ``surface`` : what it is a free energy of; None: a potential. Directions without ``pbc`` are not
+    periodic; the stress of a structure without a cell is zero. ``module`` is MatterSim's own
+    ``M3Gnet``, ``model`` the factorised form that shares its parameters.
 
     edges_per_batch
         Left out, the processor's cache (CPU) and the free memory decide; either way memory that
@@ -78,6 +83,7 @@ class Potential:
         dtype: str = "float32",
         edges_per_batch: int | None = None,
         error_model: ErrorModel | None = None,
+        surface: FreeEnergySurface | None = None,
     ) -> None:
         if dtype not in _DTYPES:
             raise InputError(f"dtype {dtype}: only {' and '.join(_DTYPES)} are possible")
@@ -89,6 +95,7 @@ class Potential:
         self.model = FactorisedM3GNet(self.module)
         self.cutoff = self.model.cutoff
         self.error_model = error_model
+        self.surface = surface
         self._edges_per_batch = edges_per_batch
         self.memory = memory_model(self.model, self.dtype)
         self._warned: set[int] = set()
@@ -113,6 +120,7 @@ class Potential:
             dtype="float64",
             edges_per_batch=self._edges_per_batch,
             error_model=self.error_model,
+            surface=self.surface,
         )
 
     @property
@@ -160,6 +168,7 @@ class Potential:
             (partial(self._evaluate_batch, structures, results, *batch) for batch in batches),
             n_threads,
         )
+        self._say_how_far(results.energy_error)
         return Evaluation(results.energy, results.forces, results.stress, results.energy_error)
 
     def _checked(self, structures: Sequence[Atoms]) -> list[Atoms]:
@@ -176,7 +185,22 @@ class Potential:
                 )
             check(atoms, f"structure {index}")
             self._warn_unseen(atoms)
+        if self.surface is not None:
+            self.surface.require(structures)
         return structures
+
+    def _say_how_far(self, energy_error: np.ndarray | None) -> None:
+        """Of a free-energy model, which has few labels: how many structures are far from them."""
+        if self.surface is None or self.error_model is None or energy_error is None:
+            return
+        usual = self.error_model.usual_energy_error
+        far = energy_error > FAR * usual
+        if far.any():
+            logger.warning(
+                "free-energy model %s: %d of %d structures are far from its labels: expected"
+                " error of F up to %.0f meV/atom, usually below %.1f; make labels there",
+                self.model_id, far.sum(), len(far), ev_to_mev(energy_error.max()), ev_to_mev(usual),
+            )  # fmt: skip
 
     def atomic_energies(self, structures: Sequence[Atoms]) -> list[np.ndarray]:
         """Energies (N_i,) eV of the atoms of each structure, which add up to its energy; a forward

@@ -20,13 +20,14 @@ import numpy as np
 import torch
 from ase import Atoms
 
+from magus_anharmonic.energy_surface import FreeEnergySurface, check_start, surface_of_labels
 from magus_anharmonic.errors import CheckpointError, DamagedFile, InputError
 from magus_anharmonic.io.digests import digest, versions
 from magus_anharmonic.io.files import remove, set_aside
 from magus_anharmonic.potential import checkpoint, uncertainty
 from magus_anharmonic.potential.evaluate import Potential
 from magus_anharmonic.potential.labelled import LabelledGraphs, Scores, labels_of
-from magus_anharmonic.potential.loading import check_once
+from magus_anharmonic.potential.loading import check_once, surface_in
 from magus_anharmonic.potential.resources import chosen_device, threads_for_training
 from magus_anharmonic.potential.trainer import (
     Epoch,
@@ -108,8 +109,9 @@ def finetune(
     in ``out``. For a module, ``parent_id`` and ``species`` (atomic numbers it was trained on; None:
     unknown, as for MatterSim's own) may be given; a checkpoint knows them. ``weights`` says how
     often each training structure is seen per epoch on average (default: once). ``progress`` is
-    called after every epoch. Without ``error_estimate`` the model gets none (a stage that another
-    one follows does not need it).
+    called after every epoch. Labels of a free energy make a model of it, which starts from the
+    potential that they are of, or from an earlier model (of a module, the caller knows). Without
+    ``error_estimate`` the model gets none (a stage that another one follows does not need it).
 
     What comes out is compared with stock MatterSim, alone and in a batch, as by `load`
     (`magus_anharmonic.potential.loading`).
@@ -120,7 +122,8 @@ def finetune(
     """
     settings = _stage(settings)
     _check_arguments(train, validation, weights, Path(out))
-    module, known = _start(start, device)
+    surface = surface_of_labels([*train, *validation])
+    module, known = _start(start, device, surface)
     species = known if species is None else species
     if species is not None:
         species = set(species).union(*(atoms.numbers.tolist() for atoms in train))
@@ -136,6 +139,7 @@ def finetune(
         parent_id or checkpoint.model_id(module),
         species,
         error_estimate,
+        surface,
     )
     if not validation:
         logger.warning(
@@ -198,12 +202,14 @@ def _check_result(result: FinetuneResult, species: Iterable[int] | None) -> None
 
 
 def _start(
-    start: torch.nn.Module | str | Path, device: str | None
+    start: torch.nn.Module | str | Path, device: str | None, labels: FreeEnergySurface | None
 ) -> tuple[torch.nn.Module, Iterable[int] | None]:
     if isinstance(start, torch.nn.Module):
         module = copy.deepcopy(start)
         return (module if device is None else module.to(device)), None
-    module, content = checkpoint.read(checkpoint.resolve(start), chosen_device(device))
+    path = checkpoint.resolve(start)
+    module, content = checkpoint.read(path, chosen_device(device))
+    check_start(labels, surface_in(content, path), checkpoint.model_id(module))
     return module, checkpoint.species_of(content)
 
 
@@ -221,6 +227,7 @@ class _Run:
     parent_id: str
     species: Iterable[int] | None
     error_estimate: bool
+    surface: FreeEnergySurface | None = None
     best_epoch: int = 0
     history: list[Epoch] = field(default_factory=list)
 
@@ -404,6 +411,7 @@ class _Run:
             metrics=metrics,
             species=self.species,
             **extra,
+            **FreeEnergySurface.for_checkpoint(self.surface),
         )
         remove(self.state_file)
         kept = (

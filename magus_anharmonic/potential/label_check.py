@@ -18,6 +18,7 @@ import numpy as np
 from ase import Atoms
 
 from magus_anharmonic.calculator_check import FORCE_FACTORS, NEAR, STRESS_FACTORS, likely_cause
+from magus_anharmonic.energy_surface import surface_of_labels
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.potential.labelled import labels_of, name_of
 from magus_anharmonic.units import RYDBERG
@@ -70,6 +71,9 @@ def outliers(labelled: Sequence[Atoms], model: Any | None = None) -> dict[int, s
     """
     if not labelled:
         return {}
+    if surface_of_labels(labelled) is not None and getattr(model, "surface", None) is None:
+        # forces of a free energy may well point the other way than those of its potential
+        model = None
     found = {
         i: "its own flag says that the calculation did not converge"
         for i, atoms in enumerate(labelled)

@@ -30,6 +30,7 @@ import torch
 from ase import Atoms
 from ase.calculators.calculator import PropertyNotImplementedError
 
+from magus_anharmonic.energy_surface import LABEL_ERROR
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.evaluator import as_evaluator
 from magus_anharmonic.io.digests import digest
@@ -163,6 +164,21 @@ class LabelledGraphs:
         order = np.arange(len(self)) if order is None else order
         for start in range(0, len(order), batch_size):
             yield self.batch(order[start : start + batch_size])
+
+
+SMALL_ERROR = 1e-3
+"""eV/atom: a label that is known so well counts half as much as an exact one."""
+
+
+def weights_by_error(labelled: Sequence[Atoms]) -> np.ndarray | None:
+    """(n,) how often each label is to be seen, 1 on average, by its statistical error
+    (`LABEL_ERROR`, eV per cell): 1 / (`SMALL_ERROR`^2 + error^2). None where all are
+    exact."""
+    errors = np.array([float(atoms.info.get(LABEL_ERROR, 0.0)) / len(atoms) for atoms in labelled])
+    if not errors.any():
+        return None
+    weights = 1.0 / (SMALL_ERROR**2 + errors**2)
+    return weights / weights.mean()
 
 
 FEW = 20

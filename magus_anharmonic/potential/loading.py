@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from ase import Atoms
 
-from magus_anharmonic.errors import CheckpointError, MagusAnharmonicError, NotFinite
+from magus_anharmonic.energy_surface import FreeEnergySurface
+from magus_anharmonic.errors import CheckpointError, InputError, MagusAnharmonicError, NotFinite
 from magus_anharmonic.evaluator import Evaluation
 from magus_anharmonic.potential import checkpoint, uncertainty
 from magus_anharmonic.potential.evaluate import Potential
@@ -62,9 +65,19 @@ def load(
         dtype=dtype,
         edges_per_batch=edges_per_batch,
         error_model=errors,
+        surface=surface_in(content, path),
     )
     check_once(potential)
     return potential
+
+
+def surface_in(content: Mapping[str, Any], path: Path | str) -> FreeEnergySurface | None:
+    """What a checkpoint's dictionary says that it is a free energy of; None: a potential. Raises
+    CheckpointError."""
+    try:
+        return FreeEnergySurface.of(content, f"checkpoint {path}")
+    except InputError as error:
+        raise CheckpointError(str(error)) from None
 
 
 def check_once(potential: Potential) -> None:

@@ -13,8 +13,8 @@ doi:10.1137/15M1054183). The energy is
 
 p = (s, n), with the full contraction of two tensors of rank l and coefficients of their own for
 each species of atom i: all terms of two and three bodies up to these degrees. Terms of four bodies
-made it no more accurate for Im-3m H3S, and a polynomial of second order in A costs matrix products alone
-(docs/performance.md compares it with libraries). Energies, forces and stresses determine the
+made it no more accurate for Im-3m H3S, and a polynomial of second order in A costs matrix products
+alone (docs/performance.md compares it with libraries). Energies, forces and stresses determine the
 coefficients by ridge regression, whose strength is that of least generalised cross-validation.
 """
 

@@ -14,6 +14,7 @@ import torch
 from ase import Atoms
 from pydantic import Field, model_validator
 
+from magus_anharmonic.energy_surface import FreeEnergySurface, check_start, surface_of_labels
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.gate import read_structures
 from magus_anharmonic.io.digests import digest
@@ -29,8 +30,9 @@ from magus_anharmonic.potential.labelled import (
     score,
     scores_by,
     split_by_parent,
+    weights_by_error,
 )
-from magus_anharmonic.potential.loading import check_once
+from magus_anharmonic.potential.loading import check_once, surface_in
 from magus_anharmonic.potential.resources import chosen_device
 from magus_anharmonic.potential.trainer import from_scratch, refit_shift
 from magus_anharmonic.potential.uncertainty import for_checkpoint
@@ -239,8 +241,11 @@ def _train(
     labels: Sequence[str | Path], out: Path, recipe: TrainRecipe, device: str | None
 ) -> TrainReport:
     began = time.perf_counter()
-    module, start, known = _start(recipe, device)
-    train, validation, test, excluded = _sound(labels, recipe, module)
+    module, start, known, surface = _start(recipe, device)
+    train, validation, test, excluded = _sound(labels, recipe, module, surface)
+    trained = surface_of_labels([*train, *validation, *test])
+    if module is not None:
+        check_start(trained, surface, checkpoint.model_id(module))
     species = frozenset(number for atoms in train for number in atoms.numbers.tolist())
     change: dict[str, float] = {}
     if module is None:
@@ -280,6 +285,7 @@ def _train(
         species=species,
         provenance=provenance,
         **for_checkpoint(errors),
+        **FreeEnergySurface.for_checkpoint(trained),
     )
     report = TrainReport(
         out, model.model_id, start, change, scores, stages, time.perf_counter() - began, excluded
@@ -364,25 +370,29 @@ def _sets(
 
 def _start(
     recipe: TrainRecipe, device: str | None
-) -> tuple[torch.nn.Module | None, str, frozenset[int] | None]:
-    """The module of the recipe's checkpoint (None: new weights), what it is in words, and the
-    species that it has seen (None: unknown)."""
+) -> tuple[torch.nn.Module | None, str, frozenset[int] | None, FreeEnergySurface | None]:
+    """The module of the recipe's checkpoint (None: new weights), what it is in words, the species
+    that it has seen (None: unknown), and what it is a free energy of."""
     if recipe.checkpoint is None:
-        return None, f"new weights, seed {recipe.seed}", None
+        return None, f"new weights, seed {recipe.seed}", None, None
     path = checkpoint.resolve(recipe.checkpoint)
     module, content = checkpoint.read(path, chosen_device(device))
     start = f"{Path(recipe.checkpoint).name}, model {checkpoint.model_id(module)}"
-    return module, start, checkpoint.species_of(content)
+    return module, start, checkpoint.species_of(content), surface_in(content, path)
 
 
 def _sound(
-    labels: Sequence[str | Path], recipe: TrainRecipe, module: torch.nn.Module | None
+    labels: Sequence[str | Path],
+    recipe: TrainRecipe,
+    module: torch.nn.Module | None,
+    surface: FreeEnergySurface | None,
 ) -> tuple[list[Atoms], list[Atoms], list[Atoms], list[str]]:
     """The three sets without labels that cannot be right, and what was left out and why."""
     sets = _sets(labels, recipe)
     model = None
     if module is not None:
-        model = Potential(module, device=str(next(module.parameters()).device))
+        device = str(next(module.parameters()).device)
+        model = Potential(module, device=device, surface=surface)
     kept, excluded = sound([atoms for part in sets for atoms in part], model, "training")
     for atoms in kept:
         atoms.info.pop("_frame", None)
@@ -396,7 +406,8 @@ def _sound(
 
 
 def _weights(train: list[Atoms], recipe: TrainRecipe) -> list[float] | None:
-    """Of each training structure, by its kind; raises InputError for a kind that no label has."""
+    """Of each training structure, by its kind and its statistical error; raises InputError for a
+    kind that no label has."""
     kinds = [str(atoms.info.get(recipe.kind, "other")) for atoms in train]
     unknown = sorted(set(recipe.weights) - set(kinds))
     if unknown:
@@ -404,7 +415,11 @@ def _weights(train: list[Atoms], recipe: TrainRecipe) -> list[float] | None:
             f"weights: no training label is of the {recipe.kind} {unknown[0]} (there are"
             f" {', '.join(sorted(set(kinds)))})"
         )
-    return [recipe.weights.get(kind, 1.0) for kind in kinds] if recipe.weights else None
+    by_error = weights_by_error(train)
+    if not recipe.weights and by_error is None:
+        return None
+    by_kind = [recipe.weights.get(kind, 1.0) for kind in kinds]
+    return list(by_kind if by_error is None else by_error * by_kind)
 
 
 def _scores(potential: Potential, labelled: list[Atoms], recipe: TrainRecipe) -> dict[str, Scores]:

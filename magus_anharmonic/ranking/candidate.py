@@ -21,6 +21,7 @@ from magus_anharmonic.io.files import remove, replacing, write_json
 from magus_anharmonic.io.tables import column, columns_of, read, values, write
 from magus_anharmonic.notebook import Described, html_table
 from magus_anharmonic.ranking.store import Run
+from magus_anharmonic.runs.folder import SearchFolder
 from magus_anharmonic.sscha.record import INFO_KEYS, FreeEnergy, WithFreeEnergy
 from magus_anharmonic.structures import as_pymatgen, formula, stripped
 from magus_anharmonic.units import ev_to_mev
@@ -369,7 +370,7 @@ def draw_best(run_dir: Path, candidates: Sequence[Candidate], n_best: int) -> li
     found = []
     for c in best:
         title = f"{c.formula}, {c.free_energy.space_group}, {c.pressure:g} GPa, {c.temperature:g} K"
-        found.append(draw_convergence(run_dir / "sscha" / c.sscha_folder, title))
+        found.append(draw_convergence(SearchFolder(run_dir).sscha / c.sscha_folder, title))
     return [path for path in found if path is not None]
 
 

@@ -45,6 +45,7 @@ from magus_anharmonic.ranking.runs import (
 from magus_anharmonic.ranking.stability import check_stability, with_followers
 from magus_anharmonic.ranking.store import FreeEnergyStore, Key
 from magus_anharmonic.ranking.uncertainty import ModelTerm, with_electronic, with_probabilities
+from magus_anharmonic.runs.folder import SearchFolder
 from magus_anharmonic.scheduler import Scheduler, open_scheduler
 from magus_anharmonic.settings import Settings
 from magus_anharmonic.sscha.record import FreeEnergy
@@ -348,15 +349,13 @@ def write_tables(
 ) -> None:
     """``ranking.csv`` for the first temperature, ``ranking_<T>K.csv`` for the others,
     ``results.json`` of all together, ``quantum.traj`` for all results."""
+    files = SearchFolder(run_dir)
     for index, candidates in enumerate(tables):
-        name = (
-            "ranking.csv"
-            if index == 0 or not candidates
-            else f"ranking_{candidates[0].temperature:g}K.csv"
-        )
-        write_ranking(run_dir / name, candidates)
-    write_results(run_dir / "results.json", tables)
-    write_quantum(run_dir / "quantum.traj", store.runs())
+        first = index == 0 or not candidates
+        other = "" if first else f"ranking_{candidates[0].temperature:g}K.csv"
+        write_ranking(files.ranking if first else run_dir / other, candidates)
+    write_results(files.results, tables)
+    write_quantum(files.quantum, store.runs())
 
 
 def _name(atoms: Atoms) -> str:

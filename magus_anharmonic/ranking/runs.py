@@ -38,8 +38,9 @@ from magus_anharmonic.ranking.phases import (
     reduced_centroids,
     same_primitive,
 )
-from magus_anharmonic.ranking.store import NAME, FreeEnergyStore, Key, Run, sscha_hash
+from magus_anharmonic.ranking.store import FreeEnergyStore, Key, Run, sscha_hash
 from magus_anharmonic.ranking.uncertainty import CommonNumbers, ensemble_trust
+from magus_anharmonic.runs.folder import SearchFolder
 from magus_anharmonic.runs.record import record_failure
 from magus_anharmonic.settings import Settings, SschaSettings
 from magus_anharmonic.sscha.state import SschaState
@@ -74,8 +75,8 @@ class Runs:
         self.evaluator, self.settings, self.run_dir, self.seed = evaluator, settings, run_dir, seed
         self.energy_rmse = energy_rmse
         self.starts, self.origins = dict(starts or {}), dict(origins or {})
-        self.root = run_dir / "sscha"
-        self.store = FreeEnergyStore(run_dir / NAME, generation)
+        self.root = SearchFolder(run_dir).sscha
+        self.store = FreeEnergyStore(SearchFolder(run_dir).free_energies, generation)
         self.common_numbers = CommonNumbers(self.root)
         temperatures = settings.sscha.temperatures if settings.sscha else ()
         self.keys = [self._key(n) for n in range(len(temperatures))]

@@ -147,7 +147,6 @@ _OLD = {
 
 log = logging.getLogger(__name__)
 
-NAME = "free_energies.db"
 RECORD = "record.json"
 """In the folder of a run: what the database holds of it."""
 NO_DAMAGE = (

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from ase import Atoms
 
+from magus_anharmonic.energy_surface import require_kind
 from magus_anharmonic.errors import InputError, SschaError, one_line
 from magus_anharmonic.evaluator import (
     CalculatorEvaluator,
@@ -38,6 +39,7 @@ from magus_anharmonic.ranking.candidate import RankingTable, write_relaxed
 from magus_anharmonic.ranking.jobs import Workers
 from magus_anharmonic.ranking.rank import rank
 from magus_anharmonic.ranking.uncertainty import ModelTerm
+from magus_anharmonic.runs.folder import SearchFolder
 from magus_anharmonic.runs.lock import locked
 from magus_anharmonic.runs.record import check_results_version, read_run_record, write_run_record
 from magus_anharmonic.scheduler import open_scheduler
@@ -59,6 +61,7 @@ from magus_anharmonic.sscha.state import (
     floor_modes,
     state_digest,
 )
+from magus_anharmonic.sscha.surrogate import surrogate_of
 from magus_anharmonic.sscha.symmetry import Symmetry
 from magus_anharmonic.sscha.task import pressure_of
 from magus_anharmonic.structures import stripped, structure_id
@@ -134,7 +137,9 @@ def open_evaluator(
     if isinstance(block, CalculatorSettings):
         from magus_anharmonic.potential import load
 
-        return load(checkpoint or block.checkpoint, device=block.device)
+        model = load(checkpoint or block.checkpoint, device=block.device)
+        require_kind(model, block.surface, at)
+        return model
     assert isinstance(block, AseCalculatorSettings)
     made = make_calculator(block, at)
     return made if isinstance(made, Evaluator) else CalculatorEvaluator(made, elements=elements)
@@ -151,12 +156,18 @@ def evaluator_of(
             " it is mattersim"
         )
     block = block or parse_calculator(settings.main_calculator, at)
-    return open_evaluator(block, at, settings.symbols, checkpoint), block
+    model = open_evaluator(block, at, settings.symbols, checkpoint)
+    if isinstance(block, CalculatorSettings) and settings.sscha is not None:
+        require_kind(model, block.surface, at, settings.sscha.temperatures)
+    return model, block
 
 
 def ranking_evaluator(settings: Settings, own: Evaluator | None = None) -> Evaluator:
     """Whose energies are ranked: what ``sscha.evaluator`` names, else ``own``, the search's, else
-    what `evaluator_of` makes."""
+    what `evaluator_of` makes. Raises ``InputError`` for a ``sscha.surrogate`` that is none, before
+    anything is computed."""
+    if settings.sscha is not None:
+        surrogate_of(settings.sscha.surrogate, Atoms(settings.symbols))
     if settings.evaluator is not None:
         return open_evaluator(settings.evaluator, "sscha.evaluator", settings.symbols)
     return own or evaluator_of(settings)[0]
@@ -374,7 +385,7 @@ def rank_alone(
     """
     with locked(output, "magus-anharmonic rank"):
         check_results_version(output)
-        begun = (Path(output) / "run.json").is_file()
+        begun = SearchFolder(output).record.is_file()
         if "start" in sources and begun and read_run_record(output).start != sources["start"]:
             raise InputError(f"{output}: holds a ranking with another start; give another folder")
         evaluator = as_evaluator(ranking_evaluator(settings), structures)

@@ -30,7 +30,7 @@ from magus_anharmonic.report.text import (
     ranking_views,
     sentences,
 )
-from magus_anharmonic.runs.record import CampaignFolder
+from magus_anharmonic.runs.folder import CampaignFolder, SearchFolder
 from magus_anharmonic.runs.status import present_steps
 from magus_anharmonic.units import duration, span
 
@@ -194,7 +194,8 @@ def gather(folder: str | Path) -> Contents:
     if (root / "summary.json").is_file() and (root / "gibbs.csv").is_file():
         return diagram_contents(root)
     for anharmonic in (root / "results" / "anharmonic", root / "anharmonic", root):
-        if (anharmonic / "run.json").is_file() or (anharmonic / "ranking.csv").is_file():
+        files = SearchFolder(anharmonic)
+        if files.record.is_file() or files.ranking.is_file():
             return search_contents(anharmonic)
     raise InputError(
         f"{root}: neither a campaign (campaign/steps.json, campaign/tables) nor a search"
@@ -316,7 +317,8 @@ def search_contents(folder: Path) -> Contents:
     title = kind if name == kind else f"{kind} {name}"
     contents = Contents(folder, kind, title[0].upper() + title[1:])
     contents.record = contents.json("run.json")
-    ranking = folder / "ranking.csv"
+    files = SearchFolder(folder)
+    ranking = files.ranking
     if ranking.is_file():
         contents.add_rankings([ranking])
     else:
@@ -330,9 +332,9 @@ def search_contents(folder: Path) -> Contents:
     contents.crystals = contents.attempt(
         lambda: found_crystals.search_crystals(folder, contents.rankings, starts), []
     )
-    failed = read_jsonl(folder / "failures.jsonl")
+    failed = read_jsonl(files.failures)
     _failures(contents, _failed_rows(failed))
-    metrics = read_jsonl(folder / "metrics.jsonl")
+    metrics = read_jsonl(files.metrics)
     rounds = [one for one in metrics if isinstance(one.get("generation"), int)]
     contents.steps = _search_cost(contents.rankings, rounds)
     contents.pictures = _search_pictures(contents, rounds[-ROWS:])
@@ -342,8 +344,7 @@ def search_contents(folder: Path) -> Contents:
         *hull_parts(contents.rankings),
         ("Cost", contents.cost() if rounds else []),
     ]
-    files = [ranking, folder / "metrics.jsonl", folder / "quantum.traj"]
-    return contents.finish(parts, files)
+    return contents.finish(parts, [ranking, files.metrics, files.quantum])
 
 
 def _generations(contents: Contents) -> list[str]:
@@ -394,7 +395,7 @@ def _search_pictures(contents: Contents, rounds: Sequence[dict[str, Any]]) -> li
         if line.sscha_folder and line.rank_quantum
     }
     for name, line in best.items():
-        run = contents.folder / "sscha" / Path(name).name
+        run = SearchFolder(contents.folder).sscha / Path(name).name
         title = f"Convergence of {line.label} ({line.spg_quantum or line.spg_static})"
         one = figures.stored_picture(run, "convergence", title=title)
         if one is not None:

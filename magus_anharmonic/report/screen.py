@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from magus_anharmonic.errors import MagusAnharmonicError, printable
+from magus_anharmonic.runs.folder import SearchFolder
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -55,7 +56,7 @@ def show_ranking(folder: Path) -> None:
     from magus_anharmonic.report.figures import slope_chart
     from magus_anharmonic.report.text import hull_sentences, ranking_views, sentences
 
-    ranking = folder / "ranking.csv"
+    ranking = SearchFolder(folder).ranking
     if not ranking.exists():
         return
     rows = read_ranking(ranking)
@@ -74,7 +75,7 @@ def show_ranking(folder: Path) -> None:
         screen.print()
         for line in hull:
             screen.print(f"* {line}", highlight=False)
-    page = folder / "report.html"
+    page = SearchFolder(folder).report
     drawn = f"\nPicture: {', '.join(pictures)}" if pictures else ""
     report = f"\nReport: {page}" if page.is_file() else ""
     screen.print(
@@ -152,7 +153,7 @@ def require_free_energy(folder: Path) -> None:
     from magus_anharmonic.ranking.candidate import read_ranking
     from magus_anharmonic.sscha.record import WITH_ERROR
 
-    ranking = folder / "ranking.csv"
+    ranking = SearchFolder(folder).ranking
     rows = read_ranking(ranking) if ranking.exists() else []
     failed = [row for row in rows if row.status == "failed"]
     if failed and not any(row.status in WITH_ERROR and row.gibbs is not None for row in rows):

@@ -28,6 +28,7 @@ from magus_anharmonic.io.files import TEMPORARY, readable, reading_table
 from magus_anharmonic.io.tables import values
 from magus_anharmonic.ranking.candidate import Candidate
 from magus_anharmonic.report.text import RankingView
+from magus_anharmonic.runs.folder import SearchFolder
 from magus_anharmonic.sscha.record import SYMPREC
 from magus_anharmonic.structures import HYDROGEN, space_group, spglib_cell, standardized, stripped
 from magus_anharmonic.units import GPa
@@ -176,7 +177,7 @@ def search_crystals(
     for path in [results / "good.traj", *newest]:
         for atoms in _traj(path):
             statics.setdefault(str(atoms.info.get("candidate_id", "")), atoms)
-    moving = _traj(anharmonic / "quantum.traj")
+    moving = _traj(SearchFolder(anharmonic).quantum)
     centroids = {str(atoms.info.get("sscha_folder", "")): atoms for atoms in moving}
     if any(line.id not in statics for view in rankings for line in view.lines[:FILES]):
         statics = {**starts(), **statics}
@@ -204,9 +205,9 @@ def _traj(path: Path) -> list[Atoms]:
 def stored_starts(anharmonic: Path) -> dict[str, Atoms]:
     """Structures of the database by their ids; raises ``MagusAnharmonicError`` when it cannot be
     read now."""
-    from magus_anharmonic.ranking.store import NAME, read_records
+    from magus_anharmonic.ranking.store import read_records
 
-    path = anharmonic / NAME
+    path = SearchFolder(anharmonic).free_energies
     records = read_records(path) if path.is_file() else []
     return {record.structure: record.start for record in records}
 

@@ -22,49 +22,11 @@ import magus_anharmonic
 from magus_anharmonic.errors import InputError, one_line
 from magus_anharmonic.io.digests import digest, versions
 from magus_anharmonic.io.files import append_jsonl, read_as, read_jsonl, write_json
+from magus_anharmonic.runs.folder import SearchFolder
 from magus_anharmonic.settings import Settings
 from magus_anharmonic.units import time_left
 
 logger = logging.getLogger(__name__)
-
-NAME = "run.json"
-
-
-@dataclass(frozen=True)
-class CampaignFolder:
-    """The files of a campaign (``PATH/campaign``)."""
-
-    root: Path
-
-    @classmethod
-    def find(cls, path: str | Path) -> CampaignFolder | None:
-        """The campaign in a folder, below it or the folder itself; None where it holds none. Raises
-        ``InputError``: no such folder."""
-        given = Path(path)
-        if not given.is_dir():
-            raise InputError(f"{given}: no such folder")
-        found = (cls(one) for one in (given / "campaign", given))
-        return next((one for one in found if one.steps.is_file() or one.tables.is_dir()), None)
-
-    @property
-    def steps(self) -> Path:
-        """What is known of every step."""
-        return self.root / "steps.json"
-
-    @property
-    def record(self) -> Path:
-        """What it was started with."""
-        return self.root / NAME
-
-    @property
-    def tables(self) -> Path:
-        """Folder of the tables of all finished steps."""
-        return self.root / "tables"
-
-    @property
-    def figures(self) -> Path:
-        """Folder of the figures."""
-        return self.root / "figures"
 
 
 PACKAGES = (
@@ -310,10 +272,9 @@ def _differences(path: str, before: Any, now: Any) -> Iterator[tuple[str, Any, A
 def record_file(path: str | Path) -> Path:
     """``path`` itself when it names a .json file, else ``path/run.json``."""
     target = Path(path)
-    return target if target.suffix == ".json" else target / NAME
+    return target if target.suffix == ".json" else SearchFolder(target).record
 
 
-FAILURES = "failures.jsonl"
 _NOT_IDENTITY = ("time", "cell", "positions")
 
 
@@ -341,12 +302,12 @@ def record_failures(folder: str | Path, stage: str, failures: Sequence[dict[str,
         if digest(identity(record := {"stage": stage, **failure, "time": now})) not in known
     ]
     if new:
-        append_jsonl(Path(folder) / FAILURES, *new)
+        append_jsonl(SearchFolder(folder).failures, *new)
 
 
 def read_failures(folder: str | Path) -> list[dict[str, Any]]:
     """All recorded failures, the oldest first."""
-    return read_jsonl(Path(folder) / FAILURES)
+    return read_jsonl(SearchFolder(folder).failures)
 
 
 def identity(record: dict[str, Any]) -> dict[str, Any]:

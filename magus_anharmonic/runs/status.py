@@ -15,9 +15,9 @@ from typing import Any, TypeVar
 
 from magus_anharmonic.errors import DamagedFile, InputError, one_line, reason_of
 from magus_anharmonic.io.files import read_as, read_jsonl
+from magus_anharmonic.runs.folder import CampaignFolder, SearchFolder
 from magus_anharmonic.runs.lock import HEARTBEAT, NAME, Owner, lives, read_owner
 from magus_anharmonic.runs.record import (
-    CampaignFolder,
     RecordedSettings,
     RunRecord,
     SearchState,
@@ -99,7 +99,7 @@ def status(folder: str | Path) -> Status:
     if campaign is not None and campaign.steps.is_file():
         return _campaign(campaign.steps)
     for ours in (root, root / "anharmonic", root / "results" / "anharmonic"):
-        if (ours / "run.json").is_file() and ours.name == "anharmonic":
+        if SearchFolder(ours).record.is_file() and ours.name == "anharmonic":
             return _search(ours)
     raise InputError(
         f"{root}: holds neither a search (results/anharmonic/run.json) nor a campaign"
@@ -111,10 +111,11 @@ def status(folder: str | Path) -> Status:
 
 
 def _search(ours: Path) -> Status:
-    results, record = ours.parent, _read(RunRecord, ours / "run.json") or RunRecord(version="")
-    state = _read(SearchState, ours / "search.json")
+    files = SearchFolder(ours)
+    results, record = ours.parent, _read(RunRecord, files.record) or RunRecord(version="")
+    state = _read(SearchState, files.state)
     settings, total = record.settings, record.settings.num_gen or 0
-    history = read_jsonl(ours / "generations.jsonl", {"generation": int}) or _rounds(results)
+    history = read_jsonl(files.history, {"generation": int}) or _rounds(results)
     last = max((line["generation"] for line in history), default=0)
     finished = (state.finished if state else 0) or last
     seconds = _numbers(line.get("seconds") for line in history[-5:])
@@ -123,7 +124,7 @@ def _search(ours: Path) -> Status:
     if done:
         where, waits = f"all {total} generations are done", "nothing"
     else:
-        step, waits = _step(results, ours, finished + 1, settings)
+        step, waits = _step(results, files, finished + 1, settings)
         where = f"generation {finished + 1} of {total or '?'}: {step}"
     errors, counts = _errors(ours)
     # the embedded host has always said that it is the host
@@ -162,21 +163,21 @@ def _rounds(results: Path) -> list[dict[str, Any]]:
 
 
 def _step(
-    results: Path, ours: Path, generation: int, settings: RecordedSettings
+    results: Path, files: SearchFolder, generation: int, settings: RecordedSettings
 ) -> tuple[str, str]:
     """What a generation is at, and what it needs to go on, by the files that it has."""
     if not (results / f"init{generation}.traj").exists():
         return "making structures", "random structures and offspring"
     if not any((results / f"{name}{generation}.traj").exists() for name in ("raw", "mlraw")):
-        if not (ours / "relax").exists():
+        if not files.relaxing.exists():
             return "relaxing", "the relaxations of this generation"
-        chunks = len(list((ours / "relax" / str(generation)).glob("chunk-*.traj")))
+        chunks = len(list((files.relaxing / str(generation)).glob("chunk-*.traj")))
         return f"relaxing, {chunks} chunks done", "the next chunk of relaxations"
-    learned = ours / "checkpoints" / f"gen{generation}.pth"
+    learned = files.checkpoint(generation)
     if settings.learning is not None and not learned.exists():
-        return _learning_step(ours, generation, settings.learning)
+        return _learning_step(files, generation, settings.learning)
     if settings.sscha is not None:
-        folders = [path for path in (ours / "sscha").glob("*") if path.is_dir()]
+        folders = [path for path in files.sscha.glob("*") if path.is_dir()]
         open_runs = [path for path in folders if not (path / "result.json").exists()]
         populations = sum(len(list(path.glob("population_*.npz"))) for path in open_runs)
         text = (
@@ -187,21 +188,23 @@ def _step(
     return "ranking", "the populations of this generation"
 
 
-def _learning_step(ours: Path, generation: int, learning: dict[str, Any]) -> tuple[str, str]:
+def _learning_step(
+    files: SearchFolder, generation: int, learning: dict[str, Any]
+) -> tuple[str, str]:
     wanted = math.prod(_numbers(learning.get(key) for key in ("n_sample", "n_perturb")))
-    pending = len(list((ours / "labels" / "pending" / f"gen{generation:03d}").glob("*.xyz")))
+    pending = len(list((files.labels / "pending" / f"gen{generation:03d}").glob("*.xyz")))
     failed = sum(
         record.get("stage") == "label" and record.get("generation") == generation
-        for record in read_failures(ours)
+        for record in read_failures(files.root)
     )
-    if not any((ours / "labels").glob(f"gen{generation:03d}*.xyz")):
+    if not any(files.labels.glob(f"gen{generation:03d}*.xyz")):
         return (
             f"labelling, {pending} of at most {wanted} labels done, {failed} failed",
             "the labeler (learning.labeler)",
         )
     epoch = (
         "a checkpoint of its epochs is there"
-        if any((ours / "training").glob(f"gen{generation}.pth*"))
+        if any(files.training.glob(f"gen{generation}.pth*"))
         else "no epoch done yet"
     )
     return f"training, {epoch}", "the next epoch of finetuning"

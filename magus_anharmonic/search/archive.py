@@ -26,6 +26,7 @@ from magus_anharmonic.io.files import (
     unsealed,
     write_json,
 )
+from magus_anharmonic.runs.folder import SearchFolder
 from magus_anharmonic.runs.lock import forget_dead
 from magus_anharmonic.runs.record import SearchState
 from magus_anharmonic.search.population import copied, select_best
@@ -33,8 +34,6 @@ from magus_anharmonic.structures import structure_id
 
 log = logging.getLogger(__name__)
 
-STATE = "search.json"
-HISTORY = "generations.jsonl"
 BEST = "best.traj"
 
 
@@ -50,6 +49,7 @@ class Archive:
         self.directory = directory
         self.results = directory / "results"
         self.anharmonic = self.results / "anharmonic"
+        self.files = SearchFolder(self.anharmonic)
         self.seeds = directory / "Seeds"
 
     def start(self) -> None:
@@ -145,10 +145,8 @@ class Archive:
 
     def _history(self) -> dict[int, float]:
         """Volume ratio after each finished generation."""
-        file = self.anharmonic / STATE
-        lines = read_jsonl(
-            self.anharmonic / HISTORY, {"generation": int, "volume_ratio": float | int}
-        )
+        file = self.files.state
+        lines = read_jsonl(self.files.history, {"generation": int, "volume_ratio": float | int})
         found = {line["generation"]: float(line["volume_ratio"]) for line in lines}
         last = max(found, default=0)
         if file.exists():
@@ -157,7 +155,7 @@ class Archive:
                 last = state.finished
                 found.setdefault(last, state.volume_ratio)
             except DamagedFile as error:
-                log.warning("%s; %s says how far the search came", error, HISTORY)
+                log.warning("%s; %s says how far the search came", error, "generations.jsonl")
         return {generation: ratio for generation, ratio in found.items() if generation <= last}
 
     def finish(self, generation: int, volume_ratio: float, seconds: float = 0.0) -> None:
@@ -169,8 +167,8 @@ class Archive:
             "seconds": round(seconds, 1),
             "finished": now,
         }
-        append_jsonl(self.anharmonic / HISTORY, line)
-        write_json(self.anharmonic / STATE, {"finished": generation, "volume_ratio": volume_ratio})
+        append_jsonl(self.files.history, line)
+        write_json(self.files.state, {"finished": generation, "volume_ratio": volume_ratio})
 
     def read_seeds(self, generation: int) -> list[Atoms]:
         """``Seeds/POSCARS_{g}`` (several structures, XDATCAR-like) and ``Seeds/seeds_{g}.traj``, as
@@ -207,7 +205,7 @@ class Archive:
             remove(self._own_seeds(generation))
 
     def _own_seeds(self, generation: int) -> Path:
-        return self.anharmonic / "seeds" / f"seeds_{generation}.traj"
+        return self.files.seeds / f"seeds_{generation}.traj"
 
 
 def best_of(good: Sequence[Atoms], generation: int) -> list[Atoms]:

@@ -100,7 +100,7 @@ def run(settings: Settings, directory: str | Path = ".", restart: bool = False) 
     archive = Archive(Path(directory).resolve())
     with contextlib.ExitStack() as stack:
         if restart:
-            if not (archive.anharmonic / "run.json").exists():
+            if not archive.files.record.exists():
                 raise InputError(
                     f"-r: no search to go on with in {archive.results}; start without -r"
                 )
@@ -206,7 +206,7 @@ def _check_model(archive: Archive, relaxer: Relaxer, record: RunRecord) -> bool:
     generation = archive.finished()[0]
     own = newest_checkpoint(archive.anharmonic, generation)
     if own is not None:
-        lines = read_jsonl(archive.anharmonic / "metrics.jsonl", ("generation", "new_model"))
+        lines = read_jsonl(archive.files.metrics, ("generation", "new_model"))
         models = {f"gen{line['generation']}": line["new_model"] for line in lines}
         file, known = str(own), models.get(own.stem)
     else:

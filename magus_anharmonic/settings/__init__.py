@@ -18,13 +18,13 @@ from magus_anharmonic.settings.calculators import (
     parse_calculator,
     stages,
 )
+from magus_anharmonic.settings.ranking import rank_settings
 from magus_anharmonic.settings.search import (
     OF_A_RANKING,
     Settings,
     SschaSettings,
     load_settings,
     parse_settings,
-    rank_settings,
 )
 from magus_anharmonic.settings.section import (
     FOUNDATION,

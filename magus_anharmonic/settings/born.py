@@ -1,9 +1,11 @@
 """Born effective charges and the high-frequency dielectric tensor of one structure: what the
-non-analytic term of its phonons needs, from phonopy's ``BORN`` beside the structure, or as arrays.
+non-analytic term of its phonons needs, from phonopy's ``BORN`` or ph.x's dynamical matrix beside
+the structure, or as arrays.
 """
 
 from __future__ import annotations
 
+import re
 import warnings
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,6 +16,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from magus_anharmonic.errors import InputError, one_line
 from magus_anharmonic.gate import check_structure, read_structures
+from magus_anharmonic.io.files import readable
 from magus_anharmonic.settings.section import Element, InsidePath, Section, parse
 
 SYMMETRIC = 0.1
@@ -117,17 +120,41 @@ def phonopy_cell(atoms: Atoms) -> Any:
 
 
 def read_born(structure: str | Path, file: str | Path) -> Born:
-    """phonopy's ``BORN`` (its first line, of units and cutoffs, is not used: charges and dielectric
-    tensor have no unit) of the crystal in the file ``structure``. Raises ``InputError``."""
-    from phonopy.file_IO import parse_BORN
-    from phonopy.structure.symmetry import Symmetry
-
+    """Charges of the crystal in the file ``structure``: phonopy's ``BORN`` (its first line, of
+    units and cutoffs, is not used: charges and dielectric tensor have no unit), or the dynamical
+    matrix at q = 0 of Quantum ESPRESSO's ph.x with ``epsil``, of the same atoms in the same order
+    and frame. Raises ``InputError``."""
     found = read_structures(structure)
     if len(found) != 1:
         raise InputError(f"{structure}: holds {len(found)} structures; charges are of one")
     (atoms,), path = found, Path(file)
     if not path.is_file():
         raise InputError(f"{path}: no such file (phonopy's BORN, of {structure})")
+    with readable(path, "Born charges"):
+        text = path.read_text(encoding="utf-8")
+    of_phonons = _of_ph_x(text)
+    charges, dielectric = of_phonons or _of_phonopy(atoms, path, structure)
+    try:
+        return Born.of(atoms, charges, dielectric)
+    except InputError as error:
+        raise InputError(*(f"{path} with {structure}: {line}" for line in error.problems)) from None
+
+
+def _of_ph_x(text: str) -> tuple[np.ndarray, np.ndarray] | None:
+    """Charges (n, 3, 3) and dielectric tensor (3, 3) of a file of ph.x; None where it has none."""
+    tensor = re.search(r"Dielectric Tensor:\s*\n((?:[^\n:]*\n)+?)\s*Effective Charges E-U", text)
+    if tensor is None:
+        return None
+    blocks = re.findall(r"atom #\s*\d+\s*\n((?:[ \t]*[-+\d.Ee \t]+\n){3})", text[tensor.end() :])
+    numbers = [np.array(block.split(), dtype=float) for block in (tensor[1], *blocks)]
+    found = np.array([one.reshape(3, 3) for one in numbers if one.size == 9])
+    return found[1:], found[0]
+
+
+def _of_phonopy(atoms: Atoms, path: Path, structure: str | Path) -> tuple[np.ndarray, np.ndarray]:
+    from phonopy.file_IO import parse_BORN
+    from phonopy.structure.symmetry import Symmetry
+
     cell = phonopy_cell(atoms)
     try:
         read = parse_BORN(cell, filename=str(path))
@@ -140,10 +167,7 @@ def read_born(structure: str | Path, file: str | Path) -> Born:
             f" units, one of the dielectric tensor, and one for each of the {len(kinds)}"
             f" inequivalent atoms ({', '.join(kinds)})"
         ) from None
-    try:
-        return Born.of(atoms, read["born"], read["dielectric"])
-    except InputError as error:
-        raise InputError(*(f"{path} with {structure}: {line}" for line in error.problems)) from None
+    return read["born"], read["dielectric"]
 
 
 def born_charges(given: dict[str, str] | list[Born] | None) -> list[Born] | None:
@@ -162,9 +186,9 @@ BornCharges = Annotated[
     AfterValidator(born_charges),
     Field(
         description=(
-            "Born charges for the non-analytic (LO-TO) term: {structure file: its BORN file, as of"
-            " phonopy}, used for every phase that is near one of the structures; left out: no such"
-            " term"
+            "Born charges for the non-analytic (LO-TO) term: {structure file: its BORN file of"
+            " phonopy, or its dynamical matrix by ph.x}, used for every phase that is near one of"
+            " the structures; left out: no such term"
         )
     ),
 ]

@@ -74,6 +74,13 @@ class CalculatorSettings(RelaxationSettings):
     )
     checkpoint: Checkpoint = FOUNDATION
     device: Device = None
+    surface: Literal["static", "free-energy"] = Field(
+        "static",
+        description=(
+            "what the checkpoint must be: a potential, or a model of the SSCHA free energy F(R,"
+            " cell), which is relaxed and ranked on like one; the other kind is refused"
+        ),
+    )
 
     @model_validator(mode="after")
     def _perturbations_break_symmetry(self) -> CalculatorSettings:
@@ -166,7 +173,8 @@ class LabelerSettings(Section):
 
     calculator: str = Field(
         description=(
-            "gpaw | vasp | espresso | main (MAGUS's MainCalculator, under magus search -m) | an"
+            "gpaw | vasp | espresso | sscha (F at fixed centroids on the potential"
+            " arguments.evaluator) | main (MAGUS's MainCalculator, under magus search -m) | an"
             " installed package's name | import path of an ASE calculator, e.g."
             " ase.calculators.emt.EMT"
         )
@@ -185,6 +193,19 @@ class LabelerSettings(Section):
         ),
     )
     timeout: Seconds = Field(3600.0, description="seconds after which one label is given up")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _sscha_in_one_block(cls, data: Any) -> Any:
+        """``{calculator: sscha, temperature: 300, ...}``: keys of SSCHA are arguments of it."""
+        if not isinstance(data, dict) or data.get("calculator") != "sscha":
+            return data
+        own = {key for key in data if snake_case(str(key)) in cls.model_fields}
+        arguments = data.get("arguments") or {}
+        rest = {snake_case(str(key)): value for key, value in data.items() if key not in own}
+        if not isinstance(arguments, dict) or not rest:
+            return data
+        return {key: data[key] for key in own} | {"arguments": {**arguments, **rest}}
 
 
 QUEUES = ("slurm", "lsf", "pbs")

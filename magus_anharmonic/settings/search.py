@@ -28,7 +28,6 @@ from magus_anharmonic.settings.calculators import (
     CalculatorSettings,
     WorkerSettings,
     as_magus_reads,
-    import_path,
     parse_calculator,
     stages,
 )
@@ -46,7 +45,6 @@ from magus_anharmonic.settings.section import (
     PressureGPa,
     Section,
     Spacing,
-    absolute_file,
     load_yaml,
     parse,
     snake_case,
@@ -137,6 +135,15 @@ class SschaSettings(Section):
     engine: Literal["native", "python-sscha"] = Field(
         "native", description="who minimises on an ensemble"
     )
+    surrogate: InsidePath = Field(
+        "none",
+        description=(
+            "cheap energies that most configurations are averaged over, a few of the truth"
+            " correcting them: none, polynomial (fitted to the run's own configurations), a"
+            " checkpoint, or the import path of an evaluator, an ASE calculator or a function"
+            " fit(structures, found)"
+        ),
+    )
     strain_tolerance: Positive = Field(
         0.005, description="what the cell may still be strained by, or twice its error"
     )
@@ -177,8 +184,8 @@ class SschaSettings(Section):
     allocation: Literal["elimination", "fixed"] = Field(
         "elimination",
         description=(
-            "elimination: who cannot be among the best, ends far above the lowest or is of the phase"
-            " of another stops early; fixed: everybody runs to the end"
+            "elimination: who cannot be among the best, ends far above the lowest or is of the"
+            " phase of another stops early; fixed: everybody runs to the end"
         ),
     )
     confidence: Annotated[float, Field(gt=0.5, lt=1.0)] = Field(
@@ -205,6 +212,15 @@ class SschaSettings(Section):
     )
     seed_back: bool = Field(True, description="hand SSCHA centroids back to the search as seeds")
     born: BornCharges = None
+
+    @model_validator(mode="after")
+    def _one_surface(self) -> SschaSettings:
+        if self.surrogate != "none" and self.engine == "python-sscha":
+            raise ValueError(
+                "surrogate: engine: python-sscha minimises on one energy surface; take engine:"
+                " native, or surrogate: none"
+            )
+        return self
 
     @model_validator(mode="before")
     @classmethod
@@ -265,6 +281,7 @@ class SschaSettings(Section):
         """What the numbers of a run depend on, as JSON has it, without ``ignored`` keys; what came
         later only where it is used, so that earlier runs keep their names."""
         off = {"centroids"} if self.centroids == "relaxed" else set()
+        off |= {"surrogate"} if self.surrogate == "none" else set()
         return self.model_dump(mode="json", exclude={*OF_A_RANKING, *ignored, *off})
 
     @property
@@ -449,46 +466,6 @@ def parse_settings(data: Mapping[str, object]) -> Settings:
     except InputError as error:
         problems.extend(_public_name(line) for line in error.problems)
     raise InputError(*problems)
-
-
-def rank_settings(
-    file: str | Path | None,
-    given: Mapping[str, Any],
-    *,
-    calculator: Mapping[str, Any],
-    sscha: Mapping[str, Any],
-) -> Settings:
-    """Settings of a ranking: what was ``given`` for the top level, for the block of the calculator
-    and for the block ``sscha`` (None: not given), else the keys of ``file``, else the defaults.
-
-    Raises ``InputError``.
-    """
-    data = {
-        name if (name := snake_case(str(key))) in Settings.model_fields else str(key): value
-        for key, value in (load_yaml(file) if file else {}).items()
-    }
-    block = as_magus_reads(data.get("main_calculator")) or {}
-    wanted = {key: value for key, value in calculator.items() if value is not None}
-    if "checkpoint" in wanted:
-        wanted["checkpoint"] = absolute_file(wanted["checkpoint"])
-        if wanted.setdefault("calculator", "mattersim") != "mattersim":
-            raise InputError("--calculator, --checkpoint: give one of the two")
-    asked, there = (str(one.get("calculator", "")) for one in (wanted, block))
-    same = not (asked and there) or (import_path(asked) or asked) == (import_path(there) or there)
-    return parse_settings(
-        {
-            "seed": 0,
-            **data,
-            **{key: value for key, value in given.items() if value is not None},
-            "fitness": ["SSCHA"],
-            "main_calculator": {"calculator": "mattersim", **(block if same else {}), **wanted},
-            "sscha": {
-                **(data.get("sscha") or {}),
-                **({"evaluator": None} if asked else {}),
-                **{key: value for key, value in sscha.items() if value is not None},
-            },
-        }
-    )
 
 
 def _public_name(line: str) -> str:

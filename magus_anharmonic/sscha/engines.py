@@ -476,6 +476,10 @@ class Minimised:
     n_steps: int
     converged: bool
 
+    def used_up(self, least: float) -> bool:
+        """Whether it ended because of its sample; ``least`` : the ``min_effective_sample``."""
+        return self.effective_sample < 1.2 * least
+
 
 ENGINES = {
     "native": "magus_anharmonic.sscha.engines:minimise",

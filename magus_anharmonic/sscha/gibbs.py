@@ -48,6 +48,7 @@ from magus_anharmonic.sscha.start import (
 )
 from magus_anharmonic.sscha.state import SschaState, agree
 from magus_anharmonic.sscha.supercells import SupercellMatrix, image_warning
+from magus_anharmonic.sscha.surrogate import Fit, surrogate_of
 from magus_anharmonic.sscha.symmetry import Symmetry
 from magus_anharmonic.sscha.task import (
     Task,
@@ -68,6 +69,8 @@ SupercellChoice = SupercellMatrix | dict[Literal["min_length"], float]
 """Repetitions of the primitive cell, or the distance of images, A."""
 StartOfRun = SschaResult | SschaState | str | Path
 """What a run may start from."""
+SurrogateChoice = str | EnergySource | Fit
+"""What may be a surrogate; see `free_energy`."""
 
 
 @says_in_notebooks
@@ -88,6 +91,7 @@ def free_energy(
     any_start: bool = False,
     *,
     centroids: Literal["relaxed", "fixed"] = DEFAULTS.centroids,
+    surrogate: SurrogateChoice = DEFAULTS.surrogate,
     error_tolerance: float | None = DEFAULTS.error_tolerance,
     free_energy_tolerance: float = DEFAULTS.free_energy_tolerance,
     pressure_tolerance: GPa | None = DEFAULTS.pressure_tolerance,
@@ -148,6 +152,13 @@ def free_energy(
         Effective sample size over ``n_configs`` that ends a minimisation.
     n_configs_start
         Configurations of the first population, doubled up to ``n_configs`` (None: ``n_configs``).
+    surrogate
+        A cheap energy surface that most configurations are averaged over; a few of the evaluator
+        correct it, so that the result is the evaluator's own with fewer of its evaluations
+        (`magus_anharmonic.sscha.two_levels`). ``"polynomial"``: fitted to the run's own
+        configurations; a checkpoint, an evaluator, an ASE calculator or a function
+        ``fit(structures, found) -> Evaluator``, or the import path of one; ``"none"``.
+        ``n_configs`` is then what the populations are worth, not what is evaluated.
     symprec, reference_spacing
         Angstrom and 2 pi / Angstrom: symmetry of the start, and spacing of the q points of the
         finite-size term.
@@ -167,10 +178,12 @@ def free_energy(
         A wrong argument, or a folder that holds another run.
     """
     given = {**locals(), "born": [born] if isinstance(born, Born) else born}
+    given["surrogate"] = surrogate if isinstance(surrogate, str) else "given"
     settings = parse(SschaSettings, {key: given[key] for key in DEFAULTS.of_a_run()}, "sscha")
     check_crystal(atoms, masses)
     if isinstance(born, Born | Mapping) and settings.born:
         require_fit(atoms, settings.born)
+    cheap = surrogate_of(surrogate, atoms)
     try:
         pressure = check_pressure(pressure)
         source = as_evaluator(evaluator, [atoms])
@@ -199,6 +212,7 @@ def free_energy(
             state,
             source.model_id,
             configurations,
+            cheap,
         )
         folder = RunFolder(
             scratch if directory is None else directory,

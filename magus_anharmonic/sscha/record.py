@@ -25,9 +25,9 @@ State = Literal[
 """``converged`` : the relaxation came to its end; ``stable``, ``saddle`` : so it did, and the
 Hessian of the free energy has no negative mode, or has one, beyond two standard errors.
 ``unconverged`` : the populations or the budget ran out; ``eliminated`` : stopped early, because it
-cannot be among the best or ends far above them; both G are upper bounds. ``estimated`` : G from a line through others;
-``static`` : no G. ``failed`` : no G, and a reason. ``transformed`` : another phase now (of a phase
-diagram)."""
+cannot be among the best or ends far above them; both G are upper bounds. ``estimated`` : G from a
+line through others; ``static`` : no G. ``failed`` : no G, and a reason. ``transformed`` : another
+phase now (of a phase diagram)."""
 
 CONVERGED: tuple[State, ...] = ("converged", "stable", "saddle")
 """States whose relaxation came to its end."""

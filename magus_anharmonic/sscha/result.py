@@ -46,7 +46,8 @@ class SschaResult(Described, FreeEnergy):
 
     status : "converged", "unconverged" (max_populations reached; the numbers are an upper bound),
     or "failed"; ``converged`` : whether it is the first. reason : why not converged; of a converged
-    run what its populations did not suffice to say about its phase, else empty. gibbs : eV/atom;
+    run what its populations did not suffice to say about its phase, else empty. n_surrogate :
+    evaluations of the surrogate, besides the ``n_evaluations`` of the evaluator. gibbs : eV/atom;
     raises ``NotConverged`` unless ``converged`` (``numbers.gibbs`` is there all the same), with
     gibbs_error, its standard error by sampling. The other numbers of the free energy: `FreeEnergy`.
     helmholtz : with the finite-size term, eV/atom; stress, stress_error : (3, 3) eV/A^3, ASE's
@@ -65,6 +66,7 @@ class SschaResult(Described, FreeEnergy):
     centroids: Atoms
     n_configs: int
     model_id: str
+    n_surrogate: int = 0
     seconds: float
     helmholtz: float | None = None
     stress: np.ndarray = field(default_factory=lambda: np.full((3, 3), np.nan))
@@ -197,7 +199,9 @@ class Progress:
     """Where a run stands, as ``progress.json`` keeps it beside start and populations: written whole
     after every population.
 
-    rows : of ``convergence.csv``; gibbs : G and its error after each, eV/atom; pooled : the numbers
+    rows : of ``convergence.csv``; gibbs : G and its error after each, eV/atom; n_surrogate,
+    surrogate_failures : evaluations of the surrogate, and populations in which it did not help;
+    pooled : the numbers
     of the populations that the next minimisation uses, those of one state together; cell : matrix
     and covariance of the `CellStiffness`, None with a fixed cell; limited : soft modes were kept
     from moving too far; burn_in : whether the next population is one of burn-in; asked : how often
@@ -212,6 +216,8 @@ class Progress:
     rows: list[dict[str, Any]] = field(default_factory=list)
     gibbs: list[tuple[float, float]] = field(default_factory=list)
     n_evaluations: int = 0
+    n_surrogate: int = 0
+    surrogate_failures: int = 0
     pooled: list[list[int]] = field(default_factory=list)
     cell: list[Any] | None = None
     limited: bool = False
@@ -330,6 +336,21 @@ class RunFolder:
         self._write(f"population_{number:03d}.npz", state, positions=positions, **vars(ensemble))
         write_dynamical_matrices(state, self.directory / f"dyn_pop{number}_", self.log)
 
+    def read_truth(self, number: int) -> tuple[SschaState, Ensemble] | None:
+        """State and truth of the configurations of a population at which the truth was evaluated;
+        None where that is not there."""
+        for name in ("truth", "population"):
+            path = self.directory / f"{name}_{number:03d}.npz"
+            found = read_whole(path, read_population_file)
+            if found is not None:
+                return None if found[1].two_level else found
+        return None
+
+    def write_truth(self, number: int, state: SschaState, truth: Ensemble) -> None:
+        """What the truth is at level 1 of a population, from which surrogates learn."""
+        if self.kept:
+            self._write(f"truth_{number:03d}.npz", state, **vars(truth))
+
     def read_pooled(
         self, numbers: list[int], state: SschaState
     ) -> tuple[SschaState, Ensemble] | None:
@@ -406,8 +427,13 @@ def read_start_file(path: Path) -> Start:
 def final_ensemble(run: Path, result: SschaResult) -> Ensemble | None:
     """All populations that were drawn from the state in which a run ended, as one ensemble; None
     when the folder keeps none."""
-    found = [ensemble for _, ensemble in final_populations(run, result).values()]
-    return joined(found) if found else None
+    found = {number: one for number, (_, one) in final_populations(run, result).items()}
+    if any(one.two_level for one in found.values()):
+        # of one surrogate alone
+        progress = read_whole(run / PROGRESS, read_progress_file)
+        last = [max(found)] if progress is None else progress.pooled[-1]
+        found = {number: one for number, one in found.items() if number in last}
+    return joined(list(found.values())) if found else None
 
 
 def final_populations(run: Path, result: SschaResult) -> dict[int, tuple[SschaState, Ensemble]]:

@@ -10,10 +10,12 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 
+from magus_anharmonic.energy_surface import require_potential
 from magus_anharmonic.errors import SschaError
 from magus_anharmonic.evaluator import Evaluator
 from magus_anharmonic.sscha.cell import CellStiffness
@@ -40,6 +42,7 @@ from magus_anharmonic.sscha.task import (
     pressure_of,
     unconverged,
 )
+from magus_anharmonic.sscha.two_levels import Learner, Sample, Sampler
 from magus_anharmonic.sscha.unstable import (
     EXACT,
     Answer,
@@ -75,9 +78,6 @@ the cell without symmetry (a force component has to determine an eighth of a for
 divided by the operations; not outside of these two."""
 RATIO = "lindemann_ratio"
 """Column of ``convergence.csv``: the largest of the state's."""
-USED_UP = 1.2
-"""Times ``min_effective_sample``: a minimisation that ended below it ended because of its
-sample."""
 
 
 class SschaRun:
@@ -93,6 +93,7 @@ class SschaRun:
     ) -> None:
         """Read the start from the folder, or work it out. Raises ``InputError`` and ``SschaError``
         as `start_run` does."""
+        require_potential(evaluator, "SSCHA")
         self._began = time.perf_counter()
         self.task, self.folder = task, folder
         self._evaluator = evaluator
@@ -106,6 +107,7 @@ class SschaRun:
         # the minimum of another model is only near that of this one: burn-in here too
         self.progress.burn_in = task.start is None or task.configurations is not None
         self.averages: Averages | None = None
+        self._learner = None if task.surrogate is None else Learner(task.surrogate)
         self._phase = Answer()
         self._question: Question | None = None
         state = self.start.state
@@ -135,6 +137,13 @@ class SschaRun:
         populations = [one for one in found if one is not None]
         if len(populations) < len(found):
             return
+        if self._learner is not None:
+            numbers = range(1, len(stored.rows) + 1)
+            truths = {number: self.folder.read_truth(number) for number in numbers}
+            if None in truths.values():
+                return
+            known = {number: one for number, one in truths.items() if one is not None}
+            self._learner = Learner(self._learner.source, known, stored.surrogate_failures)
         vars(self.progress).update(vars(stored))
         self._populations = populations
         self.state, ensemble = populations[-1]
@@ -186,6 +195,9 @@ class SschaRun:
             strained = self._minimise()
         size = n_configs or self._usual_size()
         ensemble = self._sample(size)
+        if any(one.two_level for one in (ensemble, *(one for _, one in self._populations))):
+            # every state has a surrogate of its own
+            self._populations, self.progress.pooled = [], []
         self._populations = [*self._populations, (self.state, ensemble)][-MAX_POOLED:]
         pooled = [*self.progress.pooled, [self.n_populations + 1]]
         self.progress.pooled = pooled[-MAX_POOLED:]
@@ -217,6 +229,8 @@ class SschaRun:
         if not self.progress.burn_in:
             return full
         least = int(np.clip(12 * len(self.state.atoms) / len(self.symmetry), *SMALLEST_BURN_IN))
+        if self._learner and self._learner.source.fit and not self.n_populations:
+            return 2 * (min(full, least) // 2)  # enough for a first surrogate
         return 2 * (min(full, max(int(BURN_IN_FRACTION * most), least)) // 2)
 
     def _missing(self) -> int:
@@ -233,10 +247,14 @@ class SschaRun:
     def _more(self, n_configs: int) -> dict[str, Any]:
         """Another ensemble of the last state, averaged together with the last one."""
         state, last = self._populations[-1]
-        pooled = joined([last, self._sample(n_configs)])
-        self._populations[-1] = (state, pooled)
-        self.progress.pooled[-1] = [*self.progress.pooled[-1], self.n_populations + 1]
-        return self._average(pooled)
+        ensemble, number = self._sample(n_configs, last), self.n_populations + 1
+        if ensemble.two_level == last.two_level:
+            ensemble = joined([last, ensemble])
+            self.progress.pooled[-1] = [*self.progress.pooled[-1], number]
+        else:  # a surrogate that fell away
+            self.progress.pooled[-1] = [number]
+        self._populations[-1] = (state, ensemble)
+        return self._average(ensemble)
 
     def _minimise(self) -> tuple[np.ndarray, np.ndarray] | None:
         """Move the state: centroids and force constants by the engine, the cell by the stress
@@ -257,9 +275,26 @@ class SschaRun:
         self.folder.write_convergence(progress.rows)
         self.state = floor_modes(minimised.state, self.symmetry, LARGEST_AMPLITUDE_LATER)
         progress.limited = self.state is not minimised.state
-        used_up = minimised.effective_sample < USED_UP * settings.min_effective_sample
+        used_up = minimised.used_up(settings.min_effective_sample)
         progress.burn_in = used_up and self.n_populations < settings.max_populations // 2
-        return None if self._cell is None else self._strain(self._cell, minimised.stress)
+        step = None if self._cell is None else self._strain(self._cell, minimised.stress)
+        if used_up and self._learner is not None:
+            self._further(self._learner)
+        return step
+
+    def _further(self, learner: Learner) -> None:
+        """Go on where the sample was used up, at this cell, on the surrogate alone."""
+        number, settings = self.n_populations + 1, self.task.settings
+        size = 2 * (max(SMALLEST_BURN_IN[1], int(BURN_IN_FRACTION * settings.n_configs)) // 2)
+        of = number, self.symmetry, size, settings.min_effective_sample
+        if (found := learner.further(self._sampler(number), *of)) is not None:
+            self.state, used, done = found
+            self.progress.n_surrogate += used
+            self.progress.burn_in &= not done
+
+    def _sampler(self, number: int) -> Sampler:
+        seed = [self.task.seed, number, SAMPLING_TAG]
+        return Sampler(self.state, self._evaluator, seed, f"population {number}")
 
     def _strain(
         self, cell: CellStiffness, stress: np.ndarray
@@ -286,18 +321,44 @@ class SschaRun:
         self._populations, self.progress.pooled = [], []
         return excess, step
 
-    def _sample(self, n_configs: int) -> Ensemble:
+    def _sample(self, n_configs: int, last: Ensemble | None = None) -> Ensemble:
         """The next ensemble of the state: from the folder if it is there, else drawn and evaluated
-        in one call."""
+        in one call; ``last`` : of the same state, which it is added to."""
         number = self.n_populations + 1
         stored = self.folder.read_population(number, self.state)
         if stored is not None:
             self.state, ensemble = stored
+            truth = self.folder.read_truth(number)
         else:
-            ensemble = self._fresh(number, n_configs)
+            ensemble, own = self._drawn(number, n_configs, last)
+            truth = self.state, own
+            if ensemble.two_level:
+                self.folder.write_truth(number, self.state, own)
             self.folder.write_population(number, self.state, ensemble)
-        self.progress.n_evaluations += len(ensemble.energies)
+        self.progress.n_evaluations += ensemble.n_truth
+        if ensemble.two_level:
+            self.progress.n_surrogate += len(ensemble.energies)
+            of = number, ensemble.n_truth, len(ensemble.energies)
+            log.info("population %d: %d evaluations, and %d of the surrogate", *of)
+        if (learner := self._learner) is not None:
+            learner.learned(number, truth, ensemble, last)
+            self.progress.surrogate_failures = learner.failures
         return ensemble
+
+    def _drawn(self, number: int, n_configs: int, last: Ensemble | None) -> Sample:
+        """An ensemble of the state, of two levels where there is a surrogate that helps, and the
+        truth in it."""
+        fresh = partial(self._fresh, number)
+        if self._learner is None or (last is not None and not last.two_level):
+            truth = fresh(n_configs)
+            return truth, truth
+        goal = self.task.settings.error_tolerance
+        if goal is not None and last is None:
+            goal *= len(self.state.atoms) / 1.1**0.5
+        elif goal is not None:
+            goal = (goal / self.progress.gibbs[-1][1]) ** 2 / 1.1
+        first = number if last is None else self.progress.pooled[-1][0]
+        return self._learner.drawn(self._sampler(number), first, fresh, n_configs, last, goal)
 
     def _fresh(self, number: int, n_configs: int) -> Ensemble:
         """An ensemble of the state: the first one from the configurations that another model left,

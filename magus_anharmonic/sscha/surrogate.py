@@ -1,23 +1,72 @@
-"""Averages with a surrogate: a cheap energy surface over a large sample, corrected over a small
-one.
-
-<V - V_0> = <V_s - V_0> + <V - V_s>, and the same of stress, gradients and higher averages
-(`ensemble`): the first over many configurations of the surrogate s, the second over a few of the
-truth, all of them new draws of the state.
-"""
+"""What may be a surrogate of an SSCHA run: names in the settings, and objects."""
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
 
-from magus_anharmonic.sscha.ensemble import Ensemble, joined
+from ase import Atoms
+
+from magus_anharmonic.errors import InputError, typed_line
+from magus_anharmonic.evaluator import Evaluation, Evaluator, as_evaluator
+from magus_anharmonic.settings import import_path
+
+SURROGATES = {"polynomial": "magus_anharmonic.potential.polynomial:fit"}
+"""Name in the settings -> the function ``fit(structures, found) -> Evaluator``; imported when it is
+used."""
+LOAD = "magus_anharmonic.potential:load"
+"""What opens a checkpoint."""
+Fit = Callable[[Sequence[Atoms], Evaluation], Evaluator]
 
 
-def two_levels(large: Ensemble, truth: Ensemble, surrogate: Ensemble) -> Ensemble:
-    """The ensemble of two levels of the surrogate over the ``large`` sample, and of ``truth`` and
-    ``surrogate`` at the same configurations, which the surrogate has not seen and ``large`` does
-    not have."""
-    names = ("energies", "forces", "stresses")
-    differences = (getattr(truth, name) - getattr(surrogate, name) for name in names)
-    level = np.ones(len(truth.energies))
-    return joined([large, Ensemble(truth.displacements, *differences, level)])
+@dataclass(frozen=True)
+class Surrogate:
+    """What a run takes as its surrogate: ``fit`` makes one of the run's configurations, ``fixed``
+    is one as it is; ``name`` : of the energy surface, or of the way to it."""
+
+    name: str
+    fit: Fit | None = None
+    fixed: Evaluator | None = None
+
+
+def surrogate_of(named: Any, atoms: Atoms) -> Surrogate | None:
+    """What ``sscha.surrogate`` names, or an object: an `Evaluator`, an ASE calculator, something
+    with ``fit``, or such a function. None where there is none; raises ``InputError``."""
+    if named is None or named == "none":
+        return None
+    if not isinstance(named, str):
+        return _of_object(named, type(named).__name__, atoms)
+    if named in SURROGATES:
+        return Surrogate(named, fit=_imported(SURROGATES[named], named))
+    path = import_path(named)
+    if path is None:
+        return _of_object(_imported(LOAD, named)(named), named, atoms)
+    return _of_object(_imported(":".join(path.rsplit(".", 1)), named), path, atoms)
+
+
+def _imported(path: str, named: str) -> Any:
+    module, name = path.split(":")
+    try:
+        return getattr(import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise InputError(
+            f"sscha.surrogate: {named}: cannot be imported ({typed_line(error)}); give none,"
+            f" {', '.join(SURROGATES)}, a checkpoint, or the import path of an evaluator, an ASE"
+            " calculator or a function fit(structures, found)"
+        ) from None
+
+
+def _of_object(found: Any, name: str, atoms: Atoms) -> Surrogate:
+    try:
+        made = found() if isinstance(found, type) else found
+        if hasattr(made, "fit"):
+            return Surrogate(str(getattr(made, "model_id", name)), fit=made.fit)
+        if callable(made) and not hasattr(made, "evaluate"):
+            own = getattr(made, "__qualname__", name)
+            return Surrogate(f"{getattr(made, '__module__', '')}.{own}", fit=made)
+        evaluator = as_evaluator(made, [atoms])
+        return Surrogate(evaluator.model_id, fixed=evaluator)
+    except TypeError as error:
+        raise InputError(f"sscha.surrogate: {name}: {error}") from None

@@ -20,6 +20,7 @@ from magus_anharmonic.sscha.nonanalytic import fitted
 from magus_anharmonic.sscha.reciprocal import finite_size_term
 from magus_anharmonic.sscha.result import Progress, SschaResult
 from magus_anharmonic.sscha.state import SschaState, state_digest
+from magus_anharmonic.sscha.surrogate import Surrogate
 from magus_anharmonic.sscha.symmetry import statistical_tolerance
 from magus_anharmonic.structures import space_group, stripped, structure_id
 from magus_anharmonic.units import GPa, ev_per_a3_to_gpa, ev_to_mev, gpa_to_ev_per_a3
@@ -31,7 +32,7 @@ class Task:
 
     configurations : displacements (n, n_supercell, 3) in A that another model's run drew from
     ``start``: evaluated again, they are as good as new ones, because what they were drawn from does
-    not depend on the model.
+    not depend on the model. surrogate : what most configurations are averaged over, if anything.
     """
 
     atoms: Atoms
@@ -43,11 +44,14 @@ class Task:
     start: SschaState | None
     model_id: str
     configurations: np.ndarray | None = None
+    surrogate: Surrogate | None = None
 
     def identity(self) -> dict[str, Any]:
         """Everything on which the numbers depend; two runs with the same identity are the same
         run."""
+        named = {} if self.surrogate is None else {"surrogate": self.surrogate.name}
         return {
+            **named,
             "structure": structure_id(self.atoms),
             "formula": self.atoms.get_chemical_formula(),
             "model": self.model_id,
@@ -255,6 +259,7 @@ def _of_any(task: Task, progress: Progress, began: float) -> dict[str, Any]:
         "target_pressure": task.pressure,
         "temperature": task.temperature,
         "n_evaluations": progress.n_evaluations,
+        "n_surrogate": progress.n_surrogate,
         "n_populations": len(progress.gibbs),
         "n_configs": task.settings.n_configs,
         "model_id": task.model_id,

@@ -1,0 +1,91 @@
+"""Labels of the free energy F(R, cell) of H3S at 0 K: SSCHA at fixed centroids on the shipped
+potential.
+
+    python label.py N_TRAIN N_TEST [MINUTES]
+
+Goes on where it was: ``labels.xyz`` keeps every label the moment it is made, ``failed.txt`` why one
+has none. Structures are four-atom cells between 90 and 170 GPa, none of them a minimum: about
+Im-3m, along the way to R3m, and rattled; those of the test have other seeds, and half of them are
+of a kind that no training label is of (every hydrogen moved along its own bond, to either side).
+"""
+
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+from ase import Atoms
+from ase.io import read, write
+
+from magus_anharmonic.labelers import get_labeler
+from magus_anharmonic.learning.dataset import labelled
+from magus_anharmonic.settings import LabelerSettings
+
+HERE = Path(__file__).resolve().parent
+LABELS, FAILED = HERE / "labels.xyz", HERE / "failed.txt"
+SETTINGS = LabelerSettings(
+    calculator="sscha",
+    arguments={
+        "evaluator": "h3s-gpaw-small",
+        "temperature": 0.0,
+        "supercell": [2, 2, 2],
+        "n_configs": 100,
+    },
+)
+KINDS = ("im-3m", "r3m", "rattled")
+VOLUMES = (13.9, 16.0)
+"""A^3 of the cell."""
+
+
+def structure(side: str, number: int) -> Atoms:
+    """The structure with this number of ``train`` or ``test``; the same for ever."""
+    rng = np.random.default_rng([{"train": 0, "test": 1}[side], number])
+    kind = KINDS[number % 3]
+    if side == "test" and number % 2:
+        kind = "apart"
+    edge = (2.0 * rng.uniform(*VOLUMES)) ** (1 / 3)
+    cell = np.array([[-1, 1, 1], [1, -1, 1], [1, 1, -1]]) * edge / 2
+    sites = [[0, 0, 0], [0.5, 0.5, 0], [0.5, 0, 0.5], [0, 0.5, 0.5]]
+    atoms = Atoms("SH3", scaled_positions=sites, cell=cell, pbc=True)
+    bonds = atoms.positions[1:] / np.linalg.norm(atoms.positions[1:], axis=1)[:, None]
+    if kind == "r3m":
+        atoms.positions[1:] += rng.uniform(0.0, 0.18) * bonds
+    if kind == "apart":
+        atoms.positions[1:] += rng.uniform(-0.2, 0.2, (3, 1)) * bonds
+    size = 0.12 if kind == "rattled" else 0.04
+    atoms.positions += size * rng.normal(size=(4, 3)) / np.sqrt([[3.0]])
+    strain = 0.03 * rng.uniform(-1, 1, (3, 3))
+    atoms.set_cell(atoms.cell.array @ (np.eye(3) + strain + strain.T), scale_atoms=True)
+    atoms.info.update(
+        id=f"{side}-{number:03d}", parent=f"{side}-{number:03d}", kind=kind, side=side
+    )
+    return atoms
+
+
+def main(n_train: int, n_test: int, minutes: float = np.inf) -> None:
+    """Label what has no label yet, test and training in turn, one at a time."""
+    done = {atoms.info["id"] for atoms in read(LABELS, ":")} if LABELS.exists() else set()
+    done |= (
+        {line.split()[0] for line in FAILED.read_text().splitlines()} if FAILED.exists() else set()
+    )
+    wanted = [("train", i, i / n_train) for i in range(n_train)]
+    wanted += [("test", i, i / n_test) for i in range(n_test)]
+    began = time.monotonic()
+    with get_labeler(SETTINGS, HERE / "scratch") as labeler:
+        for side, number, _ in sorted(wanted, key=lambda entry: entry[2]):
+            atoms = structure(side, number)
+            if atoms.info["id"] in done:
+                continue
+            if time.monotonic() - began > 60 * minutes:
+                break
+            found = labeler.label([atoms])[0]
+            if found.ok:
+                frame = labelled(atoms, found, seconds=round(found.seconds, 1))
+                write(LABELS, frame, format="extxyz", append=True)
+            else:
+                with FAILED.open("a") as file:
+                    file.write(f"{atoms.info['id']} {found.reason}\n")
+
+
+if __name__ == "__main__":
+    main(*map(int, sys.argv[1:3]), *map(float, sys.argv[3:]))
