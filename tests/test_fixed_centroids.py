@@ -10,7 +10,7 @@ from sscha_models import AnharmonicCell, LatticeSprings, QuarticPair
 
 from magus_anharmonic import free_energy
 from magus_anharmonic.settings import SschaSettings
-from magus_anharmonic.sscha import engines, python_sscha
+from magus_anharmonic.sscha import SschaResult, engines, python_sscha
 from magus_anharmonic.sscha.ensemble import average
 from magus_anharmonic.sscha.start import sample_ensemble
 from magus_anharmonic.sscha.symmetry import Symmetry
@@ -195,11 +195,19 @@ def test_python_sscha_without_its_structure_finds_the_same_on_one_ensemble(tmp_p
     assert averages.force == pytest.approx(forces * RYDBERG, abs=1e-5)
 
 
-def test_a_cell_that_is_not_primitive_stays_as_it_is_given_and_has_the_same_free_energy():
+def test_a_cell_that_is_not_primitive_stays_as_it_is_given_and_has_the_same_free_energy(tmp_path):
     case = CASES["rock salt"]
     crystal = case.make()
     double = crystal.atoms.repeat((2, 1, 1))[[3, 0, 2, 1]]
-    found = free_energy(double, crystal, supercell=(1, 2, 2), seed=3, **OPTIONS)
+    double.positions[1, 0] += 0.03
+    run = dict(supercell=(1, 2, 2), seed=3, directory=tmp_path, **OPTIONS)
+    moved = free_energy(double, crystal, **run)
+    stored = SschaResult.read(tmp_path)
+    for name in ("force", "force_error", "stress", "stress_error"):
+        assert np.array_equal(getattr(stored, name), getattr(moved, name))
+    double.positions[1, 0] -= 0.03
+    found = free_energy(double, crystal, **run | {"directory": None})
+    assert found.gibbs_raw < moved.gibbs_raw and moved.force[1, 0] < -0.01  # back to its site
     assert np.array_equal(found.centroids.positions, double.positions)
     assert np.array_equal(found.centroids.numbers, double.numbers)
     value, *_ = exactly(crystal, crystal.atoms, (2, 2, 2))

@@ -2,11 +2,13 @@
 that nobody takes one surface for the other."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
+from ase.io import write
 from exact_crystals import triclinic
 from test_fixed_centroids import exactly
 
@@ -14,11 +16,10 @@ from magus_anharmonic import free_energy, load
 from magus_anharmonic.energy_surface import FreeEnergySurface, surface_of_labels
 from magus_anharmonic.errors import InputError, LabelerError
 from magus_anharmonic.labelers import available, code_of, get_labeler
-from magus_anharmonic.labelers import sscha as sscha_labels
 from magus_anharmonic.labelers.base import Label, Labeler
 from magus_anharmonic.labelers.sscha import labels_of_run
 from magus_anharmonic.labelers.worker import run_job
-from magus_anharmonic.learning.dataset import LabelStore, labelled, plan_label
+from magus_anharmonic.learning.dataset import LabelStore, labelled, plan_label, read_labels
 from magus_anharmonic.learning.learn import _gather
 from magus_anharmonic.learning.round import Round
 from magus_anharmonic.paper.ensemble_errors import measure_locked
@@ -26,10 +27,17 @@ from magus_anharmonic.potential import checkpoint
 from magus_anharmonic.potential.finetune import finetune
 from magus_anharmonic.potential.label_check import outliers
 from magus_anharmonic.potential.labelled import weights_by_error
-from magus_anharmonic.ranking.structures import open_evaluator
-from magus_anharmonic.settings import CalculatorSettings, LabelerSettings, LearningSettings
+from magus_anharmonic.potential.train import TrainRecipe, train_file
+from magus_anharmonic.ranking.structures import evaluator_of, open_evaluator
+from magus_anharmonic.settings import (
+    CalculatorSettings,
+    LabelerSettings,
+    LearningSettings,
+    Settings,
+)
 from magus_anharmonic.structures import structure_id
 
+ROOT = Path(__file__).parents[1]
 MODEL = "h3s-gpaw-small"
 ARGUMENTS = {"evaluator": MODEL, "temperature": 0, "supercell": [1, 1, 1], "n_configs": 40}
 
@@ -180,9 +188,9 @@ class Finder(Labeler):
     def __init__(self, surface):
         self.surface = surface
 
-    def found(self, folder):
+    def found(self, folder, known=frozenset()):
         for result in folder.glob("**/result.json"):
-            yield from labels_of_run(result.parent, self.surface, self.settings_hash)
+            yield from labels_of_run(result.parent, self.surface, self.settings_hash, known)
 
 
 def test_populations_of_a_relaxing_run_are_labels_where_their_force_constants_had_relaxed(tmp_path):
@@ -208,6 +216,8 @@ def test_populations_of_a_relaxing_run_are_labels_where_their_force_constants_ha
         _gather(Round(1, settings, store, 0), Finder(surface), tmp_path)
         assert len(store) == len(found)
     assert {atoms.info["kind"] for atoms in store.labels()} == {"population"}
+    have = {structure_id(atoms) for atoms, _ in found}
+    assert not list(Finder(surface).found(tmp_path, have))
     for name, value in (
         ("temperature", 300.0),
         ("supercell", [2, 2, 1]),
@@ -329,8 +339,39 @@ def test_a_structure_far_from_the_labels_is_said(model, caplog):
     assert "1 of 2 structures are far from its labels" in caplog.text
 
 
-def test_a_potential_that_changed_since_the_labels_began_is_refused(monkeypatch):
+def test_a_potential_that_changed_since_the_labels_began_is_refused():
     recipe = recipe_of()
     with pytest.raises(LabelerError, match="holds model .* now"):
         code_of("sscha").calculator(replace(recipe, files={"model": "0" * 12}), h3s(0), None)
-    assert sscha_labels.MODEL in recipe.files
+
+
+def test_train_takes_labels_of_a_free_energy_like_others_and_refuses_them_for_another_model(
+    labels, potential, tmp_path
+):
+    write(tmp_path / "labels.xyz", labels, format="extxyz")
+    recipe = TrainRecipe(checkpoint=MODEL, stages=[{"epochs": 1}], split=(4, 1, 1))
+    report = train_file([tmp_path / "labels.xyz"], tmp_path / "f.pth", recipe, device="cpu")
+    assert not report.excluded
+    assert load(report.path, device="cpu").surface == surface_of_labels(labels)
+    other = checkpoint.read(checkpoint.resolve(MODEL))[0]
+    list(other.parameters())[0].data += 1e-3
+    checkpoint.save(other, tmp_path / "other.pth")
+    recipe = recipe.model_copy(update={"checkpoint": str(tmp_path / "other.pth")})
+    with pytest.raises(InputError, match="starts from that potential"):
+        train_file([tmp_path / "labels.xyz"], tmp_path / "g.pth", recipe, device="cpu")
+
+
+def test_an_input_that_asks_for_another_temperature_than_the_model_s_is_refused(model):
+    block = {"calculator": "mattersim", "checkpoint": str(model.path), "surface": "free-energy"}
+    settings = Settings(main_calculator=block, sscha={"temperature": 300})
+    with pytest.raises(InputError, match="temperature 0 and 300 K"):
+        evaluator_of(settings)
+    settings = Settings(main_calculator=block, sscha={"temperature": 0})
+    assert evaluator_of(settings)[0].model_id == model.model_id
+
+
+def test_the_stored_labels_of_h3s_are_of_one_surface_of_the_shipped_potential(potential):
+    stored = read_labels(ROOT / "inputs" / "h3s-free-energy" / "labels.xyz")
+    surface = surface_of_labels(stored)
+    assert surface is not None and surface.potential == potential.model_id
+    assert weights_by_error(stored) is not None and not outliers(stored)

@@ -16,7 +16,7 @@ import os
 import re
 import shlex
 import subprocess
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -270,8 +270,9 @@ class Labeler:
         """
         raise LabelerError(f"{self.description}: makes single points only")
 
-    def found(self, folder: Path) -> Iterator[tuple[Atoms, Label]]:
-        """Structures and labels that runs below ``folder`` hold already; most know of none."""
+    def found(self, folder: Path, known: Set[str] = frozenset()) -> Iterator[tuple[Atoms, Label]]:
+        """Structures (none with an id that is ``known``) and labels that runs below ``folder`` hold
+        already; most know of none."""
         yield from ()
 
     def close(self) -> None:
@@ -430,8 +431,8 @@ class Code:
         """What the labels are of; None: static energies."""
         return None
 
-    def found(self, recipe: Recipe, folder: Path) -> Iterator[tuple[Atoms, Label]]:
-        """Labels of the recipe that lie below ``folder`` without having been asked for."""
+    def found(self, recipe: Recipe, folder: Path, known: Set[str]) -> Iterator[tuple[Atoms, Label]]:
+        """See `Labeler`."""
         yield from ()
 
     def default_workers(self, cores: int) -> int:

@@ -11,7 +11,7 @@ import tempfile
 import threading
 import time
 import weakref
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import closing
 from pathlib import Path
@@ -196,9 +196,9 @@ class JobLabeler(Labeler):
                     on_result(index, results[index])
         return results
 
-    def found(self, folder: Path) -> Iterator[tuple[Atoms, Label]]:
+    def found(self, folder: Path, known: Set[str] = frozenset()) -> Iterator[tuple[Atoms, Label]]:
         """See `Labeler`."""
-        return code_of(self.recipe.code).found(self.recipe, folder)
+        return code_of(self.recipe.code).found(self.recipe, folder, known)
 
     def _for_files_of(self, atoms: Atoms) -> Path:
         """Where the files of a failed label are kept; those of an earlier failure are gone."""

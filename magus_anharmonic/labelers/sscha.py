@@ -9,7 +9,7 @@ minimum are such labels too (`labels_of_run`): they are of centroids and a cell 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from magus_anharmonic.energy_surface import (
 )
 from magus_anharmonic.errors import DamagedFile, InputError, LabelerError
 from magus_anharmonic.evaluator import Evaluator
+from magus_anharmonic.io.files import read_whole
 from magus_anharmonic.labelers.base import Code, Label, Recipe
 from magus_anharmonic.settings import LabelerSettings, SschaSettings, parse
 from magus_anharmonic.sscha import SschaResult, free_energy
@@ -81,10 +82,11 @@ class SschaLabels(Code):
     def surface(self, recipe: Recipe) -> FreeEnergySurface:
         return surface_of(recipe.arguments, recipe.files[MODEL])
 
-    def found(self, recipe: Recipe, folder: Path) -> Iterator[tuple[Atoms, Label]]:
-        """The labels that the SSCHA runs below ``folder`` hold already; see `labels_of_run`."""
+    def found(self, recipe: Recipe, folder: Path, known: Set[str]) -> Iterator[tuple[Atoms, Label]]:
+        """See `labels_of_run`."""
+        surface = self.surface(recipe)
         for result in sorted(folder.glob("**/result.json")):
-            yield from labels_of_run(result.parent, self.surface(recipe), recipe.settings_hash)
+            yield from labels_of_run(result.parent, surface, recipe.settings_hash, known)
 
 
 def run_settings(arguments: Mapping[str, Any]) -> SschaSettings:
@@ -202,14 +204,14 @@ def _errors(
 
 
 def labels_of_run(
-    folder: Path, surface: FreeEnergySurface, settings_hash: str
+    folder: Path, surface: FreeEnergySurface, settings_hash: str, known: Set[str] = frozenset()
 ) -> Iterator[tuple[Atoms, Label]]:
     """Structures and labels of the populations in the ``folder`` of an SSCHA run whose force
     constants were at their minimum, so far as their own ensemble tells: centroids and cell may be
     anywhere.
 
     Only of the ``surface``: model, temperature, masses and supercell the same; none of a run that
-    is damaged or of another version.
+    is damaged or of another version, or of structures whose ids are ``known``.
     """
     try:
         result = SschaResult.read(folder)
@@ -219,7 +221,10 @@ def labels_of_run(
     if not same or isinstance(surface.supercell, Mapping):
         return
     for path in sorted(folder.glob("population_*.npz")):
-        state, ensemble = read_population_file(path)
+        stored = read_whole(path, read_population_file)
+        if stored is None or structure_id(stored[0].atoms) in known:
+            continue
+        state, ensemble = stored
         own = replace(surface, masses={**masses_of(state.atoms), **surface.masses})
         if state.supercell_matrix != as_supercell_matrix(surface.supercell) or own.difference(
             replace(own, masses=masses_of(state.atoms))

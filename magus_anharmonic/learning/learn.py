@@ -256,7 +256,7 @@ def _gather(now: Round, labeler: Labeler, folder: Path) -> None:
     their families keep their sides, and new ones train."""
     known = now.known_sides()
     have = {structure_id(atoms) for atoms in now.store.labels(quarantined=True)}
-    for atoms, label in labeler.found(SearchFolder(folder).sscha):
+    for atoms, label in labeler.found(SearchFolder(folder).sscha, frozenset(have)):
         if structure_id(atoms) in have:
             continue
         have.add(structure_id(atoms))

@@ -1,0 +1,70 @@
+"""A model of F(R, cell) from the first N training labels: its errors on the test labels by kind,
+how well it expects them, and what it costs against SSCHA.
+
+    python evaluate.py N [--epochs 40]
+"""
+
+import copy
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+from ase.io import read
+from learn import HERE, POTENTIAL, errors, minus
+
+from magus_anharmonic import free_energy, load
+from magus_anharmonic.potential.finetune import finetune
+from magus_anharmonic.potential.labelled import weights_by_error
+from magus_anharmonic.potential.trainer import refit_shift
+from magus_anharmonic.settings import FinetuneSettings
+
+
+def calibration(model, test, left):
+    """Rms of the energy's deviation over what model and label expect of it."""
+    expected = 4 * model.evaluate(test).energy_error
+    label = np.array([atoms.info["label_energy_error"] for atoms in test])
+    found = np.array([atoms.get_potential_energy() for atoms in left])
+    return float(np.sqrt(np.mean(np.square(found) / (expected**2 + label**2))))
+
+
+def main(n, epochs, seed=1):
+    labels = read(HERE / "labels.xyz", ":")
+    test = [atoms for atoms in labels if atoms.info["side"] == "test"]
+    chosen = [atoms for atoms in labels if atoms.info["side"] == "train"][:n]
+    train, validation = chosen[: n * 3 // 4], chosen[n * 3 // 4 :]
+    potential = load(POTENTIAL, device="cpu")
+    module = copy.deepcopy(potential.module)
+    refit_shift(module, train)
+    stage = FinetuneSettings(epochs=epochs, learning_rate=1e-3, batch_size=4, schedule="cosine")
+    out = Path(HERE) / "scratch" / f"model-{n}.pth"
+    out.parent.mkdir(exist_ok=True)
+    weights = weights_by_error(train)
+    finetune(module, train, validation, stage, out=out, seed=seed, weights=weights)
+    model = load(out, device="cpu")
+    print(f"{len(train)} + {len(validation)} labels; {model.surface}")
+    left = minus(test, model)
+    kinds = sorted({atoms.info["kind"] for atoms in test})
+    for kind in ["all", *kinds]:
+        mine = [i for i, atoms in enumerate(test) if kind in ("all", atoms.info["kind"])]
+        noise = np.sqrt(np.mean([test[i].info["label_energy_error"] ** 2 for i in mine])) * 250
+        rms = errors([left[i] for i in mine])
+        print(f"{kind:9} {len(mine):3} labels: {rms} meV/atom, meV/A, GPa (labels {noise:.2f})")
+    print(f"deviation over expected error: {calibration(model, test, left):.2f}")
+    began = time.process_time()
+    for _ in range(20):
+        model.evaluate(test[:1])
+    each = (time.process_time() - began) / 20
+    began = time.process_time()
+    keys = dict(supercell=(2, 2, 2), n_configs=100, centroids="fixed", seed=2)
+    run = free_energy(test[0], potential, **keys)
+    spent = time.process_time() - began
+    print(
+        f"one cell: {1e3 * each:.1f} ms by the model, {spent:.1f} s by SSCHA to"
+        f" {1e3 * run.gibbs_error:.2f} meV/atom: {spent / each:.0f} times"
+    )
+
+
+if __name__ == "__main__":
+    words = sys.argv[1:]
+    main(int(words[0]), int(words[2]) if words[1:2] == ["--epochs"] else 40)
