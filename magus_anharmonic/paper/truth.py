@@ -81,7 +81,7 @@ def _term(
     except MagusAnharmonicError as error:
         if is_machine_error(error):
             raise
-        log.warning("%s: G stays that of the model: %s", candidate.id, error)
+        log.warning("%s: it has no correction of its own: %s", candidate.id, error)
         record_failure(folder.root, "truth", one_line(error), id=candidate.id)
         return None
     found = report.correction
