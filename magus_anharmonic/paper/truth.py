@@ -19,6 +19,7 @@ from magus_anharmonic.paper.ensemble_errors import measure_errors, source_of_run
 from magus_anharmonic.ranking.candidate import Candidate
 from magus_anharmonic.ranking.rank import Truth
 from magus_anharmonic.ranking.uncertainty import ModelTerm
+from magus_anharmonic.runs.folder import SearchFolder
 from magus_anharmonic.runs.record import record_failure
 from magus_anharmonic.settings import LabelerSettings, Settings
 from magus_anharmonic.sscha.record import MINIMA
@@ -27,8 +28,6 @@ from magus_anharmonic.units import ev_to_mev
 
 log = logging.getLogger(__name__)
 
-FOLDER = "truth"
-"""In the folder of a ranking: labels, tables and failures of each phase that was labelled."""
 MOST = 60
 """Labels of a phase."""
 WANTED = 1e-3
@@ -50,35 +49,40 @@ def labels_of(
     ``wanted`` (eV/atom). What is labelled is not labelled again. A phase whose labels fail has no
     term; ``failures.jsonl`` says why. The labeler is checked now: raises ``InputError``.
     """
-    root = Path(run_dir)
-    place = root / FOLDER / "labeling", settings
+    folder = SearchFolder(run_dir)
+    place = folder.truth / "labeling", settings
     get_labeler(labels, *place).close()
 
     def truth(table: Sequence[Candidate], model: Evaluator) -> Mapping[str, ModelTerm]:
         n_best = settings.sscha.keep_best if settings.sscha else 1
         lowest = [c for c in table if 0 < (c.rank_quantum or 0) <= n_best and c.status in MINIMA]
         with contextlib.closing(get_labeler(labels, *place)) as labeler:
-            found = {c.id: _term(root, c, model, labeler, wanted, most) for c in lowest}
+            found = {c.id: _term(folder, c, model, labeler, wanted, most) for c in lowest}
         return {name: term for name, term in found.items() if term is not None}
 
     return truth
 
 
 def _term(
-    root: Path, candidate: Candidate, model: Evaluator, labeler: Labeler, wanted: float, most: int
+    folder: SearchFolder,
+    candidate: Candidate,
+    model: Evaluator,
+    labeler: Labeler,
+    wanted: float,
+    most: int,
 ) -> ModelTerm | None:
     name = candidate.sscha_folder
     try:
-        folder = root / "sscha" / name
-        source = source_of_run(folder, SschaResult.read(folder), candidate.id)
+        run = folder.sscha / name
+        source = source_of_run(run, SschaResult.read(run), candidate.id)
         report = measure_errors(
-            source, model, labeler, root / FOLDER / name, n_configs=most, wanted=wanted
+            source, model, labeler, folder.truth / name, n_configs=most, wanted=wanted
         )
     except MagusAnharmonicError as error:
         if is_machine_error(error):
             raise
-        log.warning("%s: G stays that of the model: %s", candidate.id, error)
-        record_failure(root, "truth", one_line(error), id=candidate.id)
+        log.warning("%s: it has no correction of its own: %s", candidate.id, error)
+        record_failure(folder.root, "truth", one_line(error), id=candidate.id)
         return None
     found = report.correction
     log.info(

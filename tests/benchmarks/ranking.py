@@ -221,16 +221,19 @@ def h3s_candidates(file, potential, n_structures=N_H3S):
     return read(file, index=":")
 
 
+def race_h3s(folder, potential, structures, n_configs):
+    """The table of one race in ``folder``."""
+    sscha = {"max_candidates": len(structures), "keep_best": BEST, "n_configs": n_configs}
+    settings = parse_settings({"pressure": PRESSURE, "Fitness": ["SSCHA"], "sscha": sscha})
+    return rank_structures(structures, potential, settings, folder / "race", relax=False, workers=1)
+
+
 def compare_h3s(folder, n_reference, n_structures=N_H3S, n_configs=1000):
     """One race of H3S crystals against long runs of each with ``n_reference`` configurations in the
     last populations; None after the race alone (0)."""
     potential = load("h3s-gpaw-small", device="cpu")
     structures = h3s_candidates(folder / "candidates.extxyz", potential, n_structures)
-    sscha = {"max_candidates": len(structures), "keep_best": BEST, "n_configs": n_configs}
-    settings = parse_settings({"pressure": PRESSURE, "Fitness": ["SSCHA"], "sscha": sscha})
-    table = rank_structures(
-        structures, potential, settings, folder / "race", relax=False, workers=1
-    )
+    table = race_h3s(folder, potential, structures, n_configs)
     for c in table:
         g = (
             ""
