@@ -390,7 +390,9 @@ def measured_terms(run_dir: str | Path, pressure: GPa) -> dict[str, ModelTerm]:
     rows = tables.read_if_there(tables.GibbsCorrection, run_dir)
     return {
         row.phase: ModelTerm(
-            row.correction_eV_per_atom, row.correction_error_eV_per_atom, electronic(row)
+            row.correction_eV_per_atom + (row.second_order_eV_per_atom or 0.0),
+            row.correction_error_eV_per_atom,
+            electronic(row),
         )
         for row in rows
         if row.correction_error_eV_per_atom is not None and abs(row.pressure_GPa - pressure) < 1e-6

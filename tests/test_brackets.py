@@ -41,7 +41,8 @@ def test_the_phase_of_errors_is_printed_as_it_is(tmp_path, capsys):
     errors = SimpleNamespace(
         n_configs=4, force=1.0, bo_centroid=None, **dict.fromkeys(names, parts)
     )
-    correction = SimpleNamespace(first_order=0.0, first_order_error=0.0, second_order=0.0)
+    orders = {"first_order": 0.0, "first_order_error": 0.0, "second_order": 0.0}
+    correction = SimpleNamespace(**orders, electronic=None)
     source = SimpleNamespace(phase=NAME, pressure=10.0)
     folder = tmp_path / "[/red]"
     show_errors(

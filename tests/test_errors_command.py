@@ -88,8 +88,9 @@ def test_everything_is_written_and_the_numbers_agree(tmp_path):
     (line,) = tables.read(tables.GibbsCorrection, tmp_path / "gibbs_correction.csv")
     assert (line.phase, line.pressure_GPa, line.n_labels) == ("P1", 50.0, 12)
     value, error = report.corrected_gibbs
-    assert value == pytest.approx(report.source.gibbs + line.correction_eV_per_atom, rel=1e-8)
-    assert error == pytest.approx(np.hypot(0.001, line.correction_error_eV_per_atom), rel=1e-6)
+    both = line.correction_eV_per_atom + line.second_order_eV_per_atom
+    assert value == pytest.approx(report.source.gibbs + both, rel=1e-8)
+    assert error == pytest.approx(np.hypot(0.001, report.correction.error), rel=1e-6)
     assert json.loads((tmp_path / "errors.json").read_text())["n_failed"] == 0
     draw_report(report)
     assert (tmp_path / "gradient_errors.png").stat().st_size > 10_000 and (
@@ -159,6 +160,18 @@ def test_more_configurations_keep_the_labels_of_fewer(tmp_path):
     run(tmp_path, n=8)
     report, labeler = run(tmp_path, n=12)
     assert labeler.count == 4 and report.errors.n_configs == 12
+
+
+def test_no_more_labels_are_made_than_the_wanted_error_takes(tmp_path):
+    model, reference = pair(0.2)
+    source = Source(model.state, "P1", 50.0, "harmonic-crystal")
+    found = {}
+    for wanted in (1.0, 2.8e-4, 1e-9):
+        labeler, folder = Reference(reference), tmp_path / str(wanted)
+        report = measure_errors(source, model, labeler, folder, n_configs=60, wanted=wanted)
+        found[wanted] = labeler.count - 1, report.correction.error
+    assert found[1.0][0] == 20 and found[1e-9][0] == 60, found
+    assert 20 < found[2.8e-4][0] < 60 and found[2.8e-4][1] <= 2.8e-4, found
 
 
 def test_a_failed_label_is_recorded_and_its_pair_left_out(tmp_path):

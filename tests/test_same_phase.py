@@ -15,10 +15,11 @@ from magus_anharmonic.ranking.elimination import FAR, Rules, Stop, race, verdict
 from magus_anharmonic.ranking.jobs import potential_energy
 from magus_anharmonic.ranking.matcher import PHASE_TOLERANCE, Fingerprint, largest_difference
 from magus_anharmonic.ranking.phases import alike, ending_of
-from magus_anharmonic.ranking.store import NAME, FreeEnergyStore, Key
+from magus_anharmonic.ranking.store import FreeEnergyStore, Key
 from magus_anharmonic.ranking.structures import rank_structures
 from magus_anharmonic.settings import parse_settings
 from magus_anharmonic.sscha import free_energy
+from magus_anharmonic.structures import structure_id
 
 KEY = Key("model", 150.0, 0.0, "settings")
 THREE = Rules(confidence=0.95, keep_best=3, max_populations=30, far=FAR)
@@ -155,11 +156,20 @@ def ranked(structures, evaluator, folder, **sscha):
 
 
 def test_starts_in_one_well_are_relaxed_once_and_the_table_gives_each_the_free_energy(tmp_path):
-    """Quantum hydrogen ends in the middle, from the middle and from two starts in a well."""
+    """Quantum hydrogen ends in the middle, from the middle and from two starts in a well; another
+    crystal is far above. A second call evaluates no configuration."""
     one = crystal((3.0, 3.0, 3.3), 1.0, 0.2, -0.3, 1.0, well=5.5, wall=3.0)
+    high = crystal((2.7,) * 3, 1.0, 0.2, -0.3, 1.0, depth=0.6)
     starts = [replace(one, shift=(0.0, 0.0, shift)).atoms for shift in (0.0, 0.15, 0.3)]
-    table = ranked(starts, Crystals([one]), tmp_path)
-    store = {run.structure: run for run in FreeEnergyStore(tmp_path / NAME).runs()}
+    evaluator = Crystals([one, high])
+    table = ranked([*starts, high.atoms], evaluator, tmp_path)
+    once = evaluator.n_structures
+    ranked([*starts, high.atoms], evaluator, tmp_path)
+    assert evaluator.n_structures == once + len(table), "their static energies alone"
+    store = {run.structure: run for run in FreeEnergyStore(tmp_path / "free_energies.db").runs()}
+    far = store.pop(structure_id(high.atoms))
+    assert far.status == "eliminated" and far.free_energy.n_populations == 1
+    table = [row for row in table if row.id in store]
     assert sum(not row.same_as for row in table) == 1
     assert {row.spg_quantum for row in table} == {"P4/mmm (123)"}
     (stopped,) = (run for run in store.values() if run.status == "eliminated")

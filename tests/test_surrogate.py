@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from ase.build import bulk
 from exact_crystals import CASES, ExactCrystal, Scha
+from scipy.stats import binom
 from sscha_models import EV
 
 from magus_anharmonic import free_energy
@@ -48,8 +49,8 @@ class Affine:
 
     model_id = "affine"
 
-    def __init__(self, crystal):
-        self.base, self.sizes = perturbed(crystal), []
+    def __init__(self, crystal, size=0.02):
+        self.base, self.sizes = perturbed(crystal, size), []
 
     def fit(self, structures, found):
         self.sizes.append(len(structures))
@@ -180,7 +181,12 @@ def test_a_sabotaged_surrogate_costs_evaluations_but_no_truth(name, caplog):
     assert result.n_evaluations < 900
 
 
-@pytest.mark.parametrize("surrogate", [perturbed, Affine])
+def poor(crystal):
+    """One that is to learn before it is used, and never does."""
+    return Affine(crystal, 0.04)
+
+
+@pytest.mark.parametrize("surrogate", [perturbed, poor])
 def test_a_run_that_was_stopped_after_every_population_gives_the_same_bits(surrogate, tmp_path):
     case = CASES["triclinic"]
     settings = SschaSettings(
@@ -281,3 +287,20 @@ def test_a_polynomial_fitted_to_twenty_configurations_saves_most_evaluations_of_
     assert abs(plain.gibbs - ours.gibbs) < 4.0 * off
     assert ours.gibbs_error < 1.3 * plain.gibbs_error
     assert ours.n_evaluations < plain.n_evaluations / 4.0
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("surrogate", [perturbed, Affine])
+def test_error_bars_with_a_surrogate_cover_the_minima(surrogate):
+    """Of four crystals whose cell relaxes, 16 seeds each, together: inside the 99 % bounds of a
+    Gaussian's 68 and 95 %, and not off by itself."""
+    z = []
+    for name in ("hcp", "triclinic", "rock salt", "heavy and light"):
+        exact = minimum(name).gibbs
+        found = [run(name, surrogate, seed) for seed in range(16)]
+        assert sum(not result.converged for result in found) <= 1
+        z += [(result.gibbs_raw - exact) / result.gibbs_error for result in found]
+    for sigmas, share in ((1.0, 0.683), (2.0, 0.954)):
+        low, high = binom.interval(0.99, len(z), share)
+        assert low <= np.sum(np.abs(z) < sigmas) <= high
+    assert abs(np.mean(z)) < 0.4

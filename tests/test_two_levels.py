@@ -3,6 +3,7 @@ word."""
 
 import zlib
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,8 +25,12 @@ from magus_anharmonic.sscha.ensemble import (
 from magus_anharmonic.sscha.hessian import free_energy_hessian
 from magus_anharmonic.sscha.python_sscha import to_ensemble
 from magus_anharmonic.sscha.reciprocal import samples, wavevectors
+from magus_anharmonic.sscha.result import SschaResult, final_populations
 from magus_anharmonic.sscha.symmetry import Symmetry
+from magus_anharmonic.sscha.task import gibbs_energy
 from magus_anharmonic.sscha.two_levels import corrections
+
+DFT = Path(__file__).parents[1] / "inputs" / "h3s-dft-sscha"
 
 
 class Wrong:
@@ -194,3 +199,20 @@ def test_python_sscha_takes_no_ensemble_of_two_levels(triclinic):
     with pytest.raises(InputError, match="two levels"):
         to_ensemble(state, ensemble)
     assert len(samples(state, ensemble, wavevectors(state)).part(slice(0, None, 2))) == 10
+
+
+def test_forty_labels_and_a_surrogate_give_the_free_energy_of_dft_alone():
+    gibbs, errors, labels = [], [], []
+    for name in ("alone", "surrogate"):
+        folder = DFT / name
+        result = SschaResult.read(folder)
+        ((state, ensemble),) = final_populations(folder, result).values()
+        symmetry = Symmetry(state.atoms, state.supercell_matrix)
+        found = gibbs_energy(state, average(state, ensemble, symmetry), result.target_pressure)
+        assert found == pytest.approx((result.gibbs_raw, result.gibbs_error), abs=1e-9)
+        gibbs.append(found[0])
+        errors.append(found[1])
+        labels.append(result.n_evaluations)
+    assert labels[1] <= 40 < 3 * labels[1] < labels[0]
+    assert max(errors) < 1.5e-3
+    assert abs(gibbs[0] - gibbs[1]) < 2.0 * np.hypot(*errors)

@@ -304,8 +304,14 @@ def errors(
     input_file: SettingsFile = None,
     n_configs: Annotated[
         int,
-        typer.Option("-n", "--n-configs", help="Configurations to label, in pairs +u, -u: even."),
+        typer.Option(
+            "-n", "--n-configs", help="Most configurations to label, in pairs +u, -u: even."
+        ),
     ] = 60,
+    error: Annotated[
+        float,
+        measured("eV/atom", "Of the correction of G; from 20 on, no more labels than it takes."),
+    ] = 0.001,
     ensemble: Annotated[
         Path | None,
         typer.Option(
@@ -345,8 +351,7 @@ def errors(
     ] = None,
     device: Device = None,
 ) -> None:
-    """Errors of forces and of free-energy gradients against DFT, and the correction of G by
-    first-order perturbation."""
+    """Errors of forces and of free-energy gradients against DFT, and G by DFT."""
     from magus_anharmonic.evaluator import as_evaluator
     from magus_anharmonic.labelers import at_electronic_temperature, get_labeler
     from magus_anharmonic.paper.ensemble_errors import (
@@ -397,6 +402,7 @@ def errors(
             output,
             n_configs=n_configs,
             seed=settings.seed or 0,
+            wanted=error,
             displacements=displacements,
             electronic=electronic,
         )
@@ -474,10 +480,7 @@ def _show(report: Any) -> None:
         )
     if report.corrected_gibbs is not None:
         value, spread = report.corrected_gibbs
-        screen.print(
-            f"* G by the reference to first order: {value:.5f} +- {spread:.5f} eV/atom.",
-            highlight=False,
-        )
+        screen.print(f"* G by the reference: {value:.5f} +- {spread:.5f} eV/atom.", highlight=False)
     if report.n_failed:
         screen.print(
             f"* {report.n_failed} configurations have no label (failures.jsonl says why); their"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -170,6 +170,16 @@ def rank(
             show_default=SETTINGS,
         ),
     ] = None,
+    truth: Annotated[
+        Path | None,
+        typer.Option(
+            help="YAML file with the block labeler: G of the lowest phases by this DFT code, from"
+            " labels of their ensembles."
+        ),
+    ] = None,
+    truth_error: Annotated[
+        float, measured("eV/atom", "Of --truth: labels are added, up to 60 a phase, until then.")
+    ] = 0.001,
     everybody: Annotated[
         bool, typer.Option("--everybody", help="Nobody is stopped early.")
     ] = False,
@@ -211,10 +221,17 @@ def rank(
             "hessian": hessian,
         },
     )
+    options: dict[str, Any] = {}
+    if truth is not None:
+        from magus_anharmonic.paper.ensemble_errors import load_labeler_settings
+        from magus_anharmonic.paper.truth import labels_of
+
+        labels = load_labeler_settings(truth)
+        options["truth"] = labels_of(labels, settings, output, wanted=truth_error)
     if structures:
-        rank_file(structures, settings, output)
+        rank_file(structures, settings, output, **options)
     else:
-        rank_start(start_dyn, load_ensemble, settings, output)
+        rank_start(start_dyn, load_ensemble, settings, output, **options)
     report_at_end(output)
     show_ranking(output)
     require_free_energy(output)

@@ -322,14 +322,17 @@ def read_as(kind: type[T], path: str | Path, mend: str = "", *, whole: bool = Fa
     """A JSON file as an object of the ``kind`` that wrote it, a dataclass or a model of pydantic.
 
     Raises ``DamagedFile`` that names file and field and says how to ``mend`` it; ``whole``: also
-    where a field is missing that has a default.
+    where a field is missing that has a default, but for fields that earlier versions did not write
+    (``later`` in their metadata).
     """
     from pydantic import ValidationError
 
     then = f"; {mend}" if mend else ""
     try:
         data = renamed(read_json(path))
-        missing = {*getattr(kind, "__dataclass_fields__", ())} - data.keys() if whole else ()
+        known = getattr(kind, "__dataclass_fields__", {}) if whole else {}
+        always = {name for name, one in known.items() if not one.metadata.get("later")}
+        missing = always - data.keys()
         if missing:
             raise DamagedFile(f"{path}: damaged: no {', '.join(sorted(missing))}")
         # as JSON, so that lists are tuples also where a kind is strict

@@ -10,7 +10,7 @@ reference, write the tables.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from magus_anharmonic.errors import InputError
 from magus_anharmonic.evaluator import Evaluator
 from magus_anharmonic.gate import read_structures
 from magus_anharmonic.io.digests import finite, versions
-from magus_anharmonic.io.files import write_json
+from magus_anharmonic.io.files import read_whole, write_json
 from magus_anharmonic.labelers.base import Labeler
 from magus_anharmonic.paper import gradient_errors as gradients
 from magus_anharmonic.paper import script, tables
@@ -36,12 +36,20 @@ from magus_anharmonic.paper.ensemble_labels import (
 from magus_anharmonic.runs.lock import locked
 from magus_anharmonic.settings import LabelerSettings, Settings
 from magus_anharmonic.settings.section import load_yaml, parse
+from magus_anharmonic.sscha.cell import CellStiffness
 from magus_anharmonic.sscha.ensemble import pair_means, standard_error
 from magus_anharmonic.sscha.gibbs import DEFAULTS
 from magus_anharmonic.sscha.qe_files import require_sampled_from
-from magus_anharmonic.sscha.result import SschaResult, read_population_file
+from magus_anharmonic.sscha.result import (
+    PROGRESS,
+    SschaResult,
+    read_population_file,
+    read_progress_file,
+    read_start_file,
+)
 from magus_anharmonic.sscha.start import read_state
 from magus_anharmonic.sscha.state import SschaState, displaced
+from magus_anharmonic.sscha.symmetry import Symmetry
 from magus_anharmonic.structures import space_group, symbol_of
 from magus_anharmonic.units import GPa, ev_per_a3_to_gpa
 
@@ -62,7 +70,7 @@ def find_source(
     that ended without a state.
     """
     if path.is_dir():
-        return source_of_result(SschaResult.read(path), phase)
+        return source_of_run(path, SschaResult.read(path), phase)
     if not path.is_file() and not Path(f"{path}1").is_file():
         raise InputError(
             f"{path}: no such structure file, no folder of an SSCHA run, and no dynamical matrices"
@@ -73,7 +81,8 @@ def find_source(
     if Path(f"{path}1").is_file():
         temperature = (settings.sscha or DEFAULTS).temperatures[0]
         return source_of_state(read_state(path, temperature), settings.pressure, phase)
-    return source_of_result(run(read_structures(path, index=-1)[0], model, run_folder), phase)
+    result = run(read_structures(path, index=-1)[0], model, run_folder)
+    return source_of_run(run_folder, result, phase)
 
 
 def given_displacements(state: SschaState, path: Path) -> np.ndarray:
@@ -89,6 +98,8 @@ def given_displacements(state: SschaState, path: Path) -> np.ndarray:
     return displacements_of(state, structures, str(path))
 
 
+FEWEST = 20
+"""Labels of a phase before their number is decided by the error."""
 BINS = 61
 SINGLES = 20
 """Configurations whose gradients by the force constants are in the histogram before averaging."""
@@ -99,7 +110,8 @@ MOST_POINTS = 2000
 @dataclass(frozen=True)
 class Source:
     """An SSCHA state to measure in. ``gibbs``, ``gibbs_error`` (eV/atom): the model's free energy
-    of it, None where it is not known."""
+    of it, None where it is not known; ``left`` (eV/atom): what of its relaxation is left; ``cell``:
+    how stiff its cell is, None where it is fixed or not known."""
 
     state: SschaState
     phase: str
@@ -107,6 +119,8 @@ class Source:
     model_id: str = ""
     gibbs: float | None = None
     gibbs_error: float | None = None
+    left: float = 0.0
+    cell: CellStiffness | None = None
 
 
 @dataclass(frozen=True)
@@ -122,14 +136,14 @@ class ErrorsReport:
 
     @property
     def corrected_gibbs(self) -> tuple[float, float] | None:
-        """G by the reference to first order with its standard error, eV/atom, with the free energy
-        of the electrons where it was asked for; None where the model's G is not known."""
+        """G by the reference at its own minimum with its standard error, eV/atom, with the free
+        energy of the electrons where it was asked for; None where the model's G is not known."""
         if self.source.gibbs is None:
             return None
         found = self.correction
-        errors = self.source.gibbs_error, found.first_order_error, found.electronic_error
+        errors = self.source.gibbs_error, found.error, found.electronic_error
         error = float(np.linalg.norm([one or 0.0 for one in errors]))
-        return self.source.gibbs + found.first_order + (found.electronic or 0.0), error
+        return self.source.gibbs + found.total + (found.electronic or 0.0), error
 
 
 def source_of_result(result: SschaResult, phase: str = "") -> Source:
@@ -144,6 +158,19 @@ def source_of_result(result: SschaResult, phase: str = "") -> Source:
         result.numbers.gibbs,
         result.gibbs_error,
     )
+
+
+def source_of_run(folder: Path, result: SschaResult, phase: str = "") -> Source:
+    """As `source_of_result`, with the stiffness of the cell that the folder of the run knows."""
+    source, cell = source_of_result(result, phase), None
+    if (start := read_whole(folder / "start.npz", read_start_file)) is not None:
+        symmetry = Symmetry(source.state.atoms, source.state.supercell_matrix)
+        cell = start.stiffness(symmetry, source.pressure)
+    progress = read_whole(folder / PROGRESS, read_progress_file)
+    if cell is not None and progress is not None and progress.cell is not None:
+        matrix, covariance = (np.array(array) for array in progress.cell)
+        cell = replace(cell, matrix=matrix, covariance=covariance)
+    return replace(source, left=result.predicted_decrease or 0.0, cell=cell)
 
 
 def source_of_state(state: SschaState, pressure: GPa, phase: str = "") -> Source:
@@ -210,11 +237,13 @@ def measure_errors(
     *,
     n_configs: int = 60,
     seed: int = 0,
+    wanted: float | None = None,
     displacements: np.ndarray | None = None,
     electronic: bool = False,
 ) -> ErrorsReport:
     """Label ``n_configs`` configurations (or those of ``displacements``), and write tables and
-    ``errors.json`` to ``folder``; ``electronic``: the mean of the labels' F_el - E_0 too, of a
+    ``errors.json`` to ``folder``; ``wanted``: only as many, from `FEWEST` on, as bring the error of
+    the correction below it, eV/atom; ``electronic``: the mean of the labels' F_el - E_0 too, of a
     labeler at the temperature of the state (`labelers.at_electronic_temperature`).
 
     Labels that are there are not made again. Raises ``InputError`` (another state or other DFT
@@ -228,6 +257,7 @@ def measure_errors(
             folder,
             n_configs=n_configs,
             seed=seed,
+            wanted=wanted,
             displacements=displacements,
             electronic=electronic,
         )
@@ -241,6 +271,7 @@ def measure_locked(
     *,
     n_configs: int,
     seed: int,
+    wanted: float | None = None,
     displacements: np.ndarray | None = None,
     electronic: bool = False,
 ) -> ErrorsReport:
@@ -248,13 +279,19 @@ def measure_locked(
     require_potential(model, "errors")
     if surface_in_use(labeler) is not None:
         raise InputError("labeler: labels of a free energy say nothing of a potential's errors")
-    u = (
-        sample_displacements(source.state, n_configs, seed)
-        if displacements is None
-        else displacements
-    )
-    label_locked(source.state, u, labeler, folder)
-    return analyse_errors(source, model, u, folder, electronic=electronic)
+    if displacements is not None:
+        label_locked(source.state, displacements, labeler, folder)
+        return analyse_errors(source, model, displacements, folder, electronic=electronic)
+    n = n_configs if wanted is None else min(FEWEST, n_configs)
+    while True:
+        u = sample_displacements(source.state, n, seed)
+        label_locked(source.state, u, labeler, folder)
+        report = analyse_errors(source, model, u, folder, electronic=electronic)
+        error = report.correction.error
+        if n >= n_configs or wanted is None or error <= wanted:
+            return report
+        more = 1.1 * n * (error / wanted) ** 2 if np.isfinite(error) else 2 * n
+        n = 2 * int(np.ceil(np.clip(more, n + 4, n_configs) / 2))
 
 
 def analyse_errors(
@@ -275,7 +312,7 @@ def analyse_errors(
     report = ErrorsReport(
         source,
         gradients.gradient_errors(labelled),
-        gradients.gibbs_correction(labelled),
+        gradients.gibbs_correction(labelled, source.cell, source.left),
         pressure_error(labelled),
         labelled.n_failed,
         target,
@@ -331,10 +368,8 @@ def draw_report(report: ErrorsReport) -> tuple[Path, Path]:
 def pressure_error(labelled: Labelled) -> tuple[float, float]:
     """Pressure of the reference minus that of the model in the state, with standard error, GPa
     (virial of the displacements included)."""
-    u, volume = labelled.reference.displacements, labelled.state.supercell.get_volume()
-    stress = labelled.reference.stresses - labelled.model.stresses
-    virial = np.einsum("cai,cai->c", -gradients.force_differences(labelled), u) / volume
-    pressures = pair_means(-(np.trace(stress, axis1=1, axis2=2) + virial) / 3.0)
+    stress = gradients.stress_differences(labelled)
+    pressures = pair_means(-np.trace(stress, axis1=1, axis2=2) / 3.0)
     return ev_per_a3_to_gpa(float(pressures.mean())), ev_per_a3_to_gpa(
         float(standard_error(pressures))
     )
@@ -420,6 +455,6 @@ def summary(report: ErrorsReport, model_id: str) -> dict[str, Any]:
         "correction_eV_per_atom": finite(asdict(report.correction)),
         "pressure_reference_minus_model_GPa": report.pressure_error,
         "gibbs_model_eV_per_atom": source.gibbs,
-        "gibbs_reference_first_order_eV_per_atom": None if corrected is None else corrected[0],
+        "gibbs_reference_eV_per_atom": None if corrected is None else corrected[0],
         "gibbs_reference_error_eV_per_atom": None if corrected is None else corrected[1],
     }

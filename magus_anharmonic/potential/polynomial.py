@@ -35,7 +35,11 @@ from magus_anharmonic.evaluator import Evaluation, has_stress
 from magus_anharmonic.io.digests import digest
 from magus_anharmonic.potential.graph import Graph, build_graph, expected_pairs, find_topology
 
-RADIAL, DEGREE = 5, 3
+DEGREE = 3
+RADIAL = (9, 7, 5)
+"""Numbers of radial functions: the first for which there are `ROWS` numbers for each coefficient,
+or the last. More are better only with more configurations: 20 of 32 atoms take 5, 40 take 7."""
+ROWS = 4.0
 REACH = 2.6
 """Cutoff over (V/N)^(1/3): 74 neighbours at any density, 4.0 A in H3S at 150 GPa."""
 ENERGY_WEIGHT = 10.0
@@ -111,7 +115,7 @@ class _Shell:
 class PolynomialPotential:
     """An `Evaluator` for the species that it was fitted to; see the module.
 
-    cutoff : A; shift : eV/atom; linear : (S, C) eV, by species of the atom, C = S * `RADIAL`;
+    cutoff : A; shift : eV/atom; linear : (S, C) eV, by species of the atom, C = S n;
     quadratic : (S, `DEGREE` + 1, C, C) eV, symmetric.
     """
 
@@ -153,7 +157,8 @@ class PolynomialPotential:
     def _evaluate(self, graph: Graph) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Energies (n,), forces (N, 3) and virials (n, 3, 3), eV and A, of a batch."""
         shells = _Shell.all_of(graph, self.species, self.cutoff)
-        bases = [_Basis(shell.vector, self.cutoff) for shell in shells]
+        radial = self.linear.shape[1] // len(self.species)
+        bases = [_Basis(shell.vector, self.cutoff, radial) for shell in shells]
         moments = torch.cat([basis.moments() for basis in bases], 1)
         gradient, atomic = torch.empty_like(moments), torch.empty(len(moments), dtype=torch.float64)
         for number, one in enumerate(self.species):
@@ -173,7 +178,7 @@ class PolynomialPotential:
         forces = torch.zeros(len(moments), 3, dtype=torch.float64)
         virial = torch.zeros(n, 3, 3, dtype=torch.float64)
         for number, (shell, basis) in enumerate(zip(shells, bases, strict=True)):
-            pull = basis.derivative(gradient[:, number * RADIAL : (number + 1) * RADIAL])
+            pull = basis.derivative(gradient[:, number * radial : (number + 1) * radial])
             forces += pull.sum(1)
             forces.index_add_(0, shell.neighbour.view(-1), pull.view(-1, 3), alpha=-1.0)
             virial.index_add_(0, graph.structure, pull.mT @ shell.vector)
@@ -181,12 +186,13 @@ class PolynomialPotential:
 
 
 class _Basis:
-    """Radial functions (B, `RADIAL`, K) and monomials (B, M, K) of ``vector`` (B, K, 3)."""
+    """``radial`` functions of the distance (B, n, K) and monomials (B, M, K) of ``vector`` (B, K,
+    3)."""
 
-    def __init__(self, vector: Tensor, cutoff: float) -> None:
+    def __init__(self, vector: Tensor, cutoff: float, radial: int) -> None:
         length = torch.linalg.norm(vector, dim=2)
         self.length, self.unit = length, vector.mT / length[:, None]
-        centres = cutoff * torch.linspace(0.2, 0.8, RADIAL, dtype=vector.dtype)
+        centres = cutoff * torch.linspace(0.2, 0.8, radial, dtype=vector.dtype)
         sharp = 0.7 / float(centres[1] - centres[0]) ** 2
         inside = (1.0 - (length / cutoff) ** 2).clamp_(min=0.0)[:, None]
         away = length[:, None] - centres[:, None]
@@ -201,11 +207,11 @@ class _Basis:
             torch.mul(self.angular[:, lower], self.unit[:, axis], out=self.angular[:, one])
 
     def moments(self) -> Tensor:
-        """(B, `RADIAL`, M)."""
+        """(B, n, M)."""
         return self.radial @ self.angular.mT
 
     def derivative(self, by_moments: Tensor) -> Tensor:
-        """(B, K, 3) by the vectors, of what has the derivatives ``by_moments`` (B, `RADIAL`, M)."""
+        """(B, K, 3) by the vectors, of what has the derivatives ``by_moments`` (B, n, M)."""
         by_angular = by_moments.mT @ self.radial
         along = ((by_moments @ self.angular) * self.slope).sum(1)
         across = torch.zeros_like(self.unit)
@@ -217,7 +223,7 @@ class _Basis:
         return across.addcmul_(self.unit, along[:, None]).mT.contiguous()
 
     def jacobian(self) -> Tensor:
-        """(B, K, 3, `RADIAL`, M): derivatives of the terms of the moments by the vectors."""
+        """(B, K, 3, n, M): derivatives of the terms of the moments by the vectors."""
         angular, unit = self.angular.mT, self.unit.mT
         slopes = torch.zeros(*unit.shape, len(_POWERS), dtype=unit.dtype)
         for axis, rows in enumerate(_LOWER):
@@ -269,10 +275,14 @@ def fit(structures: Sequence[Atoms], found: Evaluation) -> PolynomialPotential:
     n = len(structures[0])
     species = sorted(set(structures[0].numbers.tolist()))
     cutoff = REACH * float(np.mean([atoms.get_volume() / n for atoms in structures]) ** (1 / 3))
+    n_rows = len(structures) * (1 + 3 * n + len(_SIX) * has_stress(found))
+    radial = next(
+        (one for one in RADIAL if n_coefficients(len(species), one) * ROWS <= n_rows), RADIAL[-1]
+    )
     energies = np.asarray(found.energy, dtype=float)
     rows, targets, by_energy = [], [], []
     for place, atoms in enumerate(structures):
-        energy, forces, virial = _features(atoms, species, cutoff)
+        energy, forces, virial = _features(atoms, species, cutoff, radial)
         by_energy.append(energy)
         rows.append(forces)
         targets.append(np.asarray(found.forces[place], dtype=float).ravel())
@@ -285,10 +295,16 @@ def fit(structures: Sequence[Atoms], found: Evaluation) -> PolynomialPotential:
     matrix = np.concatenate([weight * (np.array(by_energy) - mean), *rows])
     target = np.concatenate([weight * (energies - level), *targets])
     coefficients = ridge(matrix, target)
-    linear, quadratic = _unpacked(coefficients, len(species))
+    linear, quadratic = _unpacked(coefficients, len(species), radial)
     return PolynomialPotential(
         species, cutoff, float(level - mean @ coefficients) / n, linear, quadratic
     )
+
+
+def n_coefficients(n_species: int, radial: int) -> int:
+    """Of the potential with so many radial functions, without the shift."""
+    width = n_species * radial
+    return n_species * (width + (DEGREE + 1) * width * (width + 1) // 2)
 
 
 def ridge(matrix: np.ndarray, target: np.ndarray) -> np.ndarray:
@@ -313,13 +329,13 @@ def ridge(matrix: np.ndarray, target: np.ndarray) -> np.ndarray:
 
 
 def _features(
-    atoms: Atoms, species: Sequence[int], cutoff: float
+    atoms: Atoms, species: Sequence[int], cutoff: float, radial: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Of one structure: what the coefficients multiply in its energy (k,), forces (3 N, k) and
     virial (9, k), eV."""
     ((_, graph),) = _graphs([atoms], species, cutoff)
     shells = _Shell.all_of(graph, species, cutoff)
-    bases = [_Basis(shell.vector, cutoff) for shell in shells]
+    bases = [_Basis(shell.vector, cutoff, radial) for shell in shells]
     moments = torch.cat([basis.moments() for basis in bases], 1)
     n, width, last = len(atoms), moments.shape[1], (DEGREE + 1) * moments.shape[1]
     # (N, M, columns): what a moment is multiplied with: those of its degree, and 1 if a scalar
@@ -335,7 +351,7 @@ def _features(
     forces = torch.zeros(n, 3, *energy.shape, dtype=torch.float64)
     virial = torch.zeros(3, 3, *energy.shape, dtype=torch.float64)
     for number, (shell, basis) in enumerate(zip(shells, bases, strict=True)):
-        block, jacobian = slice(number * RADIAL, (number + 1) * RADIAL), basis.jacobian()
+        block, jacobian = slice(number * radial, (number + 1) * radial), basis.jacobian()
         for atom in range(n):
             slope = jacobian[atom] @ other[atom]
             at = int(kind[atom])
@@ -361,9 +377,11 @@ def _packed(tensor: Tensor) -> Tensor:
     return torch.cat([tensor[..., -1].reshape(*lead, -1), both.reshape(*lead, -1)], -1)
 
 
-def _unpacked(coefficients: np.ndarray, n_species: int) -> tuple[np.ndarray, np.ndarray]:
+def _unpacked(
+    coefficients: np.ndarray, n_species: int, radial: int
+) -> tuple[np.ndarray, np.ndarray]:
     """``linear`` and ``quadratic`` of `PolynomialPotential`."""
-    width = n_species * RADIAL
+    width = n_species * radial
     linear = coefficients[: n_species * width].reshape(n_species, width)
     first, second = np.triu_indices(width)
     quadratic = np.zeros((n_species, DEGREE + 1, width, width))

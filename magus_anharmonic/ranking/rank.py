@@ -18,6 +18,7 @@ from magus_anharmonic.hull import comparable
 from magus_anharmonic.ranking.candidate import (
     Candidate,
     RankingTable,
+    by_composition,
     draw_best,
     numbered,
     write_quantum,
@@ -73,6 +74,7 @@ def rank(
     workers: Workers = None,
     starts: Mapping[str, SschaState] | None = None,
     measured: Mapping[str, ModelTerm] | None = None,
+    truth: Truth | None = None,
 ) -> RankingTable:
     """Rank structures that all carry ``info['enthalpy']`` (eV/atom) of ``evaluator``'s model.
 
@@ -98,6 +100,9 @@ def rank(
     measured
         By candidate id or space-group symbol: what DFT labels say about the model's G
         (`uncertainty.with_probabilities`).
+    truth
+        Labels the lowest phases of each temperature, once they are known; then G is that of DFT
+        (`with_truth`).
 
     Structures of several compositions are ranked in one table, composition by composition
     (`numbered`): estimates, early stopping, order and probabilities are those inside of a
@@ -132,6 +137,8 @@ def rank(
                 else _scheduler(settings, evaluator)
             ) as runs.workers:
                 ranking.run(chosen)
+            if truth is not None:
+                ranking.label(truth)
         else:
             log.info("no SSCHA yet: %s", why_not(settings, energy_rmse))
     tables = ranking.tables()
@@ -161,6 +168,7 @@ class Ranking:
         measured: Mapping[str, ModelTerm] | None = None,
     ) -> None:
         self.population, self.runs, self.measured = population, runs, dict(measured or {})
+        self.labelled: dict[Key, dict[str, ModelTerm]] = {}
         self.settings, self.model = runs.settings, runs.evaluator.model_id
         found = [number(atoms.info.get("enthalpy")) for atoms in population]
         usable = [i for i, enthalpy in enumerate(found) if enthalpy is not None]
@@ -268,6 +276,12 @@ class Ranking:
             for key in runs.keys:
                 check_stability(runs, key, lambda key=key: self.table(key))
 
+    def label(self, truth: Truth) -> None:
+        """Ask ``truth`` for the terms of the lowest phases at each temperature."""
+        for key in self.runs.keys:
+            write_tables(self.runs.run_dir, self.tables(), self.runs.store)
+            self.labelled[key] = dict(truth(self.table(key), self.runs.evaluator))
+
     def _later_temperatures(self, candidates: Sequence[Candidate]) -> list[Job]:
         """Jobs of those that were not eliminated at the first temperature, from where they ended
         there."""
@@ -300,9 +314,12 @@ class Ranking:
             phases = label_phases(candidates)
             phases = merge_duplicates(phases, runs.store, key, runs.root, covariance)
             phases = with_electronic(phases, self.measured)
+            terms = self.measured | self.labelled.get(key, {})
+            phases, left = with_truth(phases, self.labelled.get(key, {}))
             candidates = with_probabilities(
-                phases, energy_rmse, self.measured, lambda a, b: common_error(a, b, covariance)
+                phases, energy_rmse, terms | left, lambda a, b: common_error(a, b, covariance)
             )
+            candidates = [_with_term(c, terms) if c.id in left else c for c in candidates]
         failed = [self._failed(i, key.temperature if key else 0.0) for i in self.unusable]
         return numbered(with_heights(candidates + failed, energy_rmse))
 
@@ -327,6 +344,40 @@ class Ranking:
         ]
         estimates = fit_estimates(known, [c.composition for c in candidates])
         return [_with_estimate(c, estimates.get(c.composition)) for c in candidates]
+
+
+Truth = Callable[[Sequence[Candidate], Evaluator], Mapping[str, ModelTerm]]
+"""From a ranked table and its model what DFT labels say about G, by candidate id
+(`paper.truth.labels_of`)."""
+
+
+def with_truth(
+    candidates: Sequence[Candidate], terms: Mapping[str, ModelTerm]
+) -> tuple[list[Candidate], dict[str, ModelTerm]]:
+    """G of DFT in the place of the model's, and what the terms still say: their errors.
+
+    A phase that was labelled is shifted by its own correction, with those that it stands for; all
+    else that has a G, by the mean of the corrections in its composition. One without any keeps the
+    G of the model, which is told.
+    """
+    found = {c.id: terms[c.same_as or c.id] for c in candidates if (c.same_as or c.id) in terms}
+    if not found:
+        return list(candidates), {}
+    shifted: list[Candidate] = []
+    for block in by_composition(candidates):
+        own = [terms[c.id].correction for c in block if c.id in terms]
+        if not own:
+            log.warning("%s: no labels, G is that of the model", block[0].composition)
+        mean = float(np.mean(own)) if own else 0.0
+        for c in block:
+            shift = found[c.id].correction if c.id in found else mean
+            shifted.append(c if c.gibbs is None else c.updated(gibbs=c.gibbs + shift))
+    return shifted, {name: replace(term, correction=0.0) for name, term in terms.items()}
+
+
+def _with_term(candidate: Candidate, terms: Mapping[str, ModelTerm]) -> Candidate:
+    term = terms[candidate.id]
+    return replace(candidate, model_correction=term.correction, model_correction_error=term.error)
 
 
 def _with_estimate(candidate: Candidate, estimate: GibbsEstimate | None) -> Candidate:

@@ -8,6 +8,7 @@ Im-3m that came from an 8-atom cell and from a 4-atom cell has one reference sup
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ import numpy as np
 from ase import Atoms
 
 from magus_anharmonic.evaluator import Evaluator
+from magus_anharmonic.io.files import read_whole
 from magus_anharmonic.ranking.candidate import Candidate
 from magus_anharmonic.ranking.elimination import FAR, Rules, Standing, race, resolution
 from magus_anharmonic.ranking.jobs import (
@@ -43,6 +45,7 @@ from magus_anharmonic.ranking.uncertainty import CommonNumbers, ensemble_trust
 from magus_anharmonic.runs.folder import SearchFolder
 from magus_anharmonic.runs.record import record_failure
 from magus_anharmonic.settings import Settings, SschaSettings
+from magus_anharmonic.sscha.result import SschaResult
 from magus_anharmonic.sscha.state import SschaState
 from magus_anharmonic.structures import stripped, structure_id
 from magus_anharmonic.units import ev_to_mev
@@ -393,6 +396,13 @@ def race_rules(runs: Runs) -> Rules:
     )
 
 
+def _standing_before(runs: Runs, run: Run) -> Standing:
+    """That of a run which an earlier race eliminated, with what the state in its folder says."""
+    found = read_whole(runs.root / run.folder / "result.json", lambda p: SschaResult.read(p.parent))
+    known = math.inf if found is None else potential_energy(found, run.enthalpy)
+    return replace(standing_of(run, None), potential=known)
+
+
 def run_race(runs: Runs, candidates: Sequence[Candidate]) -> None:
     """Successive elimination of the candidates at the first temperature; those that have a result
     there take part with it."""
@@ -444,9 +454,11 @@ def run_race(runs: Runs, candidates: Sequence[Candidate]) -> None:
         return alike(ending(one), ending(other))
 
     names = [name for name in whose if name not in before]
-    counted = {name: standing_of(run, None) for name, run in before.items() if run.ranked}
-    known = {name: one for name, one in counted.items() if before[name].status != "eliminated"}
-    eliminated = {name: one for name, one in counted.items() if name not in known}
+    counted = {name: run for name, run in before.items() if run.ranked}
+    known = {n: standing_of(r, None) for n, r in counted.items() if r.status != "eliminated"}
+    # one for whose phase another run goes on has the result of that one
+    alone = (n for n, r in counted.items() if n not in known and runs.store.final(r) is r)
+    eliminated = {name: _standing_before(runs, before[name]) for name in alone}
     stops = race(
         names,
         advance,

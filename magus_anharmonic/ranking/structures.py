@@ -37,7 +37,7 @@ from magus_anharmonic.labelers.codes import make_calculator
 from magus_anharmonic.notebook import says_in_notebooks
 from magus_anharmonic.ranking.candidate import RankingTable, write_relaxed
 from magus_anharmonic.ranking.jobs import Workers
-from magus_anharmonic.ranking.rank import rank
+from magus_anharmonic.ranking.rank import Truth, rank
 from magus_anharmonic.ranking.uncertainty import ModelTerm
 from magus_anharmonic.runs.folder import SearchFolder
 from magus_anharmonic.runs.lock import locked
@@ -237,7 +237,7 @@ def check_sources(structures: Sequence[str], dyn: str | None, ensemble: Path | N
 
 
 def rank_start(
-    dyn: str | None, ensemble: Path | None, settings: Settings, output: str | Path
+    dyn: str | None, ensemble: Path | None, settings: Settings, output: str | Path, **options: Any
 ) -> RankingTable:
     """SSCHA of one candidate from the state of ``dyn`` (prefix of dynamical matrices), or of
     ``ensemble`` after minimising on it.
@@ -263,7 +263,13 @@ def rank_start(
     }
     structure = stripped(state.atoms)
     return rank_alone(
-        [structure], settings, output, sources, relax=False, starts={structure_id(structure): state}
+        [structure],
+        settings,
+        output,
+        sources,
+        relax=False,
+        starts={structure_id(structure): state},
+        **options,
     )
 
 
@@ -356,10 +362,13 @@ def what_it_says(
 
 
 def rank_file(
-    sources: str | Path | Sequence[str | Path], settings: Settings, output: str | Path
+    sources: str | Path | Sequence[str | Path],
+    settings: Settings,
+    output: str | Path,
+    **options: Any,
 ) -> RankingTable:
     """Rank the structures of files and folders (`gate.read_sources`) with the calculator that
-    ``settings`` name; everything goes to ``output``.
+    ``settings`` name; everything goes to ``output``. ``options`` are those of `rank_structures`.
 
     The same call again takes up what is finished. Raises ``InputError`` (file, structure,
     checkpoint, a folder of another version, or one in which another process works); nothing is
@@ -367,7 +376,8 @@ def rank_file(
     """
     paths = [sources] if isinstance(sources, str | Path) else list(sources)
     structures = read_sources(paths)
-    return rank_alone(structures, settings, output, {"structures": [str(path) for path in paths]})
+    given = {"structures": [str(path) for path in paths]}
+    return rank_alone(structures, settings, output, given, **options)
 
 
 def rank_alone(
@@ -407,6 +417,7 @@ def rank_structures(
     workers: Workers = None,
     starts: Mapping[str, SschaState] | None = None,
     measured: Mapping[str, ModelTerm] | None = None,
+    truth: Truth | None = None,
 ) -> RankingTable:
     """Relax at ``settings.pressure``, find the distinct ones, and rank them by free energy.
 
@@ -435,6 +446,8 @@ def rank_structures(
         harmonic one.
     measured
         By candidate id or space-group symbol: what DFT labels say about the model's G.
+    truth
+        Labels the lowest phases, so that G is that of DFT: `paper.truth.labels_of`.
     """
     check_structures(structures)
     source = as_evaluator(evaluator, structures)
@@ -465,6 +478,7 @@ def rank_structures(
         workers=workers,
         starts=starts,
         measured=measured,
+        truth=truth,
     )
     write_relaxed(Path(run_dir) / "relaxed.extxyz", copies, structures, found)
     return found

@@ -33,6 +33,7 @@ class SearchFolder:
     labels = _named("labels", "Folder of all labels.")
     labeling = _named("labeling", "Folder in which labels are made.")
     ensembles = _named("ensembles", "Folder of the ensembles that are to be labelled.")
+    truth = _named("truth", "Folder of the labels that put the ranking into G of DFT.")
     seeds = _named("seeds", "Folder of SSCHA centroids as seeds.")
     relaxing = _named("relax", "Folder of relaxations that are not finished.")
     sscha = _named("sscha", "Folder of the SSCHA runs.")

@@ -141,6 +141,11 @@ class FreeEnergy:
         origin="sscha.task.centroid_tolerance",
     )
     n_evaluations: int = column("energies and forces that were evaluated", origin=_MADE, default=0)
+    n_surrogate: int = column(
+        "the same of the surrogate (`sscha.surrogate`), beside those of n_evaluations",
+        origin=_MADE,
+        default=0,
+    )
     n_populations: int = column("ensembles of the run", origin=_MADE, default=0)
     n_atoms_supercell: int | None = column(
         "atoms of the supercell", origin=_MADE, name="natoms_supercell"

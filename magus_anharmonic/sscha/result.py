@@ -46,8 +46,7 @@ class SschaResult(Described, FreeEnergy):
 
     status : "converged", "unconverged" (max_populations reached; the numbers are an upper bound),
     or "failed"; ``converged`` : whether it is the first. reason : why not converged; of a converged
-    run what its populations did not suffice to say about its phase, else empty. n_surrogate :
-    evaluations of the surrogate, besides the ``n_evaluations`` of the evaluator. gibbs : eV/atom;
+    run what its populations did not suffice to say about its phase, else empty. gibbs : eV/atom;
     raises ``NotConverged`` unless ``converged`` (``numbers.gibbs`` is there all the same), with
     gibbs_error, its standard error by sampling. The other numbers of the free energy: `FreeEnergy`.
     helmholtz : with the finite-size term, eV/atom; stress, stress_error : (3, 3) eV/A^3, ASE's
@@ -66,7 +65,6 @@ class SschaResult(Described, FreeEnergy):
     centroids: Atoms
     n_configs: int
     model_id: str
-    n_surrogate: int = 0
     seconds: float
     helmholtz: float | None = None
     stress: np.ndarray = field(default_factory=lambda: np.full((3, 3), np.nan))
@@ -216,8 +214,8 @@ class Progress:
     rows: list[dict[str, Any]] = field(default_factory=list)
     gibbs: list[tuple[float, float]] = field(default_factory=list)
     n_evaluations: int = 0
-    n_surrogate: int = 0
-    surrogate_failures: int = 0
+    n_surrogate: int = field(default=0, metadata={"later": True})
+    surrogate_failures: int = field(default=0, metadata={"later": True})
     pooled: list[list[int]] = field(default_factory=list)
     cell: list[Any] | None = None
     limited: bool = False

@@ -42,7 +42,7 @@ from magus_anharmonic.sscha.task import (
     pressure_of,
     unconverged,
 )
-from magus_anharmonic.sscha.two_levels import Learner, Sample, Sampler
+from magus_anharmonic.sscha.two_levels import FEWEST, Learner, Sample, Sampler
 from magus_anharmonic.sscha.unstable import (
     EXACT,
     Answer,
@@ -191,7 +191,7 @@ class SschaRun:
         elif isinstance(step, Question):
             self._go_on_from(step.lower, step.symmetry)
             self.progress.group, self._question = step.group, None
-        elif self._populations:
+        elif self._populations and not self._learns():
             strained = self._minimise()
         size = n_configs or self._usual_size()
         ensemble = self._sample(size)
@@ -203,6 +203,8 @@ class SschaRun:
         self.progress.pooled = pooled[-MAX_POOLED:]
         burn_in = n_configs is None and self.progress.burn_in
         few = size if burn_in and size < self.task.settings.n_configs else None
+        if len(ensemble.energies) < size:  # a surrogate learns from it first
+            few = len(ensemble.energies)
         return self._average(ensemble, strained, few)
 
     def finish(self) -> SschaResult:
@@ -281,6 +283,13 @@ class SschaRun:
         if used_up and self._learner is not None:
             self._further(self._learner)
         return step
+
+    def _learns(self) -> bool:
+        """Whether the last population was one for the surrogate to learn from: the next is of the
+        same state."""
+        last = self._populations[-1][1]
+        active = self._learner is not None and self._learner.active and self.n_populations > 1
+        return active and not last.two_level and len(last.energies) <= FEWEST
 
     def _further(self, learner: Learner) -> None:
         """Go on where the sample was used up, at this cell, on the surrogate alone."""

@@ -49,9 +49,12 @@ FEWEST = 20
 deviation to a quarter of it."""
 FEWEST_MORE = 4
 """The same of one that is added to another of its state."""
-FAILURES = 2
+FAILURES = 3
 """Populations in which a surrogate that learns from each of them did not help, after which it is
 left out for good; one that does not learn has one."""
+SOON = 2 * FEWEST
+"""Configurations of the truth in a population, above which a surrogate first learns from those at
+hand: the configurations of a new state make it better than the same number corrects it."""
 
 
 def corrections(truth: Ensemble, surrogate: Ensemble) -> Ensemble:
@@ -79,6 +82,10 @@ def allocation(a: float, b: float, cost: float, variance: float) -> tuple[float,
 
 class SurrogateFailed(Exception):
     """A surrogate that gives no usable numbers, or does not help; with the reason."""
+
+
+class LearnsFirst(SurrogateFailed):
+    """A surrogate that would need more than `SOON` configurations to be corrected."""
 
 
 def guarded(work: Callable[[], Any]) -> Any:
@@ -140,11 +147,12 @@ Sample = tuple[Ensemble, Ensemble]
 
 
 def first_sample(
-    sampler: Sampler, truth: Ensemble, n_configs: int, tolerance: float | None
+    sampler: Sampler, truth: Ensemble, n_configs: int, tolerance: float | None, most: int
 ) -> Sample:
     """A population of two levels whose error is that of ``n_configs`` of the truth, or where that
     is larger, ``tolerance`` (eV per primitive cell), with what is drawn besides the first
-    ``truth``. Raises ``SurrogateFailed``.
+    ``truth``. Raises ``SurrogateFailed``, and ``LearnsFirst`` where more than ``most`` of the
+    truth are needed.
 
     The surrogate's sample is that of the first case in both, because minimisations live on it.
     """
@@ -154,6 +162,8 @@ def first_sample(
     a, b = deviation(sampler.state, large), deviation(sampler.state, level)
     wanted = max(a**2 / pairs, 0.0 if tolerance is None else tolerance**2)
     needed = b**2 / (wanted - a**2 / (len(large.energies) // 2)) if b > 0.0 else 0.0
+    if 2.0 * needed > most:
+        raise LearnsFirst(f"{2.0 * needed:.0f} configurations would correct it; it learns first")
     missing = 2 * int(np.ceil(min(needed, pairs))) - len(truth.energies)
     if missing >= FEWEST_MORE:
         more = sampler.of_truth(missing, 1)
@@ -237,7 +247,7 @@ class Learner:
         """Take note of a population, and of whether a surrogate helped in it."""
         could = self.active and (self.source.fixed is not None or bool(self.truths))
         if could and not ensemble.two_level and (last is None or last.two_level):
-            self.failures += 1
+            self.failures += 1  # those that it learns from first are counted too
             if not self.active:
                 log.info("surrogate %s: is left out from here on", self.source.name)
         if truth is not None:
@@ -266,12 +276,14 @@ class Learner:
         goal: float | None,
     ) -> Sample:
         """A population of the state whose first one is number ``first``, and the truth in it: of
-        two levels where the surrogate helps, else of ``n_configs`` of the truth.
+        two levels where the surrogate helps, else of ``n_configs`` of the truth; of `FEWEST` of it
+        where the surrogate is to learn from them first.
 
         ``fresh`` : draws the truth; ``last`` : see `SschaRun._sample`; ``goal`` : of
         `first_sample` or `further_sample`.
         """
         truth = None
+        again = last is None and self.source.fit is not None and self.failures < FAILURES - 1
         try:
             surrogate = self.before(first)
             if surrogate is not None:
@@ -279,12 +291,12 @@ class Learner:
                 if last is not None:
                     return further_sample(sampler, last, goal, n_configs)
                 truth = fresh(min(FEWEST, n_configs))
-                return first_sample(sampler, truth, n_configs, goal)
+                return first_sample(sampler, truth, n_configs, goal, SOON if again else n_configs)
         except SurrogateFailed as error:
-            log.info("%s: of the evaluator alone, the surrogate fails: %s", sampler.what, error)
+            log.info("%s: without the surrogate: %s", sampler.what, error)
         if truth is None:
-            truth = fresh(n_configs)
-        elif (missing := n_configs - len(truth.energies)) > 0:
+            truth = fresh(min(FEWEST, n_configs) if again and self.truths else n_configs)
+        if not again and (missing := n_configs - len(truth.energies)) > 0:
             truth = joined([truth, sampler.of_truth(missing, 1)])
         return truth, truth
 

@@ -8,7 +8,8 @@ exit code is 0 only if all do. About ten minutes on one core.
 
 ``--h3s FOLDER`` instead: once, the lowest eight of 200 random H3S crystals at 150 GPa with the
 shipped checkpoint, default settings. All is kept in the folder, and started again it goes on. About
-a quarter of an hour on an idle core, by the number of evaluations.
+a quarter of an hour on an idle core, by the number of evaluations. ``--structures 20 --n-configs 100
+--reference 0`` is the race of docs/performance.md, without the runs to compare with.
 """
 
 from __future__ import annotations
@@ -199,8 +200,8 @@ def compare(n_seeds, n_reference, *, fixed=False):
     )
 
 
-def h3s_candidates(file, potential):
-    """The lowest `N_H3S` distinct ones of the random H3S crystals of up to eight atoms, relaxed;
+def h3s_candidates(file, potential, n_structures=N_H3S):
+    """The lowest ``n_structures`` distinct ones of the random H3S crystals of up to eight atoms, relaxed;
     kept in ``file``."""
     if not file.is_file():
         specification = importlib.util.spec_from_file_location("relaxation", HERE / "relaxation.py")
@@ -213,20 +214,26 @@ def h3s_candidates(file, potential):
             if one.converged
         ]
         groups = distinct([one.atoms for one in found], [one.enthalpy for one in found])
-        write(file, [symmetric_primitive(found[group[0]].atoms, 0.05) for group in groups[:N_H3S]])
+        write(
+            file,
+            [symmetric_primitive(found[group[0]].atoms, 0.05) for group in groups[:n_structures]],
+        )
     return read(file, index=":")
 
 
-def compare_h3s(folder, n_reference):
-    """One race of H3S crystals against long runs of each with ``n_reference`` configurations in the
-    last populations."""
-    potential = load("h3s-gpaw-small", device="cpu")
-    structures = h3s_candidates(folder / "candidates.extxyz", potential)
-    sscha = {"max_candidates": len(structures), "keep_best": BEST}
+def race_h3s(folder, potential, structures, n_configs):
+    """The table of one race in ``folder``."""
+    sscha = {"max_candidates": len(structures), "keep_best": BEST, "n_configs": n_configs}
     settings = parse_settings({"pressure": PRESSURE, "Fitness": ["SSCHA"], "sscha": sscha})
-    table = rank_structures(
-        structures, potential, settings, folder / "race", relax=False, workers=1
-    )
+    return rank_structures(structures, potential, settings, folder / "race", relax=False, workers=1)
+
+
+def compare_h3s(folder, n_reference, n_structures=N_H3S, n_configs=1000):
+    """One race of H3S crystals against long runs of each with ``n_reference`` configurations in the
+    last populations; None after the race alone (0)."""
+    potential = load("h3s-gpaw-small", device="cpu")
+    structures = h3s_candidates(folder / "candidates.extxyz", potential, n_structures)
+    table = race_h3s(folder, potential, structures, n_configs)
     for c in table:
         g = (
             ""
@@ -238,6 +245,10 @@ def compare_h3s(folder, n_reference):
             f" {c.same_as} {c.reason}",
             flush=True,
         )
+    used = sum(c.free_energy.n_evaluations for c in table)
+    if not n_reference:
+        print(f"model {potential.model_id}; {used} evaluations")
+        return None
     numbers = {structure_id(atoms): number for number, atoms in enumerate(structures)}
     order = [
         numbers[c.id]
@@ -262,7 +273,6 @@ def compare_h3s(folder, n_reference):
         )
         found.append((result.numbers.gibbs, result.gibbs_error))
     truth = Truth(*np.array(found).T)
-    used = sum(c.free_energy.n_evaluations for c in table)
     print(f"model {potential.model_id}; race {order}, reference {np.argsort(truth.gibbs).tolist()}")
     return Races(
         len(structures) * PAPER,
@@ -288,13 +298,18 @@ def main():
     parser.add_argument(
         "--h3s", type=Path, metavar="FOLDER", help="H3S with the shipped checkpoint instead, once"
     )
+    parser.add_argument("--structures", type=int, default=N_H3S, help="of --h3s")
+    parser.add_argument("--n-configs", type=int, default=1000, help="of --h3s")
     options = parser.parse_args()
     logging.basicConfig(
         level=logging.WARNING if options.h3s is None else logging.INFO, stream=sys.stderr
     )
     if options.h3s is not None:
         options.h3s.mkdir(parents=True, exist_ok=True)
-        races = compare_h3s(options.h3s, min(options.reference, N_REFERENCE_H3S))
+        n_reference = min(options.reference, N_REFERENCE_H3S)
+        races = compare_h3s(options.h3s, n_reference, options.structures, options.n_configs)
+        if races is None:
+            return 0
     else:
         races = compare(options.seeds, options.reference, fixed=True)
     print(
