@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from ase import Atoms
 from ase.io import read
 from learn import HERE, POTENTIAL, errors, minus
 
@@ -18,6 +19,7 @@ from magus_anharmonic.potential.finetune import finetune
 from magus_anharmonic.potential.labelled import weights_by_error
 from magus_anharmonic.potential.trainer import refit_shift
 from magus_anharmonic.settings import FinetuneSettings
+from magus_anharmonic.structures import space_group
 
 
 def calibration(model, test, left):
@@ -26,6 +28,27 @@ def calibration(model, test, left):
     label = np.array([atoms.info["label_energy_error"] for atoms in test])
     found = np.array([atoms.get_potential_energy() for atoms in left])
     return float(np.sqrt(np.mean(np.square(found) / (expected**2 + label**2))))
+
+
+def r3m(number):
+    """Im-3m at about 140 GPa, every hydrogen 0.15 A along its bond, rattled."""
+    cell = np.array([[-1, 1, 1], [1, -1, 1], [1, 1, -1]]) * 1.55
+    sites = [[0, 0, 0], [0.5, 0.5, 0], [0.5, 0, 0.5], [0, 0.5, 0.5]]
+    atoms = Atoms("SH3", scaled_positions=sites, cell=cell, pbc=True)
+    bonds = atoms.positions[1:] / np.linalg.norm(atoms.positions[1:], axis=1)[:, None]
+    atoms.positions[1:] += 0.15 * bonds
+    atoms.rattle(0.02, seed=number)
+    return atoms
+
+
+def relaxations(potential, model):
+    """From R3m downhill on V and on F, a line for each pressure (GPa)."""
+    for pressure in (100, 130, 150):
+        ends = []
+        for surface in (potential, model):
+            found = surface.relax([r3m(number) for number in range(3)], pressure)
+            ends.append(sorted({space_group(one.atoms, 0.03) for one in found}))
+        print(f"{pressure} GPa, relaxed from R3m: on V {ends[0]}, on F {ends[1]}")
 
 
 def main(n, epochs, seed=1):
@@ -51,6 +74,7 @@ def main(n, epochs, seed=1):
         rms = errors([left[i] for i in mine])
         print(f"{kind:9} {len(mine):3} labels: {rms} meV/atom, meV/A, GPa (labels {noise:.2f})")
     print(f"deviation over expected error: {calibration(model, test, left):.2f}")
+    relaxations(potential, model)
     began = time.process_time()
     for _ in range(20):
         model.evaluate(test[:1])

@@ -57,6 +57,7 @@ def load(
     module, content = checkpoint.read(path, chosen)
     species = checkpoint.species_of(content)
     errors = uncertainty.error_model_of(content, module.model_args["units"])
+    surface = surface_in(content, path)
     potential = Potential(
         module,
         path=path,
@@ -65,9 +66,10 @@ def load(
         dtype=dtype,
         edges_per_batch=edges_per_batch,
         error_model=errors,
-        surface=surface_in(content, path),
     )
     check_once(potential)
+    # not before: the check's own structures are far from anything
+    potential.surface = surface
     return potential
 
 
