@@ -21,6 +21,7 @@ from magus_anharmonic.sscha.ensemble import (
     matrix_decrease,
     pair_means,
     quadratic_decrease,
+    standard_error,
 )
 from magus_anharmonic.sscha.hessian import free_energy_hessian
 from magus_anharmonic.sscha.python_sscha import to_ensemble
@@ -144,6 +145,15 @@ def test_free_energy_and_its_decrease_are_unbiased_and_their_errors_are_those_of
     assert np.all(np.abs(values.mean(axis=0) - exact) < 3.5 * scatter / np.sqrt(120.0))
     assert np.sqrt(np.mean(told**2)) == pytest.approx(scatter[0], rel=0.2)
     assert 0.56 < np.mean(np.abs(values[:, 0] - exact[0]) < told) < 0.8
+
+
+def test_ten_pairs_of_the_truth_count_by_students_distribution():
+    rng = np.random.default_rng(3)
+    level = np.repeat([0, 1], [400, 20])
+    draws = rng.normal(size=(4000, 420)) * np.where(level, 1.0, 0.02)
+    pairs = [pair_means(one, level=level) for one in draws]
+    z = np.array([one.mean() / standard_error(one, level) for one in pairs])
+    assert np.mean(np.abs(z) < 1.0) == pytest.approx(0.683, abs=0.015)
 
 
 def test_forty_evaluations_of_the_truth_are_worth_a_thousand_with_a_good_surrogate(triclinic):

@@ -15,22 +15,20 @@ Two levels: averages are linear in V, f and sigma, so that those of the truth t 
 count), the second over a small one (level 1), both of the same Gaussian, drawn independently
 (control variate with an estimated mean; two levels of Giles, Acta Numerica 24, 259 (2015),
 doi:10.1017/S096249291500001X). A surrogate that has not seen the configurations of level 1 costs
-no bias, however wrong it is; variances add up. Nothing but `pair_means`, the parts of an ensemble
-(`_parts`), and the forces of `Ensemble.residual` knows of levels.
+no bias, however wrong it is; variances add up.
 
-Not used, because it was measured not to pay (AnharmonicCell of the tests, at its minimum): the
-harmonic energy as control variate (V - V_0 is uncorrelated with every quadratic form there; (V_0 -
-<V_0>)^2 promises a tenth off the error bar, but the scatter of 80 ensembles of 200 stays, so that
-it would only spoil the error bar); scrambled Sobol' numbers (from 8 scrambles, which an error bar
-needs, the error of 256 pairs in 24 dimensions falls by 3 to 7 per cent, of 512 in 96 by 13).
+Not used, because neither pays: the harmonic energy as control variate (V - V_0 is uncorrelated with
+every quadratic form at the minimum), scrambled Sobol' numbers (3 to 7 per cent of the error).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
+from scipy.special import ndtr, stdtrit
 
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.sscha.cell import CellStiffness
@@ -220,24 +218,27 @@ def _both_levels(values: np.ndarray, weights: np.ndarray | None, level: np.ndarr
 
 
 def level_scale(n: int, total: int) -> float:
-    """What makes deviations of the ``n`` numbers of one level from their mean count in the
-    covariance of the mean over ``total`` numbers as they do in that of the mean over ``n``."""
+    """Factor of deviations of ``n`` of ``total`` numbers, to count as in the mean of the n."""
     return float(np.sqrt(total * (total - 1.0) / (n * (n - 1.0))))
 
 
 def _parts(level: np.ndarray, n_parts: int) -> list[list[np.ndarray]]:
-    """The rows of each of ``n_parts`` parts, level by level; pairs stay together, and every part
-    has its share of both levels."""
+    """The rows of ``n_parts`` parts, level by level: whole pairs, and a share of both levels."""
     rows = [np.flatnonzero(level == number) for number in range(int(level.max()) + 1)]
     return [
         [row[np.arange(len(row)) // 2 % n_parts == part] for row in rows] for part in range(n_parts)
     ]
 
 
-def standard_error(pairs: np.ndarray) -> np.ndarray:
-    """Standard error of the mean over the first axis; infinite for a single pair."""
+def standard_error(pairs: np.ndarray, level: np.ndarray | None = None) -> np.ndarray:
+    """Standard error of the mean over the first axis; infinite for a single pair. The few pairs of
+    level 1 count by Student's distribution: ten do not know their scatter."""
     if len(pairs) < 2:
         return np.full(pairs.shape[1:], np.inf)
+    if level is not None and level.any():
+        own, mean = level[0::2] > 0, pairs.mean(axis=0)
+        factor = stdtrit(own.sum() - 1, ndtr(1.0))
+        pairs = np.concatenate([pairs[~own], mean + factor * (pairs[own] - mean)])
     return pairs.std(axis=0, ddof=1) / np.sqrt(len(pairs))
 
 
@@ -287,23 +288,24 @@ def average(
     influence = influence + cell_influence
     strain = -soft @ parts.mean(axis=0)
     misfit = 0.0 if cell is None else size * cell.misfit(strain)
-    error = np.linalg.norm([float(standard_error(excess - influence)), MISFIT * inner, misfit])
+    error_of = partial(standard_error, level=level)
+    error = np.linalg.norm([float(error_of(excess - influence)), MISFIT * inner, misfit])
     return Averages(
         helmholtz=state.harmonic_free_energy + float(excess.mean()),
-        helmholtz_error=float(standard_error(excess)),
+        helmholtz_error=float(error_of(excess)),
         predicted_decrease=inner + by_cell,
         minimum_error=float(error),
         stress=stresses.mean(axis=0),
-        stress_error=standard_error(stresses),
+        stress_error=error_of(stresses),
         force=forces.mean(axis=0).reshape(-1, 3),
-        force_error=standard_error(forces).reshape(-1, 3),
+        force_error=error_of(forces).reshape(-1, 3),
         shift=(compliance @ forces.mean(axis=0)).reshape(-1, 3),
-        position_error=standard_error(forces @ compliance).reshape(-1, 3),
+        position_error=error_of(forces @ compliance).reshape(-1, 3),
         shift_covariance=covariance_of_mean(forces @ compliance),
         excess=parts.mean(axis=0),
         noise=covariance_of_mean(parts),
         strain=strain,
-        strain_error=standard_error(parts @ soft),
+        strain_error=error_of(parts @ soft),
     )
 
 
