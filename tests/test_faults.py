@@ -47,7 +47,7 @@ from magus_anharmonic.labelers import get_labeler
 from magus_anharmonic.labelers.base import Label
 from magus_anharmonic.learning import dataset
 from magus_anharmonic.learning.dataset import LabelStore, labelled
-from magus_anharmonic.learning.learn import _label
+from magus_anharmonic.learning.learn import label_planned
 from magus_anharmonic.potential import checkpoint
 from magus_anharmonic.potential.relax import relax
 from magus_anharmonic.ranking.jobs import Job, run_job
@@ -911,7 +911,7 @@ def test_every_fault_of_a_labeler_is_in_the_record_of_failures_once(tmp_path):
     for _ in range(2):
         store = LabelStore(tmp_path / "labels")
         with get_labeler(settings, tmp_path / "labeling") as labeler:
-            assert _label(planned, 1, labeler, store, tmp_path) == len(WAYS)
+            assert label_planned(planned, 1, labeler, store, tmp_path) == len(WAYS)
     reasons = {record["id"]: record["reason"] for record in read_failures(tmp_path)}
     assert len(read_failures(tmp_path)) == len(reasons) == len(WAYS)
     for n, (_, words) in WAYS.items():

@@ -163,16 +163,11 @@ def check_that_it_did_not_converge(row):
     )
 
 
-@pytest.mark.parametrize("allocation", ["fixed", "elimination"])
 def test_a_run_that_does_not_converge_keeps_its_numbers_says_what_is_open_and_is_not_ranked(
-    allocation, tmp_path
+    tmp_path,
 ):
     rows = ranked(
-        tmp_path,
-        [SOUND.atoms, HARD.atoms],
-        Spoilt(swollen),
-        max_populations=5,
-        allocation=allocation,
+        tmp_path, [SOUND.atoms, HARD.atoms], Spoilt(swollen), max_populations=5, allocation="fixed"
     )
     check_that_the_search_goes_on(rows)
     assert rows["sound"]["p_lowest_sampling"] == "1.000000", (
@@ -180,6 +175,16 @@ def test_a_run_that_does_not_converge_keeps_its_numbers_says_what_is_open_and_is
     )
     check_that_it_did_not_converge(rows["hard"])
     assert read_jsonl(tmp_path / "failures.jsonl") == []
+
+
+def test_a_run_that_does_not_converge_stops_early_where_it_is_far_above(tmp_path):
+    both = [SOUND.atoms, HARD.atoms]
+    keys = {"max_populations": 5, "allocation": "elimination"}
+    rows = ranked(tmp_path, both, Spoilt(swollen), **keys)
+    check_that_the_search_goes_on(rows)
+    assert rows["hard"]["status"] == "eliminated"
+    assert "more than 50 meV/atom above the lowest" in rows["hard"]["reason"]
+    assert not rows["hard"]["rank_quantum"] and int(rows["hard"]["n_populations"]) < 5
 
 
 def test_where_nothing_converges_nobody_wins_and_the_words_say_so(tmp_path):

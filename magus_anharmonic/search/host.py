@@ -110,8 +110,10 @@ def run(settings: Settings, directory: str | Path = ".", restart: bool = False) 
             stack.enter_context(_recording(archive.anharmonic))
             remove_unfinished(archive.results, locked_folder=archive.anharmonic)
         settings = checked_learning(settings, archive.anharmonic)
-        # what is there is opened before any file is touched
-        relaxer = None if settings.from_scratch else _relaxer(settings, archive, restart)
+        relaxer, evaluator = None, None
+        if not settings.from_scratch:  # what is wrong there ends before any file is touched
+            relaxer = _relaxer(settings, archive, restart)
+            evaluator = ranking_evaluator(settings, relaxer.evaluator)
         if not restart:
             archive.directory.mkdir(parents=True, exist_ok=True)
             with guarded(
@@ -127,7 +129,7 @@ def run(settings: Settings, directory: str | Path = ".", restart: bool = False) 
             seed = first_model(settings, archive.anharmonic, draw, **at)
             settings = settings.model_copy(update={"seed": seed})
             relaxer = _relaxer(settings, archive, True)
-        evaluator = ranking_evaluator(settings, relaxer.evaluator)
+            evaluator = ranking_evaluator(settings, relaxer.evaluator)
         settings, known = _open(archive, settings, relaxer, restart)
         state = None
         if settings.learning is not None or settings.sscha is not None:
