@@ -21,6 +21,7 @@ from ase.build import bulk
 from ase.neighborlist import neighbor_list
 
 from magus_anharmonic.evaluator import Evaluation
+from magus_anharmonic.sscha import free_energy
 
 HBAR = 6.582119569e-16 * np.sqrt(1.602176634e-19 * 1e20 / 1.66053906660e-27)
 """eV for frequencies in sqrt(eV/A^2/amu)."""
@@ -475,6 +476,24 @@ class Case:
     make: Callable[[], ExactCrystal]
     supercell_matrix: tuple[int, int, int]
     pressure: float
+
+    def solve(self, temperature, cell):
+        """Its minimum, without sampling."""
+        return Scha(self.make(), self.supercell_matrix, temperature, self.pressure, cell).solve()
+
+    def run(self, crystal, temperature, cell, n_configs, **options):
+        """SSCHA of one ``crystal`` that it made."""
+        return free_energy(
+            crystal.atoms.copy(),
+            crystal,
+            pressure=self.pressure,
+            temperature=temperature,
+            supercell=self.supercell_matrix,
+            cell=cell,
+            n_configs=n_configs,
+            reference_spacing=0.5,
+            **options,
+        )
 
 
 CASES = {

@@ -25,23 +25,13 @@ a hundred."""
 
 @cache
 def exact(name, temperature, cell):
-    case = CASES[name]
-    return Scha(case.make(), case.supercell_matrix, temperature, case.pressure, cell).solve()
+    return CASES[name].solve(temperature, cell)
 
 
 @cache
 def run_of(seed, name, temperature, cell, n_configs, engine="native"):
     case = CASES[name]
-    crystal = case.make()
-    options = dict(
-        pressure=case.pressure,
-        temperature=temperature,
-        supercell=case.supercell_matrix,
-        cell=cell,
-        n_configs=n_configs,
-        engine=engine,
-    )
-    return free_energy(crystal.atoms.copy(), crystal, seed=seed, reference_spacing=0.5, **options)
+    return case.run(case.make(), temperature, cell, n_configs, engine=engine, seed=seed)
 
 
 def runs(n, *case):

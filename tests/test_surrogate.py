@@ -80,24 +80,14 @@ class Changed:
 def run(name, surrogate, seed=0, temperature=300.0, cell="variable", n_configs=200, **options):
     case = CASES[name]
     crystal = case.make()
-    options = dict(
-        pressure=case.pressure,
-        temperature=temperature,
-        supercell=case.supercell_matrix,
-        cell=cell,
-        n_configs=n_configs,
-        reference_spacing=0.5,
-        surrogate=surrogate if isinstance(surrogate, str) else surrogate(crystal),
-        **options,
-    )
-    result = free_energy(crystal.atoms.copy(), crystal, seed=seed, **options)
+    given = surrogate if isinstance(surrogate, str) else surrogate(crystal)
+    result = case.run(crystal, temperature, cell, n_configs, surrogate=given, seed=seed, **options)
     assert result.n_evaluations == crystal.n_structures
     return result
 
 
 def minimum(name, temperature=300.0, cell="variable"):
-    case = CASES[name]
-    return Scha(case.make(), case.supercell_matrix, temperature, case.pressure, cell).solve()
+    return CASES[name].solve(temperature, cell)
 
 
 def test_a_good_surrogate_takes_over_most_evaluations_and_leaves_the_minimum_where_it_is():

@@ -9,7 +9,6 @@ few steps, labelled and added: the labels come to where relaxations go (as in Pi
 from __future__ import annotations
 
 import logging
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 from ase import Atoms
 
 from magus_anharmonic.errors import MagusAnharmonicError
-from magus_anharmonic.io.files import append_jsonl, remove, replacing
+from magus_anharmonic.io.files import remove
 from magus_anharmonic.labelers.base import Labeler
 from magus_anharmonic.learning.choose import SIDES
 from magus_anharmonic.learning.dataset import LabelStore, on_side
-from magus_anharmonic.learning.learn import Sets, label_planned, scores_of_sets
+from magus_anharmonic.learning.learn import Sets, end_round, label_planned, scores_of_sets
 from magus_anharmonic.learning.round import Purpose, Round
 from magus_anharmonic.potential.label_check import sound
 from magus_anharmonic.runs.folder import SearchFolder
@@ -152,25 +151,14 @@ def _kept(
     model: Potential, sets: Sets, settings: LearningSettings, folder: Path, metrics: dict[str, Any]
 ) -> Path:
     """Write the line of metrics, then the checkpoint, whose presence ends the round."""
-    scores = scores_of_sets(model, sets, settings)
-    append_jsonl(
-        SearchFolder(folder).metrics,
-        {
-            **metrics,
-            "n_new": sets.n_new,
-            "n_replay": 0,
-            **{f"n_{part}": len(frames) for part, frames in sets.parts().items()},
-            "validation_from": sets.validation_from,
-            "test_from": sets.test_from,
-            "reason": "the first model, from new weights",
-            "old_model": None,
-            "new_model": model.model_id,
-            "changed": True,
-            "new": scores,
-        },
-    )
-    file = SearchFolder(folder).checkpoint(GENERATION)
-    with replacing(file) as temporary:
-        shutil.copyfile(Path(str(model.path)), temporary)
+    metrics |= {
+        **sets.counts(),
+        "reason": "the first model, from new weights",
+        "old_model": None,
+        "new_model": model.model_id,
+        "changed": True,
+        "new": scores_of_sets(model, sets, settings),
+    }
+    file = end_round(model, metrics, folder, Path(str(model.path)))
     remove(SearchFolder(folder).training)
     return file

@@ -18,14 +18,8 @@ from magus_anharmonic.energy_surface import FreeEnergySurface, check_start, surf
 from magus_anharmonic.errors import CheckpointError
 from magus_anharmonic.io.files import append_jsonl, read_jsonl, remove, replacing, set_aside
 from magus_anharmonic.labelers.base import Failure, Label, Labeler
-from magus_anharmonic.learning.choose import SIDES, Contender, parent_name
-from magus_anharmonic.learning.dataset import (
-    LabelStore,
-    labelled,
-    on_side,
-    plan_label,
-    read_dataset,
-)
+from magus_anharmonic.learning.choose import SIDES, Contender
+from magus_anharmonic.learning.dataset import LabelStore, labelled, on_side, read_dataset
 from magus_anharmonic.learning.round import Purpose, Round
 from magus_anharmonic.potential.label_check import outliers, sound
 from magus_anharmonic.potential.labelled import FEW, Scores, score, weights_by_error
@@ -96,6 +90,16 @@ class Sets:
         """The three sets by name."""
         return {"train": self.train, "validation": self.validation, "test": self.test}
 
+    def counts(self) -> dict[str, Any]:
+        """Sizes and origins, as in ``metrics.jsonl``."""
+        return {
+            "n_new": self.n_new,
+            "n_replay": self.n_replay,
+            **{f"n_{part}": len(frames) for part, frames in self.parts().items()},
+            "validation_from": self.validation_from,
+            "test_from": self.test_from,
+        }
+
 
 def learn(
     population: Sequence[Atoms],
@@ -153,11 +157,7 @@ def learn(
         "settings_hash": labeler.settings_hash,
         "n_labels": len(labels),
         "n_failures": n_failures,
-        "n_new": sets.n_new,
-        "n_replay": sets.n_replay,
-        **{f"n_{part}": len(frames) for part, frames in sets.parts().items()},
-        "validation_from": sets.validation_from,
-        "test_from": sets.test_from,
+        **sets.counts(),
         "seconds_labels": time.monotonic() - began,
     }
     candidate = None
@@ -260,17 +260,7 @@ def _gather(now: Round, labeler: Labeler, folder: Path) -> None:
         if structure_id(atoms) in have:
             continue
         have.add(structure_id(atoms))
-        name = parent_name(atoms)
-        family = now.store.families.family(name, atoms)
-        plan_label(
-            atoms,
-            generation=now.generation,
-            parent=name,
-            family=family,
-            side=known.get(family, "train"),
-            kind="population",
-            distortion_seed="none",
-        )
+        now.plan_of(atoms, atoms, known, kind="population", distortion_seed="none")
         keep_label(atoms, label, now.store)
     now.store.close_batch(now.generation)
 
@@ -450,21 +440,24 @@ def _conclude(
     }
     if candidate is not None and not changed:
         metrics["rejected"] = {"model": candidate.model_id, **trained}
-    generation = int(metrics["generation"])
-    recorded = _recorded(folder, generation)
-    if not recorded or recorded[-1]["new_model"] != current.model_id:
-        append_jsonl(SearchFolder(folder).metrics, metrics)
-    file = SearchFolder(folder).checkpoint(generation)
-    _write_checkpoint(current, changed, file, SearchFolder(folder).trained(generation))
+    trained_file = SearchFolder(folder).trained(int(metrics["generation"]))
+    file = end_round(current, metrics, folder, trained_file)
     if changed:
         current.path = file
     return Learned(current, metrics)
 
 
-def _write_checkpoint(model: Potential, changed: bool, file: Path, trained: Path) -> None:
+def end_round(model: Potential, metrics: dict[str, Any], folder: Path, trained: Path) -> Path:
+    """Write the line of ``metrics``, once, and then the checkpoint, which is returned: ``trained``
+    where the model changed."""
     from magus_anharmonic.potential import checkpoint, uncertainty
 
-    if changed:
+    generation = int(metrics["generation"])
+    recorded = _recorded(folder, generation)
+    if not recorded or recorded[-1]["new_model"] != model.model_id:
+        append_jsonl(SearchFolder(folder).metrics, metrics)
+    file = SearchFolder(folder).checkpoint(generation)
+    if metrics["changed"]:
         with replacing(file) as temporary:
             shutil.copyfile(trained, temporary)
     else:
@@ -474,6 +467,7 @@ def _write_checkpoint(model: Potential, changed: bool, file: Path, trained: Path
             model.module, file, parent_id=model.model_id, species=model.species_seen, **extra
         )
     remove(trained)
+    return file
 
 
 def scores_of_sets(potential: Potential, sets: Sets, settings: LearningSettings) -> dict[str, Any]:

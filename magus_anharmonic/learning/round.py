@@ -167,6 +167,15 @@ class Round:
                 distorted.append(atoms)
         return distorted
 
+    def plan_of(self, atoms: Atoms, parent: Atoms, known: Mapping[str, str], **what: str) -> None:
+        """Write into ``atoms`` what identifies its label, on the side where the family of
+        ``parent`` is ``known`` to be; a family that is new trains. ``what`` : see `plan_label`."""
+        name = parent_name(parent)
+        family = self.store.families.family(name, parent)
+        side = known.get(family, "train")
+        where = {"generation": self.generation, "parent": name, "family": family, "side": side}
+        plan_label(atoms, **where, **what)
+
     def plan_ensembles(self, contenders: Sequence[Contender], folder: str | Path) -> list[Atoms]:
         """The ``n_sample * n_perturb`` configurations to label (whole pairs), with everything about
         them in ``info``. A phase that has no labels yet trains.
@@ -198,21 +207,11 @@ class Round:
                 contender.spread,
                 share,
             )
-            parent = stripped(contender.centroids)
-            name = parent_name(parent)
-            family = self.store.families.family(name, parent)
+            parent, candidate = stripped(contender.centroids), f"c-{contender.id}"
             for number, configuration in enumerate(contender.configurations[: 2 * share]):
-                atoms = stripped(configuration)
-                plan_label(
-                    atoms,
-                    generation=self.generation,
-                    parent=name,
-                    family=family,
-                    side=known.get(family, "train"),
-                    kind="sscha",
-                    candidate=f"c-{contender.id}",
-                    distortion_seed=f"ensemble-{number}",
-                )
+                atoms, seed = stripped(configuration), f"ensemble-{number}"
+                what = {"kind": "sscha", "candidate": candidate, "distortion_seed": seed}
+                self.plan_of(atoms, parent, known, **what)
                 planned.append(atoms)
         if planned:
             for atoms in planned:

@@ -183,9 +183,13 @@ class Rounds:
         seed = None
         if ours is not None:
             if settings.from_scratch:
-                draw = functools.partial(_crystals_of, search)
-                at = {"restart": restart, "described": described}
-                seed = first_model(settings, run_dir, draw, **at)
+                seed = first_model(
+                    settings,
+                    run_dir,
+                    functools.partial(_crystals_of, search),
+                    restart=restart,
+                    described=described,
+                )
             ours.begin_round(search.curgen)
         own = evaluator_of_magus(search, ml=ml) if ours is None else ours.potential
         state = start(

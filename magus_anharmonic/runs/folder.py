@@ -68,22 +68,7 @@ class CampaignFolder:
         found = (cls(one) for one in (given / "campaign", given))
         return next((one for one in found if one.steps.is_file() or one.tables.is_dir()), None)
 
-    @property
-    def steps(self) -> Path:
-        """What is known of every step."""
-        return self.root / "steps.json"
-
-    @property
-    def record(self) -> Path:
-        """What it was started with."""
-        return self.root / "run.json"
-
-    @property
-    def tables(self) -> Path:
-        """Folder of the tables of all finished steps."""
-        return self.root / "tables"
-
-    @property
-    def figures(self) -> Path:
-        """Folder of the figures."""
-        return self.root / "figures"
+    steps = _named("steps.json", "What is known of every step.")
+    record = _named("run.json", "What it was started with.")
+    tables = _named("tables", "Folder of the tables of all finished steps.")
+    figures = _named("figures", "Folder of the figures.")

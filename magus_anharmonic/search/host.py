@@ -124,9 +124,13 @@ def run(settings: Settings, directory: str | Path = ".", restart: bool = False) 
                 stack.enter_context(locked(archive.anharmonic, WHAT))
             stack.enter_context(_recording(archive.anharmonic))
         if relaxer is None:
-            draw, described = functools.partial(crystals_of, settings), {"host": "embedded"}
-            at = {"restart": restart, "described": described}
-            seed = first_model(settings, archive.anharmonic, draw, **at)
+            seed = first_model(
+                settings,
+                archive.anharmonic,
+                functools.partial(crystals_of, settings),
+                restart=restart,
+                described={"host": "embedded"},
+            )
             settings = settings.model_copy(update={"seed": seed})
             relaxer = _relaxer(settings, archive, True)
             evaluator = ranking_evaluator(settings, relaxer.evaluator)

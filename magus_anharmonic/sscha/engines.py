@@ -248,6 +248,8 @@ ones from there."""
 SMALLEST_DAMPING = 0.1
 SHORTEST = 0.003
 """Part of a step below which the sample counts as used up."""
+USED_UP = 1.2
+"""Times ``min_effective_sample``: below it a minimisation ended because of its sample."""
 BISECTIONS = 3
 """Attempts to go as far as the sample allows."""
 
@@ -478,7 +480,7 @@ class Minimised:
 
     def used_up(self, least: float) -> bool:
         """Whether it ended because of its sample; ``least`` : the ``min_effective_sample``."""
-        return self.effective_sample < 1.2 * least
+        return self.effective_sample < USED_UP * least
 
 
 ENGINES = {

@@ -143,8 +143,7 @@ class Ensemble:
     def pull(self, state: SschaState) -> np.ndarray:
         """(n, 3N) Phi u, minus the harmonic forces of ``state``; in level 0 alone, eV/A."""
         pull = self.displacements.reshape(len(self.energies), -1) @ state.full
-        if self.two_level:
-            pull[self.level > 0] = 0.0
+        pull[self.level > 0] = 0.0
         return pull
 
 
@@ -225,9 +224,13 @@ def level_scale(n: int, total: int) -> float:
 def _parts(level: np.ndarray, n_parts: int) -> list[list[np.ndarray]]:
     """The rows of ``n_parts`` parts, level by level: whole pairs, and a share of both levels."""
     rows = [np.flatnonzero(level == number) for number in range(int(level.max()) + 1)]
-    return [
-        [row[np.arange(len(row)) // 2 % n_parts == part] for row in rows] for part in range(n_parts)
-    ]
+    return [list(part) for part in zip(*(_blocks(row, n_parts) for row in rows), strict=True)]
+
+
+def _blocks(rows: np.ndarray, n_blocks: int) -> list[np.ndarray]:
+    """``rows`` in blocks of whole pairs."""
+    number = np.arange(len(rows)) // 2 % n_blocks
+    return [rows[number == block] for block in range(n_blocks)]
 
 
 def standard_error(pairs: np.ndarray, level: np.ndarray | None = None) -> np.ndarray:
@@ -445,21 +448,18 @@ def matrix_decrease(
     scaled = u @ state.precision
     total, square = np.zeros(response.shape), 0.0
     for rows in _parts(np.zeros(len(u)) if level is None else level, 1)[0]:
-        n_blocks = min(BLOCKS, len(rows) // 2)
-        share = np.ones(len(rows)) if weights is None else weights[rows] / weights[rows].mean()
+        share = np.ones(len(u)) if weights is None else weights / weights[rows].mean()
         share = share / len(rows)
         mean, own, shares = np.zeros(response.shape), 0.0, 0.0
-        for block in range(n_blocks):
-            inside = np.arange(len(rows)) // 2 % n_blocks == block
-            chosen = rows[inside]
-            curvature = -(share[inside, None] * scaled[chosen]).T @ residual[chosen]
+        for chosen in _blocks(rows, min(BLOCKS, len(rows) // 2)):
+            curvature = -(share[chosen, None] * scaled[chosen]).T @ residual[chosen]
             compact = symmetry.force_constants(
                 fold(0.5 * (curvature + curvature.T), state.supercell_matrix)
             )
             part = vectors.T @ expand(compact, state.supercell_matrix) @ vectors
             mean += part
             own += float(np.sum(part**2 * response))
-            shares += float(share[inside].sum()) ** 2
+            shares += float(share[chosen].sum()) ** 2
         square += (float(np.sum(mean * (mean * response))) - own) / (1.0 - shares)
         square += 2.0 * float(np.sum(total * mean * response))
         total += mean

@@ -323,12 +323,14 @@ def main():
     return 0 if all(holds for _, holds in bars) else 1
 
 
-if __name__ == "__main__":
+def on_one_thread():
+    """Begin this process anew with one thread where it has more: BLAS reads the number when NumPy
+    is imported."""
     if os.environ.get("OMP_NUM_THREADS") != "1":
-        # BLAS reads it when NumPy is imported
-        os.execve(
-            sys.executable,
-            [sys.executable, *sys.argv],
-            {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
-        )
+        threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **threads})
+
+
+if __name__ == "__main__":
+    on_one_thread()
     sys.exit(main())

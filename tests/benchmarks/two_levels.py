@@ -15,7 +15,6 @@ import argparse
 import functools
 import importlib.util
 import logging
-import os
 import sys
 import tempfile
 import time
@@ -345,11 +344,5 @@ def main():
 
 
 if __name__ == "__main__":
-    if os.environ.get("OMP_NUM_THREADS") != "1":
-        # BLAS reads it when NumPy is imported
-        os.execve(
-            sys.executable,
-            [sys.executable, *sys.argv],
-            {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
-        )
+    beside("ranking").on_one_thread()
     sys.exit(main())
