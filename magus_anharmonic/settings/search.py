@@ -31,6 +31,7 @@ from magus_anharmonic.settings.calculators import (
     parse_calculator,
     stages,
 )
+from magus_anharmonic.settings.free_energy import problem_of_surface, with_its_defaults
 from magus_anharmonic.settings.section import (
     SCRATCH,
     Count,
@@ -81,7 +82,7 @@ class SschaSettings(Section):
             "whose energies: a checkpoint, the import path of an ASE calculator, a name of an"
             " installed package, or a block as"
             " MainCalculator ({calculator: ..., arguments: {...}}); left out: the calculator of the"
-            " search, whatever it is"
+            " search, whatever it is; with surface: free-energy the potential that the model is of"
         ),
     )
     temperature: Kelvin | list[Kelvin] = Field(
@@ -400,7 +401,12 @@ class Settings(Section):
                 "learning.select: sscha with formulaType: var: it labels what decides between"
                 " phases of one composition; choose another learning.select, or formulaType: fix"
             )
-        if self.learning is not None and self.sscha is not None and self.sscha.evaluator:
+        under_m = bool(self.ml_calculator)
+        problem = problem_of_surface(self.calculator, self.learning, self.sscha, under_m=under_m)
+        if problem:
+            raise ValueError(problem)
+        learns = self.learning is not None and not self.on_free_energy
+        if learns and self.sscha is not None and self.sscha.evaluator:
             raise ValueError(
                 "sscha.evaluator: with learning the model that learns is the one that ranks; take"
                 " out one of the two"
@@ -417,6 +423,11 @@ class Settings(Section):
                 " mattersim, checkpoint: scratch as MainCalculator, without -m"
             )
         return self
+
+    @property
+    def on_free_energy(self) -> bool:
+        """Whether the search relaxes on a free energy, and not on an energy."""
+        return self.calculator is not None and self.calculator.surface == "free-energy"
 
     @property
     def from_scratch(self) -> bool:
@@ -462,7 +473,9 @@ def parse_settings(data: Mapping[str, object]) -> Settings:
         else:
             host[str(key)] = value
     try:
-        return parse(Settings, {**ours, "host": host})
+        found = parse(Settings, {**ours, "host": host})
+        learning = with_its_defaults(found.learning) if found.on_free_energy else found.learning
+        return found.model_copy(update={"learning": learning})
     except InputError as error:
         problems.extend(_public_name(line) for line in error.problems)
     raise InputError(*problems)

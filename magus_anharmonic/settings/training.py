@@ -126,7 +126,8 @@ class LearningSettings(TrainingKeys):
     select: Literal["random", "uncertain", "diverse", "sscha"] = Field(
         "random",
         description=(
-            "how structures are chosen. random: duplicates kept, as in the paper; uncertain: of the"
+            "how structures are chosen; left out with surface: free-energy: uncertain. random:"
+            " duplicates kept, as in the paper; uncertain: of the"
             " lowest distinct ones (10 n_sample) those with the largest expected error, at random"
             " while the model has no error estimate; diverse: those farthest from one another and"
             " from the labels in the model's features; sscha: configurations (n_sample x n_perturb)"
