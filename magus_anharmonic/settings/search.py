@@ -26,6 +26,7 @@ from magus_anharmonic.settings.calculators import (
     QUEUES,
     AseCalculatorSettings,
     CalculatorSettings,
+    LabelerSettings,
     WorkerSettings,
     as_magus_reads,
     parse_calculator,
@@ -67,6 +68,9 @@ OF_A_RANKING = (
     "keep_best",
     "budget",
     "hessian",
+    "truth",
+    "truth_error",
+    "truth_labels",
 )
 """Keys of ``sscha`` that decide who gets a free energy, and at which temperatures; all others are
 those of a run (`SschaSettings.of_a_run`)."""
@@ -212,6 +216,33 @@ class SschaSettings(Section):
     )
     seed_back: bool = Field(True, description="hand SSCHA centroids back to the search as seeds")
     born: BornCharges = None
+    truth: LabelerSettings | None = Field(
+        None,
+        description=(
+            "labeler (a block as learning.labeler) whose G the ranking is of: labels of ensembles"
+            " of the keep_best lowest phases correct that of the model, in a search after its last"
+            " generation"
+        ),
+    )
+    truth_error: Energy = Field(
+        1e-3, description="eV/atom, of the correction of a phase: labels are added until then"
+    )
+    truth_labels: Count = Field(60, ge=20, description="most labels of a phase for truth")
+
+    @model_validator(mode="after")
+    def _truth_of_energies(self) -> SschaSettings:
+        name = self.truth.calculator if self.truth else None
+        if name == "sscha":
+            raise ValueError(
+                "truth: calculator: sscha labels free energies; the truth is a code of energies"
+                " and forces: gpaw, vasp, espresso, an import path"
+            )
+        if name == "main":
+            raise ValueError(
+                "truth: calculator: main: MAGUS's MainCalculator labels only for its own loop;"
+                " give gpaw, vasp, espresso, an import path"
+            )
+        return self
 
     @model_validator(mode="after")
     def _one_surface(self) -> SschaSettings:
@@ -349,6 +380,15 @@ class Settings(Section):
         default_factory=WorkerSettings, description="how many workers, and what each has"
     )
     host: dict[str, Any] = Field(default_factory=dict, description="every other key: MAGUS's own")
+
+    @property
+    def labelers(self) -> dict[str, LabelerSettings]:
+        """Who makes labels, by the key that asks for it."""
+        found = {
+            "learning.labeler": self.learning.labeler if self.learning else None,
+            "sscha.truth": self.sscha.truth if self.sscha else None,
+        }
+        return {key: labeler for key, labeler in found.items() if labeler is not None}
 
     @field_validator("scheduler")
     @classmethod
