@@ -32,7 +32,8 @@ from magus_anharmonic.ranking.uncertainty import ModelTerm, with_probabilities
 from magus_anharmonic.report.contents import gather
 from magus_anharmonic.report.screen import show_ranking
 from magus_anharmonic.report.text import hull_sentences
-from magus_anharmonic.search import host, run
+from magus_anharmonic.search import host
+from magus_anharmonic.search.host import run
 from magus_anharmonic.settings import parse_settings
 
 
