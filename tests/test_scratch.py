@@ -11,9 +11,9 @@ from magus_anharmonic.labelers import get_labeler
 from magus_anharmonic.learning.dataset import LabelStore
 from magus_anharmonic.learning.first import first_model
 from magus_anharmonic.potential import load
-from magus_anharmonic.search import run
 from magus_anharmonic.search.archive import Archive
 from magus_anharmonic.search.generate import crystals_of
+from magus_anharmonic.search.host import run
 from magus_anharmonic.settings import parse_settings, rank_settings
 
 SHAPE = {"num_blocks": 1, "units": 16, "cutoff": 4.0, "threebody_cutoff": 3.0}
