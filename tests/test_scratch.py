@@ -15,9 +15,9 @@ from magus_anharmonic.learning.dataset import LabelStore
 from magus_anharmonic.learning.first import first_model
 from magus_anharmonic.potential import load
 from magus_anharmonic.runs.folder import SearchFolder
-from magus_anharmonic.search import run
 from magus_anharmonic.search.archive import Archive
 from magus_anharmonic.search.generate import crystals_of
+from magus_anharmonic.search.host import run
 from magus_anharmonic.settings import parse_settings, rank_settings
 from magus_anharmonic.settings.campaign import parse_campaign
 

@@ -28,12 +28,13 @@ from magus_anharmonic.evaluator import CalculatorEvaluator
 from magus_anharmonic.generation import checked_learning
 from magus_anharmonic.io.digests import versions
 from magus_anharmonic.io.files import TEMPORARY
-from magus_anharmonic.ranking import rank_file
 from magus_anharmonic.ranking.store import FreeEnergyStore
+from magus_anharmonic.ranking.structures import rank_file
 from magus_anharmonic.runs.lock import born, check_free, locked
-from magus_anharmonic.search import host, population, relaxation, run
+from magus_anharmonic.search import host, population, relaxation
 from magus_anharmonic.search.archive import Archive
 from magus_anharmonic.search.generate import Geometry, RandomGenerator
+from magus_anharmonic.search.host import run
 from magus_anharmonic.search.keys import parse_host_keys
 from magus_anharmonic.search.population import DESCRIPTORS, OffspringGenerator
 from magus_anharmonic.settings import AseCalculatorSettings, parse_settings

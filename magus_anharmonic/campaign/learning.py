@@ -163,7 +163,7 @@ def search(context: Context, folder: Path, data: dict[str, Any]) -> None:
     if uses_magus(context.settings.host):
         _stock_magus(folder)
     else:
-        from magus_anharmonic.search import run
+        from magus_anharmonic.search.host import run
 
         run(parse_settings(data), folder, restart=SearchFolder.below(folder).record.is_file())
     write_json(mark, {**identity, "finished": True})

@@ -259,7 +259,7 @@ def phase_structure(context: Context, phase: Phase, pressure: GPa) -> Atoms | No
 
 def sscha(context: Context, step: Step) -> Outcome:
     """Rank the lowest distinct structures at one pressure; the table is ``ranking-<P>GPa.csv``."""
-    from magus_anharmonic.ranking import rank_structures
+    from magus_anharmonic.ranking.structures import rank_structures
 
     folder, pressure = context.folder(step), step.pressure or 0.0
     settings = context.settings.ranking_settings(pressure, context.final_checkpoint)

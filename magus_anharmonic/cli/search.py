@@ -90,7 +90,7 @@ def search(
 
 
 def _embedded(input_file: Path, restart: bool) -> None:
-    from magus_anharmonic.search import run
+    from magus_anharmonic.search.host import run
     from magus_anharmonic.settings import load_settings
 
     run(load_settings(input_file), Path.cwd(), restart=restart)
@@ -197,8 +197,7 @@ def rank(
     Several compositions are ranked each by itself, and placed above the hull that their free
     energies make.
     """
-    from magus_anharmonic.ranking import rank_file
-    from magus_anharmonic.ranking.structures import check_sources, rank_start
+    from magus_anharmonic.ranking.structures import check_sources, rank_file, rank_start
     from magus_anharmonic.report import report_at_end
 
     check_sources(structures or (), start_dyn, load_ensemble)
