@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from magus_anharmonic.settings.calculators import CalculatorSettings
 from magus_anharmonic.settings.section import SCRATCH
+from magus_anharmonic.settings.sscha import SschaSettings
 from magus_anharmonic.settings.training import LearningSettings
 
 LABELER = "sscha"
@@ -15,13 +14,13 @@ LABELER = "sscha"
 def problem_of_surface(
     block: CalculatorSettings | None,
     learning: LearningSettings | None,
-    sscha: Any,
+    sscha: SschaSettings | None,
     *,
     under_m: bool,
 ) -> str:
     """What of the keys does not go together with ``surface: free-energy``, or goes with it alone;
     empty where all is well. ``block`` : of the calculator, ``under_m`` : whether that is
-    MLCalculator, ``sscha`` : `SschaSettings` or None."""
+    MLCalculator."""
     labels = learning is not None and learning.labeler.calculator == LABELER
     if block is None or block.surface == "static":
         return (
