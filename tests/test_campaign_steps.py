@@ -343,7 +343,7 @@ def test_a_finished_search_is_not_repeated_and_one_with_another_input_or_model_s
         if len(restarts) == 1:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr("magus_anharmonic.search.run", run, raising=False)
+    monkeypatch.setattr("magus_anharmonic.search.host.run", run)
     checkpoint = tmp_path / "final.pth"
     checkpoint.write_text("weights")
     folder = context.folder("produce-100GPa")

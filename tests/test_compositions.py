@@ -12,14 +12,14 @@ from ase.build import bulk
 from ase.phasediagram import PhaseDiagram
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from records import a_candidate
+from records import a_candidate, standing
 from scipy.stats import norm
 from test_fitness import INFO
 
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.learning.choose import lowest_distinct
 from magus_anharmonic.ranking.candidate import by_composition, numbered, read_ranking
-from magus_anharmonic.ranking.elimination import Rules, Standing, race
+from magus_anharmonic.ranking.elimination import Rules, race
 from magus_anharmonic.ranking.fitness import (
     fit_estimates,
     fitness_values,
@@ -32,7 +32,8 @@ from magus_anharmonic.ranking.uncertainty import ModelTerm, with_probabilities
 from magus_anharmonic.report.contents import gather
 from magus_anharmonic.report.screen import show_ranking
 from magus_anharmonic.report.text import hull_sentences
-from magus_anharmonic.search import host, run
+from magus_anharmonic.search import host
+from magus_anharmonic.search.host import run
 from magus_anharmonic.settings import parse_settings
 
 
@@ -132,7 +133,7 @@ def test_the_best_of_every_composition_run_to_their_ends():
     def advance(wanted):
         rest = {name: 0.08 * 0.5**n for name, n in wanted.items()}
         return {
-            name: Standing(truth[name] + r, 1e-4, r, r, r < 2e-4, wanted[name], 100)
+            name: standing(truth[name] + r, 1e-4, r, r, r < 2e-4, wanted[name], n_new=100)
             for name, r in rest.items()
         }
 

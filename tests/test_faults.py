@@ -56,8 +56,9 @@ from magus_anharmonic.ranking.structures import reevaluate
 from magus_anharmonic.runs.lock import locked
 from magus_anharmonic.runs.record import read_failures
 from magus_anharmonic.scheduler import SerialScheduler
-from magus_anharmonic.search import host, run
+from magus_anharmonic.search import host
 from magus_anharmonic.search.archive import Archive, whole_frames, write_frames
+from magus_anharmonic.search.host import run
 from magus_anharmonic.settings import LabelerSettings, parse_settings
 from magus_anharmonic.sscha import free_energy
 

@@ -328,7 +328,7 @@ def test_init_never_writes_over_a_file(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_what_init_writes_runs(tmp_path, monkeypatch):
     """With smaller numbers: a search of one generation."""
-    from magus_anharmonic.search import run
+    from magus_anharmonic.search.host import run
 
     path = written(tmp_path, "search", "H3S", 150.0, labeler="none", checkpoint="h3s-gpaw-small")
     data = load_yaml(path)

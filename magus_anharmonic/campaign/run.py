@@ -48,6 +48,7 @@ from magus_anharmonic.runs.record import (
     write_run_record,
 )
 from magus_anharmonic.runs.status import deserted
+from magus_anharmonic.settings import SCRATCH
 from magus_anharmonic.settings.campaign import load_campaign
 from magus_anharmonic.units import duration, ev_to_mev
 
@@ -239,7 +240,7 @@ def _check(context: Context, root: Path) -> None:
     if settings.labeler is not None:
         with context.labeler(root) as labeler:
             settings_hash = labeler.settings_hash
-    model_id = context.foundation.model_id
+    model_id = SCRATCH if context.foundation is None else context.foundation.model_id
     if record_file(root).is_file():
         earlier = read_run_record(root).labeler_settings_hash
         if earlier and settings_hash and earlier != settings_hash and _holds_labels(root):

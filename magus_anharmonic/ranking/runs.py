@@ -423,10 +423,11 @@ def run_race(runs: Runs, candidates: Sequence[Candidate]) -> None:
                 return
             earlier = latest[job.structure][2] if job.structure in latest else None
             standing = standing_of(run, earlier)
-            # a run whose phase is open has not come to its end, though its G has
-            settled = standing.converged and not outcome.result.reason
+            if outcome.result.reason:
+                # a run whose phase is open has not come to its end, though its G has
+                standing = standing.updated(status="unconverged")
             potential = potential_energy(outcome.result, candidate.enthalpy)
-            found[job.structure] = replace(standing, converged=settled, potential=potential)
+            found[job.structure] = replace(standing, potential=potential)
             latest[job.structure] = job, outcome, run
 
         jobs = [

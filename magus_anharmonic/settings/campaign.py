@@ -30,6 +30,7 @@ from magus_anharmonic.settings.search import (
     parse_settings,
 )
 from magus_anharmonic.settings.section import Device, Section, Seed, load_yaml, parse
+from magus_anharmonic.settings.training import FinetuneSettings, ScratchSettings
 from magus_anharmonic.units import GPa
 
 OWNED_BY_THE_CAMPAIGN = (
@@ -51,7 +52,9 @@ class CampaignSettings(Section):
     foundation: section.InsidePath = Field(
         section.FOUNDATION,
         description=(
-            "a name MatterSim knows, a path relative to the campaign file, or a shipped one"
+            "a name MatterSim knows, a path relative to the campaign file, a shipped one, or"
+            " scratch: new weights, which the first search that learns trains (learning.settings"
+            ".scratch); each further one begins with the model and the labels of the one before"
         ),
     )
     device: Device = None
@@ -91,7 +94,12 @@ class CampaignSettings(Section):
 
     @model_validator(mode="after")
     def _whole(self) -> CampaignSettings:
-        problems = [*self._phase_problems(), *self._missing_blocks(), *self._search_problems()]
+        problems = [
+            *self._phase_problems(),
+            *self._missing_blocks(),
+            *self._scratch_problems(),
+            *self._search_problems(),
+        ]
         if problems:
             raise ValueError("\n".join(problems))
         return self
@@ -153,6 +161,15 @@ class CampaignSettings(Section):
             ]
         return problems
 
+    def _scratch_problems(self) -> list[str]:
+        if not self.from_scratch:
+            return []
+        needs = "foundation: scratch: new weights know nothing before they are trained"
+        return [
+            *([] if self.learning else [f"{needs}: needs the block learning"]),
+            *([f"foundation_check: {needs}; leave it out"] if self.foundation_check else []),
+        ]
+
     def _search_problems(self) -> list[str]:
         """Keys inside the free blocks, checked as the searches will check them."""
         problems = []
@@ -184,13 +201,30 @@ class CampaignSettings(Section):
         if self.learning is not None:
             self.learning_search(self.learning.pressures[0], self.foundation)
         if self.produce is not None:
-            self.production_search(self.produce.pressures[0], self.foundation)
+            self.production_search(self.produce.pressures[0], "final.pth")
         parse(CalculatorSettings, {"calculator": "mattersim", **self.calculator}, "calculator")
 
     def _check_sscha(self) -> None:
         if self.sscha is not None:
             if parse(SschaSettings, self.sscha.settings, "sscha.settings").evaluator is not None:
                 raise InputError("sscha.settings.evaluator: a campaign ranks by its final model")
+
+    @property
+    def from_scratch(self) -> bool:
+        """Whether the campaign begins without any model."""
+        return self.foundation == section.SCRATCH
+
+    @property
+    def scratch(self) -> ScratchSettings:
+        """How new weights are made and trained: `learning.settings.scratch`."""
+        given = self.learning.settings.get("scratch", {}) if self.learning else {}
+        return parse(ScratchSettings, given, "learning.settings.scratch")
+
+    @property
+    def final_stages(self) -> Sequence[FinetuneSettings]:
+        """Trainings of the final model: those of new weights where none are given for them."""
+        given = "stages" in self.final.model_fields_set
+        return self.scratch.stages if self.from_scratch and not given else self.final.stages
 
     def input_yaml(
         self,

@@ -132,7 +132,10 @@ class FinalSettings(Section):
     stages: list[StageSettings] = Field(
         default_factory=_paper_stages,
         min_length=1,
-        description="one after the other; the paper's two: force/stress ratios 1, then 0.1",
+        description=(
+            "one after the other; the paper's two: force/stress ratios 1, then 0.1. Left out with"
+            " foundation: scratch: those of learning.settings.scratch"
+        ),
     )
 
 
