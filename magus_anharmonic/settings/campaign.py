@@ -26,8 +26,7 @@ from magus_anharmonic.settings.campaign_blocks import RelaxSettings as RelaxSett
 from magus_anharmonic.settings.search import Settings, parse_settings
 from magus_anharmonic.settings.section import Device, Section, Seed, load_yaml, parse
 from magus_anharmonic.settings.sscha import SschaSettings
-from magus_anharmonic.settings.training import LearningSettings
-from magus_anharmonic.settings.training import FinetuneSettings, ScratchSettings
+from magus_anharmonic.settings.training import FinetuneSettings, LearningSettings, ScratchSettings
 from magus_anharmonic.units import GPa
 
 OWNED_BY_THE_CAMPAIGN = (
