@@ -237,9 +237,10 @@ def phase_diagram(
     hull.svg and hull.png.
     """
     from magus_anharmonic.phase_diagram.diagram import phase_diagram as diagram_of
+    from magus_anharmonic.phase_diagram.diagram import sentences
+    from magus_anharmonic.phase_diagram.figures import write_diagram
     from magus_anharmonic.phase_diagram.grid import collect_runs, run_locked
     from magus_anharmonic.phase_diagram.points import read_points
-    from magus_anharmonic.phase_diagram.report import sentences, write_diagram
     from magus_anharmonic.runs.lock import locked
     from magus_anharmonic.settings.phase_diagram import grid_settings, load_phase_diagram
 
