@@ -37,6 +37,7 @@ from magus_anharmonic.units import GPa, ev_to_mev
 
 if TYPE_CHECKING:
     from magus_anharmonic.learning.choose import Contender
+    from magus_anharmonic.ranking.rank import Truth
     from magus_anharmonic.ranking.uncertainty import ModelTerm
 
 log = logging.getLogger(__name__)
@@ -65,6 +66,7 @@ class SearchState:
     energy_rmse: float | None = None
     relaxation_steps: int = RELAXATION_STEPS
     free_energy: Callable[..., Any] | None = None
+    truth: Truth | None = None
     workers: int | None = None
     candidates: list[Candidate] = field(default_factory=list)
 
@@ -111,6 +113,7 @@ def after_generation(
         free_energy=state.free_energy,
         workers=state.workers,
         measured=measured_terms(state.run_dir, state.settings.pressure),
+        truth=state.truth if ending else None,
     )
     _summarise(state.candidates, generation)
     sscha = state.settings.sscha
@@ -227,12 +230,13 @@ def start(
 
     Raises ``InputError`` (another version's folder, no model that learns, no labeler).
     """
+    from magus_anharmonic.paper.truth import labels_of
     from magus_anharmonic.runs.record import check_results_version, write_run_record
 
     folder = Path(run_dir)
     check_results_version(folder)
     if learn:
-        settings = checked_learning(settings, folder)
+        settings = checked_labelers(settings, folder)
     labeler, store = (None, None)
     if learn and settings.learning is not None:
         labeler, store = _labeler(settings, folder)
@@ -248,6 +252,7 @@ def start(
         learn=labeler is not None,
         n_generations=settings.num_gen,
         energy_rmse=_recorded_rmse(folder) if restart else None,
+        truth=labels_of(settings, folder),
     )
     if record:
         extra = {"restart": restart, "learning": state.learn, **(described or {})}
@@ -300,13 +305,16 @@ def newest_checkpoint(run_dir: str | Path, up_to: int | None = None) -> Path | N
     return found[max(found)] if found else None
 
 
-def checked_learning(settings: Settings, folder: str | Path) -> Settings:
+def checked_labelers(settings: Settings, folder: str | Path) -> Settings:
     """The settings, without ``learning`` where its labeler is not installed and it is not required;
     touches no file.
 
     Raises ``InputError``: no model that can learn, no labeler, a dataset that is missing or of
     other DFT settings.
     """
+    from magus_anharmonic.paper.truth import labels_of
+
+    labels_of(settings, folder)
     learning = settings.learning
     if learning is None:
         return settings

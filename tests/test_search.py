@@ -25,7 +25,7 @@ from ase.units import GPa
 from magus_anharmonic import __version__
 from magus_anharmonic.errors import InputError, MagusAnharmonicError
 from magus_anharmonic.evaluator import CalculatorEvaluator
-from magus_anharmonic.generation import checked_learning
+from magus_anharmonic.generation import checked_labelers
 from magus_anharmonic.io.digests import versions
 from magus_anharmonic.io.files import TEMPORARY
 from magus_anharmonic.ranking.store import FreeEnergyStore
@@ -887,7 +887,7 @@ def test_a_missing_labeler_stops_the_search_or_switches_learning_off(
     with pytest.raises(InputError):
         run(given, tmp_path)
     assert not list(tmp_path.iterdir())
-    allowed = checked_learning(
+    allowed = checked_labelers(
         given.model_copy(
             update={"learning": given.learning.model_copy(update={"required": False})}
         ),

@@ -447,9 +447,11 @@ def rank_structures(
     measured
         By candidate id or space-group symbol: what DFT labels say about the model's G.
     truth
-        Labels the lowest phases, so that G is that of DFT: `paper.truth.labels_of`.
+        Who labels for ``sscha.truth``: ``paper.truth.labels_of(settings, run_dir)``.
     """
     check_structures(structures)
+    if truth is None and settings.sscha is not None and settings.sscha.truth is not None:
+        raise InputError("sscha.truth: give truth=paper.truth.labels_of(settings, run_dir) too")
     source = as_evaluator(evaluator, structures)
     if constrained := sum(bool(atoms.constraints) for atoms in structures):
         log.warning(

@@ -27,7 +27,7 @@ from magus_anharmonic.evaluator import is_unnamed
 from magus_anharmonic.generation import (
     SearchState,
     after_generation,
-    checked_learning,
+    checked_labelers,
     first_model,
     newest_checkpoint,
     start,
@@ -109,7 +109,7 @@ def run(settings: Settings, directory: str | Path = ".", restart: bool = False) 
             stack.enter_context(locked(archive.anharmonic, WHAT))
             stack.enter_context(_recording(archive.anharmonic))
             remove_unfinished(archive.results, locked_folder=archive.anharmonic)
-        settings = checked_learning(settings, archive.anharmonic)
+        settings = checked_labelers(settings, archive.anharmonic)
         relaxer, evaluator = None, None
         if not settings.from_scratch:  # what is wrong there ends before any file is touched
             relaxer = _relaxer(settings, archive, restart)

@@ -18,14 +18,7 @@ from magus_anharmonic.settings.calculators import (
     parse_calculator,
     stages,
 )
-from magus_anharmonic.settings.ranking import rank_settings
-from magus_anharmonic.settings.search import (
-    OF_A_RANKING,
-    Settings,
-    SschaSettings,
-    load_settings,
-    parse_settings,
-)
+from magus_anharmonic.settings.search import Settings, load_settings, parse_settings, rank_settings
 from magus_anharmonic.settings.section import (
     FOUNDATION,
     SCRATCH,
@@ -47,6 +40,7 @@ from magus_anharmonic.settings.section import (
     parse,
     snake_case,
 )
+from magus_anharmonic.settings.sscha import OF_A_RANKING, SschaSettings
 from magus_anharmonic.settings.training import (
     Architecture,
     FinetuneSettings,
