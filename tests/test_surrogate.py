@@ -93,12 +93,13 @@ def minimum(name, temperature=300.0, cell="variable"):
 def test_a_good_surrogate_takes_over_most_evaluations_and_leaves_the_minimum_where_it_is():
     exact = minimum("hcp")
     plain = run("hcp", "none", n_configs=1000)
-    for surrogate in (perturbed, Affine):
+    # the first leaves half of the deviations of V - V_0
+    for surrogate, fewer in ((perturbed, 3.0), (Affine, 10.0)):
         result = run("hcp", surrogate, n_configs=1000)
         assert result.converged
         assert abs(result.gibbs_raw - exact.gibbs) < 4.0 * result.gibbs_error
         assert result.gibbs_error < 1.3 * plain.gibbs_error
-        assert result.n_evaluations < plain.n_evaluations / 4.0
+        assert result.n_evaluations < plain.n_evaluations / fewer
         assert result.n_surrogate > 1000
         cell = exact.minimum.cell.lengths()
         assert result.centroids.cell.lengths() == pytest.approx(cell, rel=2e-3)

@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 from ase import Atoms
 
-from magus_anharmonic.calculator_id import is_unnamed
 from magus_anharmonic.errors import InputError, reason_of
+from magus_anharmonic.evaluator import is_unnamed
 from magus_anharmonic.generation import (
     SearchState,
     after_generation,

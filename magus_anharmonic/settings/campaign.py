@@ -23,14 +23,10 @@ from magus_anharmonic.settings.campaign_blocks import MergeSettings as MergeSett
 from magus_anharmonic.settings.campaign_blocks import PhaseSettings as PhaseSettings
 from magus_anharmonic.settings.campaign_blocks import ProduceSettings as ProduceSettings
 from magus_anharmonic.settings.campaign_blocks import RelaxSettings as RelaxSettings
-from magus_anharmonic.settings.search import (
-    LearningSettings,
-    Settings,
-    SschaSettings,
-    parse_settings,
-)
+from magus_anharmonic.settings.search import Settings, parse_settings
 from magus_anharmonic.settings.section import Device, Section, Seed, load_yaml, parse
-from magus_anharmonic.settings.training import FinetuneSettings, ScratchSettings
+from magus_anharmonic.settings.sscha import SschaSettings
+from magus_anharmonic.settings.training import FinetuneSettings, LearningSettings, ScratchSettings
 from magus_anharmonic.units import GPa
 
 OWNED_BY_THE_CAMPAIGN = (
