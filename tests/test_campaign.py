@@ -72,20 +72,7 @@ class Fakes:
 @pytest.fixture
 def fakes(monkeypatch):
     found = Fakes()
-    kinds = (
-        "learn",
-        "merge",
-        "final",
-        "produce",
-        "foundation",
-        "relax",
-        "sscha",
-        "dft",
-        "hessian",
-        "errors",
-        "report",
-    )
-    monkeypatch.setattr(driver, "runners", lambda: dict.fromkeys(kinds, found))
+    monkeypatch.setattr(driver, "runners", lambda: dict.fromkeys(driver.WHAT, found))
     monkeypatch.setattr(Context, "foundation", SimpleNamespace(model_id="0123456789ab"))
     return found
 
