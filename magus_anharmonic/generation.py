@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from ase import Atoms
 
+from magus_anharmonic.energy_surface import surface_in_use
 from magus_anharmonic.errors import InputError, LabelerNotInstalled
 from magus_anharmonic.evaluator import Evaluator
 from magus_anharmonic.ranking.candidate import Candidate
@@ -49,6 +50,7 @@ RELAXATION_STEPS = 50
 @dataclass
 class SearchState:
     """One search between its rounds. ``potential`` is the newest model; the host relaxes with it.
+    Where that is a free energy, ``certifier`` is the potential that SSCHA certifies with.
 
     Under ``magus search -m`` MAGUS's own loop trains: then ``learn`` is False and the plug-in sets
     ``potential`` and ``energy_rmse`` (eV/atom, validation) before it calls `after_generation`.
@@ -65,6 +67,7 @@ class SearchState:
     n_generations: int | None = None
     energy_rmse: float | None = None
     relaxation_steps: int = RELAXATION_STEPS
+    certifier: Evaluator | None = None
     free_energy: Callable[..., Any] | None = None
     truth: Truth | None = None
     workers: int | None = None
@@ -101,9 +104,11 @@ def after_generation(
     unique = list({id(atoms): atoms for atoms in survivors}.values())
     _learn(state, population, generation)
     reevaluate(unique, state.potential, state.settings, state.relaxation_steps)
+    on_free_energy = surface_in_use(state.potential) is not None
     state.candidates = rank(
         unique,
-        evaluator=state.potential,
+        evaluator=state.certifier or state.potential,
+        model=state.potential if on_free_energy else None,
         settings=state.settings,
         run_dir=state.run_dir,
         seed=state.seed,
@@ -209,6 +214,7 @@ def start(
     seed: int | None = None,
     record: bool = True,
     described: Mapping[str, Any] | None = None,
+    certifier: Evaluator | None = None,
 ) -> SearchState:
     """Prepare a search whose own files are in ``run_dir`` (``results/anharmonic``) and write its
     ``run.json``.
@@ -216,7 +222,7 @@ def start(
     Parameters
     ----------
     potential
-        What is ranked with, see `ranking.structures.ranking_evaluator`.
+        What is ranked with, see `ranking.evaluators.ranking_evaluators`.
     restart
         Go on with the recorded seed of ``run_dir``.
     learn
@@ -227,6 +233,8 @@ def start(
         False where the host has written ``run.json`` already.
     described
         Further fields of ``run.json``: who runs the search, and by which command.
+    certifier
+        The second of `ranking_evaluators`.
 
     Raises ``InputError`` (another version's folder, no model that learns, no labeler).
     """
@@ -252,6 +260,7 @@ def start(
         learn=labeler is not None,
         n_generations=settings.num_gen,
         energy_rmse=_recorded_rmse(folder) if restart else None,
+        certifier=certifier,
         truth=labels_of(settings, folder),
     )
     if record:

@@ -27,8 +27,9 @@ from magus_anharmonic.labelers import get_labeler
 from magus_anharmonic.labelers.espresso import family
 from magus_anharmonic.paper.truth import labels_of
 from magus_anharmonic.ranking.structures import rank_structures
-from magus_anharmonic.settings import LabelerSettings, parse_settings
+from magus_anharmonic.settings import LabelerSettings, load_settings, parse_settings
 from magus_anharmonic.sscha import free_energy
+from magus_anharmonic.starter import write_input
 
 PSEUDO = Path("/usr/share/espresso/pseudo")
 SI, AL, H = "Si.pz-vbc.UPF", "Al.pz-vbc.UPF", "H.pz-vbc.UPF"
@@ -228,12 +229,32 @@ def test_a_full_disk_is_not_a_property_of_the_structure(tmp_path, where):
         ({"Si": AL}, r"pseudopotentials\.Si: .*Al\.pz-vbc\.UPF is a pseudopotential of Al"),
         (["Si"], r"has 5 files for Si .*name the one to take"),
         (["Xe"], "has no file for Xe"),
+        (
+            {"Si": SI, "H": "H.blyp-vbc.UPF"},
+            r"different functionals: Si\.pz-vbc\.UPF \(LDA \(PZ\)\), H\.blyp-vbc\.UPF \(BLYP\)",
+        ),
         ({}, "is missing"),
     ],
 )
 def test_wrong_pseudopotentials_are_refused_before_pw_starts(tmp_path, pseudopotentials, words):
     with pytest.raises(InputError, match=words):
         labels(tmp_path, [silicon()], pseudopotentials=pseudopotentials)
+
+
+def test_elements_get_files_of_the_functional_that_all_of_them_have(tmp_path, monkeypatch):
+    """Five files for H, one for Al: with Al, H is LDA. `init` names what pw.x takes together."""
+    assert family(PSEUDO, ["Al", "H"])[0] == {"Al": AL, "H": H}
+    monkeypatch.setenv("ESPRESSO_PSEUDO", str(PSEUDO))
+    for compound, files in (
+        ("AlH3", {"Al": AL, "H": H}),
+        ("GeH4", {"Ge": "Ge.pbe-kjpaw.UPF", "H": "H.pbe-kjpaw.UPF"}),
+    ):
+        written = write_input(
+            "search", compound, [50.0], labeler="espresso", path=tmp_path / compound
+        )
+        learning = load_settings(written).learning
+        assert learning is not None
+        assert learning.labeler.arguments["pseudopotentials"] == files
 
 
 def test_a_family_brings_files_and_cutoffs(tmp_path):

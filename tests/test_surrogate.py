@@ -15,7 +15,7 @@ from magus_anharmonic import free_energy
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.evaluator import Evaluation
 from magus_anharmonic.io.files import load_arrays, write_arrays
-from magus_anharmonic.ranking.structures import ranking_evaluator
+from magus_anharmonic.ranking.evaluators import ranking_evaluator
 from magus_anharmonic.settings import SschaSettings, parse_settings
 from magus_anharmonic.sscha.result import RunFolder, final_ensemble, read_population_file
 from magus_anharmonic.sscha.run import SschaRun

@@ -6,11 +6,16 @@ from __future__ import annotations
 from magus_anharmonic.settings.calculators import (
     OPTIMIZER_DESCRIPTION,
     QUEUES,
+    Architecture,
     AseCalculatorSettings,
     CalculatorSettings,
+    FinetuneSettings,
     LabelerSettings,
+    LearningSettings,
     Optimizers,
     RelaxationSettings,
+    ScratchSettings,
+    TrainingKeys,
     WorkerSettings,
     as_magus_reads,
     import_path,
@@ -41,13 +46,6 @@ from magus_anharmonic.settings.section import (
     snake_case,
 )
 from magus_anharmonic.settings.sscha import OF_A_RANKING, SschaSettings
-from magus_anharmonic.settings.training import (
-    Architecture,
-    FinetuneSettings,
-    LearningSettings,
-    ScratchSettings,
-    TrainingKeys,
-)
 
 __all__ = [
     "FOUNDATION",

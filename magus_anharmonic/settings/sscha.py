@@ -60,7 +60,7 @@ class SschaSettings(Section):
             "whose energies: a checkpoint, the import path of an ASE calculator, a name of an"
             " installed package, or a block as"
             " MainCalculator ({calculator: ..., arguments: {...}}); left out: the calculator of the"
-            " search, whatever it is"
+            " search, whatever it is; with surface: free-energy the potential that the model is of"
         ),
     )
     temperature: Kelvin | list[Kelvin] = Field(
