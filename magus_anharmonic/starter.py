@@ -18,7 +18,7 @@ from magus_anharmonic.io.files import write_text
 from magus_anharmonic.labelers import REGISTRY, available
 from magus_anharmonic.search.keys import parse_host_keys
 from magus_anharmonic.settings import FOUNDATION, check_pressure, parse, parse_settings
-from magus_anharmonic.settings.campaign import parse_campaign
+from magus_anharmonic.settings.campaign import CampaignSettings
 from magus_anharmonic.settings.phase_diagram import PhaseDiagramSettings
 from magus_anharmonic.units import GPa
 
@@ -98,7 +98,7 @@ def write_input(
     if kind == "search":
         parse_host_keys(parse_settings(data))
     elif kind == "campaign":
-        parse_campaign(data)
+        parse(CampaignSettings, data)
     else:
         parse(PhaseDiagramSettings, data)
     write_text(target, text)

@@ -229,6 +229,12 @@ def intermetallics():
     return [bulk("Cu"), bulk("Cu", "bcc", a=2.87), bulk("Al"), ordered]
 
 
+def ranked(structures, folder, keys):
+    """By free energies that are `mixing`'s."""
+    options = {"run_dir": folder, "free_energy": mixing, "workers": 1}
+    return rank(structures, evaluator=fakes.Emt(), settings=keys, **options)
+
+
 def test_a_ranking_of_several_compositions_says_who_is_on_the_hull(tmp_path, capsys):
     keys = parse_settings({"pressure": 0.0, "Fitness": ["SSCHA"], "sscha": {"hessian": 0}})
     structures = intermetallics()
@@ -241,14 +247,7 @@ def test_a_ranking_of_several_compositions_says_who_is_on_the_hull(tmp_path, cap
             for h, a in zip(enthalpies, structures, strict=True)
         ],
     )
-    found = rank(
-        structures,
-        evaluator=fakes.Emt(),
-        settings=keys,
-        run_dir=tmp_path,
-        free_energy=mixing,
-        workers=1,
-    )
+    found = ranked(structures, tmp_path, keys)
     assert {c.members[0]: c.gibbs_above_hull for c in found} == pytest.approx(
         dict(enumerate(heights)), abs=1e-9
     )
@@ -297,14 +296,7 @@ def test_those_near_the_hull_get_their_free_energies_first(tmp_path):
     )
     structures = [bulk("Cu"), bulk("Cu", "bcc", a=2.87), bulk("Al")]
     reevaluate(structures, fakes.Emt(), keys)
-    rank(
-        structures,
-        evaluator=fakes.Emt(),
-        settings=keys,
-        run_dir=tmp_path,
-        free_energy=mixing,
-        workers=1,
-    )
+    ranked(structures, tmp_path, keys)
     assert [atoms.info["status"] for atoms in structures] == ["converged", "estimated", "converged"]
 
 

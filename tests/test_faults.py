@@ -290,7 +290,8 @@ def test_a_batch_too_large_for_the_memory_is_no_trouble_while_its_structures_fit
 
 
 def test_a_machine_error_in_the_process_of_a_labeler_stops_the_labels(tmp_path):
-    for behaviour in ("disk full", "killed"):
+    """Memory ran out, a queue's time is up, the disk is full: none of them is the structure's."""
+    for behaviour in ("disk full", "killed", "terminated"):
         settings = LabelerSettings(
             calculator="misbehaving.Misbehaving",
             arguments={"behaviour": {1: behaviour}},
@@ -298,7 +299,7 @@ def test_a_machine_error_in_the_process_of_a_labeler_stops_the_labels(tmp_path):
         )
         with get_labeler(settings, tmp_path / behaviour) as labeler:
             for action in (labeler.label, labeler.relax):
-                with pytest.raises(MachineError, match="No space left|SIGKILL"):
+                with pytest.raises(MachineError, match="No space left|SIGKILL|SIGTERM"):
                     action([bulk("Cu")])
 
 

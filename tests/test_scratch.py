@@ -18,8 +18,8 @@ from magus_anharmonic.runs.folder import SearchFolder
 from magus_anharmonic.search.archive import Archive
 from magus_anharmonic.search.generate import crystals_of
 from magus_anharmonic.search.host import run
-from magus_anharmonic.settings import parse_settings, rank_settings
-from magus_anharmonic.settings.campaign import parse_campaign
+from magus_anharmonic.settings import parse, parse_settings, rank_settings
+from magus_anharmonic.settings.campaign import CampaignSettings
 
 SHAPE = {"num_blocks": 1, "units": 16, "cutoff": 4.0, "threebody_cutoff": 3.0}
 STAGE = {"epochs": 3, "learning_rate": 5e-3, "batch_size": 4, "keep": "last"}
@@ -165,7 +165,7 @@ def test_a_campaign_begins_without_any_model_and_each_search_with_the_one_before
 
 def test_a_campaign_from_scratch_is_refused_where_nothing_could_train_it():
     with pytest.raises(InputError, match=r"foundation: scratch.*learning"):
-        parse_campaign(campaign(learning=None))
+        parse(CampaignSettings, campaign(learning=None))
     checked = campaign(produce={"pressures": [5]}, foundation_check={"pressure": 5})
     with pytest.raises(InputError, match=r"foundation_check: .*leave it out"):
-        parse_campaign(checked)
+        parse(CampaignSettings, checked)

@@ -36,7 +36,7 @@ from magus_anharmonic.evaluator import (
 from magus_anharmonic.io.digests import digest
 from magus_anharmonic.labelers.pool import CallableLabeler
 from magus_anharmonic.plugins.parameters import calculator_settings, settings_of, stop
-from magus_anharmonic.ranking.certify import require_surface
+from magus_anharmonic.ranking.evaluators import require_surface
 from magus_anharmonic.scheduler import is_remote, open_scheduler
 from magus_anharmonic.settings import SCRATCH, snake_case
 from magus_anharmonic.sscha.record import INFO_KEYS

@@ -23,7 +23,7 @@ from magus_anharmonic.settings import (
     Settings,
     parse_calculator,
 )
-from magus_anharmonic.settings.free_energy import LABELER
+from magus_anharmonic.settings.search import LABELER
 from magus_anharmonic.sscha.surrogate import surrogate_of
 
 
