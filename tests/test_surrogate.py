@@ -118,6 +118,16 @@ def test_a_tolerance_is_met_with_fewer_evaluations_of_the_truth_than_without():
     assert ours.n_evaluations < plain.n_evaluations / 3.0
 
 
+def test_a_loose_tolerance_takes_as_few_of_the_surrogate_as_it_needs():
+    exact = minimum("hcp").gibbs
+    tight, loose = (run("hcp", Affine, n_configs=1000, error_tolerance=t) for t in (None, 2e-4))
+    assert loose.converged and loose.gibbs_error <= 2e-4
+    assert abs(loose.gibbs_raw - exact) < 4.0 * loose.gibbs_error
+    assert loose.n_surrogate < tight.n_surrogate / 2.0
+    assert loose.n_evaluations <= tight.n_evaluations
+    assert loose.n_populations == tight.n_populations
+
+
 def noise(found):
     rng = np.random.default_rng(int(1e6 * abs(found.energy[0])) % 2**32)
     forces = [force + rng.normal(0.0, 1.0, force.shape) for force in found.forces]

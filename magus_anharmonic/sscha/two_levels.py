@@ -55,6 +55,11 @@ FEWEST_MORE = 4
 FAILURES = 3
 """Populations in which a surrogate that learns from each of them did not help, after which it is
 left out for good; one that does not learn has one."""
+FEWEST_LARGE = 200
+"""Configurations of the surrogate in such a population, at least."""
+AMPLE = 1.5
+"""Pairs of the surrogate over those that the tolerance asks for: ten pairs of the truth, which it
+is told by, know their scatter to a quarter."""
 SOON = 2 * FEWEST
 """Configurations of the truth in a population, above which a surrogate first learns from those at
 hand: the configurations of a new state make it better than the same number corrects it."""
@@ -179,10 +184,14 @@ def first_sample(
     ``truth``. Raises ``SurrogateFailed``, and ``LearnsFirst`` where more than ``most`` of the
     truth are needed.
 
-    The surrogate's sample is that of the first case in both, because minimisations live on it.
+    In the second case `AMPLE` pairs of the surrogate are drawn for each that the tolerance asks
+    for, and `FEWEST_LARGE` configurations at least: minimisations live on them.
     """
     level, left = sampler.judged(truth)
     pairs, cost = n_configs // 2, sampler.cost
+    if tolerance is not None:
+        enough = AMPLE * (deviation(sampler.state, truth) / tolerance) ** 2
+        pairs = min(pairs, max(FEWEST_LARGE // 2, int(np.ceil(enough))))
     large = sampler.of_surrogate(2 * int(np.ceil(pairs * (1.0 + left / np.sqrt(cost)))), 2)
     a, b = deviation(sampler.state, large), left_by_forces(sampler.state, level)
     wanted = max(a**2 / pairs, 0.0 if tolerance is None else tolerance**2)
