@@ -25,10 +25,10 @@ from magus_anharmonic.potential.graph import (
     Topology,
     build_graph,
     check,
-    expected_pairs,
     find_neighbours,
     find_topology,
 )
+from magus_anharmonic.potential.guards import expected_pairs
 from magus_anharmonic.potential.m3gnet import FactorisedM3GNet
 from magus_anharmonic.potential.relax import relax
 from magus_anharmonic.potential.resources import (
