@@ -1,7 +1,7 @@
 # make demo: set everything up in .venv and run the H3S quick start.  make test: the same set-up, then the tests.
 # PYTHON=/path/to/python3.x chooses the interpreter; JOBS=n the number of test processes.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-again test test-full lint docs clean distclean
+.PHONY: help setup demo demo-again alh3 test test-full lint docs clean distclean
 
 BIN := .venv/bin
 JOBS ?= $(shell n=$$(env -u OMP_NUM_THREADS nproc 2> /dev/null || echo 2); [ $$n -gt 4 ] && echo 4 || echo $$n)
@@ -13,6 +13,7 @@ PYTEST := env -u PYTHONPATH OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:cach
 help:
 	@echo "make demo       set up .venv and run the H3S quick start in demo/"
 	@echo "make demo-again the quick start anew, the old demo/ removed"
+	@echo "make alh3       set up .venv and run AlH3 from nothing with Quantum ESPRESSO in alh3/: hours; goes on where it was"
 	@echo "make test       set up .venv and run the tests"
 	@echo "make test-full  all tests, lowest and newest versions, $(SOAK_MINUTES) minutes of faults (SOAK_MINUTES=n), known vulnerabilities: hours"
 	@echo "make setup | lint | docs | clean | distclean"
@@ -26,6 +27,9 @@ demo: setup
 demo-again: setup
 	@rm -rf demo
 	@.ci/demo
+
+alh3: setup
+	@.ci/alh3
 
 test: setup
 	@$(PYTEST) -m "not full"

@@ -143,7 +143,7 @@ def campaign_schema() -> Schema:
             **schema_of(Settings, definitions)["properties"],
             **magus_keys(definitions),
         }.items()
-        if snake_case(name) not in (*OWNED_BY_THE_CAMPAIGN, "host", "mlcalculator", "workers")
+        if snake_case(name) not in (*OWNED_BY_THE_CAMPAIGN, "host", "workers")
     }
     magus = {"type": "object", "properties": shared, "additionalProperties": False}
     definitions["Search"] = with_aliases(magus, Section, "/$defs/Search")

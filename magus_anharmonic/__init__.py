@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from magus_anharmonic.potential import Potential as Potential
     from magus_anharmonic.potential import load as load
     from magus_anharmonic.potential.calculator import MatterSim as MatterSim
-    from magus_anharmonic.ranking import rank_structures as rank_structures
+    from magus_anharmonic.ranking.structures import rank_structures as rank_structures
     from magus_anharmonic.settings import parse_settings as parse_settings
     from magus_anharmonic.sscha import SschaResult as SschaResult
     from magus_anharmonic.sscha import free_energy as free_energy
@@ -25,7 +25,7 @@ _LAZY = {
     "hessian_of_run": "magus_anharmonic.sscha.report",
     "load": "magus_anharmonic.potential",
     "parse_settings": "magus_anharmonic.settings",
-    "rank_structures": "magus_anharmonic.ranking",
+    "rank_structures": "magus_anharmonic.ranking.structures",
 }
 
 __all__ = ["__version__", *_LAZY]  # noqa: PLE0604

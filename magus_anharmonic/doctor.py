@@ -296,7 +296,7 @@ def _labelers(settings: Settings | None) -> list[Check]:
     from magus_anharmonic.labelers.codes import ALLOW, REGISTRY, allowed_modules
     from magus_anharmonic.scheduler import is_remote
 
-    asked = settings.learning.labeler.calculator if settings and settings.learning else None
+    asked = {one.calculator: one for one in settings.labelers.values()} if settings else {}
     checks = []
     if allowed := allowed_modules():
         checks.append(
@@ -306,9 +306,9 @@ def _labelers(settings: Settings | None) -> list[Check]:
                 f"{', '.join(allowed)} ({ALLOW}, or installed packages)",
             )
         )
-    for name in dict.fromkeys([*([asked] if asked else []), *REGISTRY]):
+    for name in dict.fromkeys([*asked, *REGISTRY]):
         # Workers elsewhere have an environment of their own, which cannot be looked at from here.
-        needed = name == asked and not (settings and is_remote(settings.scheduler))
+        needed = name in asked and not (settings and is_remote(settings.scheduler))
         if name == "main":
             checks.append(
                 Check(
@@ -319,12 +319,7 @@ def _labelers(settings: Settings | None) -> list[Check]:
                 )
             )
             continue
-        arguments = (
-            settings.learning.labeler.arguments
-            if settings and settings.learning and name == asked
-            else {}
-        )
-        ok, text = available(name, arguments)
+        ok, text = available(name, asked[name].arguments if name in asked else {})
         fix = (
             ""
             if ok
@@ -339,7 +334,7 @@ def _third_party(settings: Settings | None) -> list[Check]:
     asked: set[object] = set()
     if settings is not None:
         asked = {*settings.fitness, settings.main_calculator.get("calculator")}
-        asked |= {settings.learning.labeler.calculator} if settings.learning else set()
+        asked |= {labeler.calculator for labeler in settings.labelers.values()}
         asked |= {settings.evaluator.calculator} if settings.evaluator else set()
     checks = []
     words: dict[third_party.Kind, str] = {

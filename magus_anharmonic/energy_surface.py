@@ -22,6 +22,8 @@ LABEL_KEY = "surface"
 """In the ``info`` of a label and in a checkpoint."""
 LABEL_ERROR = "label_energy_error"
 """In the ``info`` of a label: standard error of its energy, eV per cell."""
+FORCE_ERROR = "label_force_error"
+"""The same of its forces, eV/A, root mean square over components."""
 SAME_MASS = 1e-3
 """amu."""
 
@@ -80,9 +82,18 @@ class FreeEnergySurface:
             for name in ("temperature", "supercell", "potential", "finite_size")
             if to_json(getattr(self, name)) != to_json(getattr(other, name))
         ]
-        return "; ".join([*found, *self._other_masses(other.masses)])
+        return "; ".join([*found, *self._mass_differences(other.masses)])
 
-    def _other_masses(self, masses: Mapping[str, float]) -> list[str]:
+    def other_masses(self, atoms: Atoms) -> dict[str, float]:
+        """The masses (amu by symbol) of the surface that are not those of ``atoms``."""
+        own = masses_of(atoms)
+        return {
+            symbol: mass
+            for symbol, mass in self.masses.items()
+            if symbol in own and abs(mass - own[symbol]) > SAME_MASS
+        }
+
+    def _mass_differences(self, masses: Mapping[str, float]) -> list[str]:
         return [
             f"mass of {symbol} {self.masses[symbol]:g} and {mass:g} amu"
             for symbol, mass in sorted(masses.items())
@@ -91,14 +102,13 @@ class FreeEnergySurface:
 
     def require(self, structures: Sequence[Atoms], temperature: float | None = None) -> None:
         """Raise ``InputError`` that names what differs where ``structures`` have other masses, or
-        another ``temperature`` (K) is wanted."""
+        another ``temperature`` (K) is wanted. A structure that carries no masses has the natural
+        ones."""
         wrong = []
         if temperature is not None and abs(temperature - self.temperature) > 1e-6:
             wrong.append(f"temperature {self.temperature:g} and {temperature:g} K")
         for atoms in structures if not wrong else ():
-            if atoms.has("masses"):
-                wrong = self._other_masses(masses_of(atoms))
-            if wrong:
+            if wrong := self._mass_differences(masses_of(atoms)):
                 break
         if wrong:
             raise InputError(

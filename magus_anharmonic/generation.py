@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from ase import Atoms
 
+from magus_anharmonic.energy_surface import surface_in_use
 from magus_anharmonic.errors import InputError, LabelerNotInstalled
 from magus_anharmonic.evaluator import Evaluator
 from magus_anharmonic.ranking.candidate import Candidate
@@ -37,6 +38,7 @@ from magus_anharmonic.units import GPa, ev_to_mev
 
 if TYPE_CHECKING:
     from magus_anharmonic.learning.choose import Contender
+    from magus_anharmonic.ranking.rank import Truth
     from magus_anharmonic.ranking.uncertainty import ModelTerm
 
 log = logging.getLogger(__name__)
@@ -48,6 +50,7 @@ RELAXATION_STEPS = 50
 @dataclass
 class SearchState:
     """One search between its rounds. ``potential`` is the newest model; the host relaxes with it.
+    Where that is a free energy, ``certifier`` is the potential that SSCHA certifies with.
 
     Under ``magus search -m`` MAGUS's own loop trains: then ``learn`` is False and the plug-in sets
     ``potential`` and ``energy_rmse`` (eV/atom, validation) before it calls `after_generation`.
@@ -64,7 +67,9 @@ class SearchState:
     n_generations: int | None = None
     energy_rmse: float | None = None
     relaxation_steps: int = RELAXATION_STEPS
+    certifier: Evaluator | None = None
     free_energy: Callable[..., Any] | None = None
+    truth: Truth | None = None
     workers: int | None = None
     candidates: list[Candidate] = field(default_factory=list)
 
@@ -99,9 +104,11 @@ def after_generation(
     unique = list({id(atoms): atoms for atoms in survivors}.values())
     _learn(state, population, generation)
     reevaluate(unique, state.potential, state.settings, state.relaxation_steps)
+    on_free_energy = surface_in_use(state.potential) is not None
     state.candidates = rank(
         unique,
-        evaluator=state.potential,
+        evaluator=state.certifier or state.potential,
+        model=state.potential if on_free_energy else None,
         settings=state.settings,
         run_dir=state.run_dir,
         seed=state.seed,
@@ -111,6 +118,7 @@ def after_generation(
         free_energy=state.free_energy,
         workers=state.workers,
         measured=measured_terms(state.run_dir, state.settings.pressure),
+        truth=state.truth if ending else None,
     )
     _summarise(state.candidates, generation)
     sscha = state.settings.sscha
@@ -206,6 +214,7 @@ def start(
     seed: int | None = None,
     record: bool = True,
     described: Mapping[str, Any] | None = None,
+    certifier: Evaluator | None = None,
 ) -> SearchState:
     """Prepare a search whose own files are in ``run_dir`` (``results/anharmonic``) and write its
     ``run.json``.
@@ -213,7 +222,7 @@ def start(
     Parameters
     ----------
     potential
-        What is ranked with, see `ranking.structures.ranking_evaluator`.
+        What is ranked with, see `ranking.evaluators.ranking_evaluators`.
     restart
         Go on with the recorded seed of ``run_dir``.
     learn
@@ -224,15 +233,18 @@ def start(
         False where the host has written ``run.json`` already.
     described
         Further fields of ``run.json``: who runs the search, and by which command.
+    certifier
+        The second of `ranking_evaluators`.
 
     Raises ``InputError`` (another version's folder, no model that learns, no labeler).
     """
+    from magus_anharmonic.paper.truth import labels_of
     from magus_anharmonic.runs.record import check_results_version, write_run_record
 
     folder = Path(run_dir)
     check_results_version(folder)
     if learn:
-        settings = checked_learning(settings, folder)
+        settings = checked_labelers(settings, folder)
     labeler, store = (None, None)
     if learn and settings.learning is not None:
         labeler, store = _labeler(settings, folder)
@@ -248,6 +260,8 @@ def start(
         learn=labeler is not None,
         n_generations=settings.num_gen,
         energy_rmse=_recorded_rmse(folder) if restart else None,
+        certifier=certifier,
+        truth=labels_of(settings, folder),
     )
     if record:
         extra = {"restart": restart, "learning": state.learn, **(described or {})}
@@ -300,13 +314,16 @@ def newest_checkpoint(run_dir: str | Path, up_to: int | None = None) -> Path | N
     return found[max(found)] if found else None
 
 
-def checked_learning(settings: Settings, folder: str | Path) -> Settings:
+def checked_labelers(settings: Settings, folder: str | Path) -> Settings:
     """The settings, without ``learning`` where its labeler is not installed and it is not required;
     touches no file.
 
     Raises ``InputError``: no model that can learn, no labeler, a dataset that is missing or of
     other DFT settings.
     """
+    from magus_anharmonic.paper.truth import labels_of
+
+    labels_of(settings, folder)
     learning = settings.learning
     if learning is None:
         return settings

@@ -18,7 +18,7 @@ from magus_anharmonic.io.files import write_text
 from magus_anharmonic.labelers import REGISTRY, available
 from magus_anharmonic.search.keys import parse_host_keys
 from magus_anharmonic.settings import FOUNDATION, check_pressure, parse, parse_settings
-from magus_anharmonic.settings.campaign import parse_campaign
+from magus_anharmonic.settings.campaign import CampaignSettings
 from magus_anharmonic.settings.phase_diagram import PhaseDiagramSettings
 from magus_anharmonic.units import GPa
 
@@ -98,7 +98,7 @@ def write_input(
     if kind == "search":
         parse_host_keys(parse_settings(data))
     elif kind == "campaign":
-        parse_campaign(data)
+        parse(CampaignSettings, data)
     else:
         parse(PhaseDiagramSettings, data)
     write_text(target, text)
@@ -147,8 +147,15 @@ def _labeler(asked: str | None) -> str | None:
 
 
 def _pseudopotentials(symbols: Iterable[str]) -> dict[str, str]:
-    """Of each element the first file in ``ESPRESSO_PSEUDO`` whose name begins with it."""
-    folder = Path(os.environ.get("ESPRESSO_PSEUDO", "."))
+    """Of each element the first file in ``ESPRESSO_PSEUDO`` of a functional that all elements have
+    (PBE before others); without one, the first whose name begins with the element."""
+    from magus_anharmonic.labelers.espresso import by_functional
+
+    folder, symbols = Path(os.environ.get("ESPRESSO_PSEUDO", ".")), list(symbols)
+    shared = by_functional(folder, symbols)
+    if shared:
+        chosen = shared[min(shared, key=lambda name: (name != "PBE", name))]
+        return {symbol: chosen[symbol][0] for symbol in symbols}
     found: dict[str, str] = {}
     for file in sorted(folder.glob("*.[uU][pP][fF]"), reverse=True):
         symbol = file.name.split(".")[0].split("_")[0].split("-")[0].capitalize()

@@ -16,7 +16,6 @@ import numpy as np
 from ase import Atoms
 
 from magus_anharmonic.calculator_check import NOISE, check_calculator
-from magus_anharmonic.calculator_id import is_unnamed
 from magus_anharmonic.errors import typed_line
 from magus_anharmonic.evaluator import (
     CalculatorEvaluator,
@@ -24,6 +23,7 @@ from magus_anharmonic.evaluator import (
     LabelerEvaluator,
     as_evaluator,
     has_stress,
+    is_unnamed,
 )
 from magus_anharmonic.structures import change_of
 

@@ -54,6 +54,9 @@ class Misbehaving(Calculator):
             self.results["forces"] = np.zeros((n + 1, 3))
         elif how == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
+        elif how == "terminated":
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(600)
         elif how == "disk full":
             raise OSError(errno.ENOSPC, "No space left on device", "pw.in")
         elif how == "raise":

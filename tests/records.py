@@ -3,6 +3,7 @@
 from dataclasses import fields
 
 from magus_anharmonic.ranking.candidate import Candidate
+from magus_anharmonic.ranking.elimination import Standing
 from magus_anharmonic.ranking.store import Run
 from magus_anharmonic.sscha.record import FreeEnergy
 
@@ -20,3 +21,10 @@ def a_candidate(id, atoms=None, status="static", **values):
     """A candidate; ``values`` : fields of it or of its free energy."""
     energy = {name: values.pop(name) for name in NUMBERS & values.keys()}
     return Candidate(id=id, atoms=atoms, free_energy=FreeEnergy(status=status, **energy), **values)
+
+
+def standing(gibbs, error=1e-3, left=0.0, fallen=0.0, converged=False, n_populations=3, **more):
+    """A `Standing` in a race: G, its error, what it may still fall by and fell by last, eV/atom."""
+    status = "converged" if converged else "unconverged"
+    numbers = {"gibbs": gibbs, "gibbs_error": error, "predicted_decrease": left}
+    return Standing(FreeEnergy(status, n_populations=n_populations, **numbers), fallen, **more)

@@ -27,7 +27,6 @@ BASE = {
     "gate",
     "evaluator",
     "calculator_check",
-    "calculator_id",
     "energy_surface",
     "third_party",
     "testing",

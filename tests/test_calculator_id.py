@@ -12,8 +12,7 @@ from ase.calculators.lj import LennardJones
 from ase.calculators.mixing import SumCalculator
 from ase.calculators.morse import MorsePotential
 
-from magus_anharmonic.calculator_id import is_unnamed, probes
-from magus_anharmonic.evaluator import CalculatorEvaluator, as_evaluator
+from magus_anharmonic.evaluator import CalculatorEvaluator, as_evaluator, is_unnamed, probes
 
 COPPER = bulk("Cu")
 

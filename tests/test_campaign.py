@@ -38,7 +38,8 @@ from magus_anharmonic.paper.tables import LearningPoint
 from magus_anharmonic.report.contents import campaign_contents
 from magus_anharmonic.runs import status as folder_status
 from magus_anharmonic.runs.lock import locked
-from magus_anharmonic.settings.campaign import load_campaign, parse_campaign
+from magus_anharmonic.settings import parse
+from magus_anharmonic.settings.campaign import CampaignSettings, load_campaign
 
 
 class Fakes:
@@ -71,20 +72,7 @@ class Fakes:
 @pytest.fixture
 def fakes(monkeypatch):
     found = Fakes()
-    kinds = (
-        "learn",
-        "merge",
-        "final",
-        "produce",
-        "foundation",
-        "relax",
-        "sscha",
-        "dft",
-        "hessian",
-        "errors",
-        "report",
-    )
-    monkeypatch.setattr(driver, "runners", lambda: dict.fromkeys(kinds, found))
+    monkeypatch.setattr(driver, "runners", lambda: dict.fromkeys(driver.WHAT, found))
     monkeypatch.setattr(Context, "foundation", SimpleNamespace(model_id="0123456789ab"))
     return found
 
@@ -166,7 +154,7 @@ def test_without_learning_the_foundation_is_the_model(tmp_path):
 )
 def test_wrong_input_is_one_message_that_names_the_key(changes, words):
     with pytest.raises(InputError) as caught:
-        parse_campaign(changed(**changes))
+        parse(CampaignSettings, changed(**changes))
     for word in words:
         assert word in str(caught.value)
 

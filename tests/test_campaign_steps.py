@@ -42,8 +42,7 @@ from magus_anharmonic.learning.dataset import LabelStore
 from magus_anharmonic.paper import ensemble_errors
 from magus_anharmonic.paper.tables import FailureRow, LearningPoint
 from magus_anharmonic.ranking.candidate import Candidate, write_ranking
-from magus_anharmonic.settings.campaign import load_campaign
-from magus_anharmonic.settings.campaign_blocks import DftSettings
+from magus_anharmonic.settings.campaign import DftSettings, load_campaign
 from magus_anharmonic.sscha.phonons import Level, levels_by_irrep, lowest_levels
 from magus_anharmonic.sscha.record import FreeEnergy
 from magus_anharmonic.structures import space_group, structure_id
@@ -343,7 +342,7 @@ def test_a_finished_search_is_not_repeated_and_one_with_another_input_or_model_s
         if len(restarts) == 1:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr("magus_anharmonic.search.run", run, raising=False)
+    monkeypatch.setattr("magus_anharmonic.search.host.run", run)
     checkpoint = tmp_path / "final.pth"
     checkpoint.write_text("weights")
     folder = context.folder("produce-100GPa")

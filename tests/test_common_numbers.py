@@ -6,8 +6,9 @@ import math
 import numpy as np
 import pytest
 from crystal_models import Crystals, crystal
+from records import standing
 
-from magus_anharmonic.ranking.elimination import Rules, Standing, Stop, verdicts
+from magus_anharmonic.ranking.elimination import Rules, Stop, verdicts
 from magus_anharmonic.ranking.structures import rank_structures
 from magus_anharmonic.ranking.uncertainty import (
     CommonNumbers,
@@ -107,10 +108,7 @@ def test_runs_without_common_numbers_share_nothing(states):
 
 def test_a_race_ends_earlier_where_the_errors_cancel():
     rules = Rules(confidence=0.95, keep_best=1, max_populations=30)
-    tied = {
-        name: Standing(gibbs, 1e-3, 0.0, 0.0, True, 3)
-        for name, gibbs in {"a": 0.0, "b": 0.002}.items()
-    }
+    tied = {name: standing(gibbs, converged=True) for name, gibbs in {"a": 0.0, "b": 0.002}.items()}
     assert verdicts(tied, rules) == {}
     assert verdicts(tied, rules, common=lambda one, other: 0.98e-6) == {"a": Stop(), "b": Stop()}
     assert verdicts(tied, rules, common=lambda one, other: 0.2e-6) == {}

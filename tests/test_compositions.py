@@ -12,14 +12,14 @@ from ase.build import bulk
 from ase.phasediagram import PhaseDiagram
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from records import a_candidate
+from records import a_candidate, standing
 from scipy.stats import norm
 from test_fitness import INFO
 
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.learning.choose import lowest_distinct
 from magus_anharmonic.ranking.candidate import by_composition, numbered, read_ranking
-from magus_anharmonic.ranking.elimination import Rules, Standing, race
+from magus_anharmonic.ranking.elimination import Rules, race
 from magus_anharmonic.ranking.fitness import (
     fit_estimates,
     fitness_values,
@@ -32,7 +32,8 @@ from magus_anharmonic.ranking.uncertainty import ModelTerm, with_probabilities
 from magus_anharmonic.report.contents import gather
 from magus_anharmonic.report.screen import show_ranking
 from magus_anharmonic.report.text import hull_sentences
-from magus_anharmonic.search import host, run
+from magus_anharmonic.search import host
+from magus_anharmonic.search.host import run
 from magus_anharmonic.settings import parse_settings
 
 
@@ -132,7 +133,7 @@ def test_the_best_of_every_composition_run_to_their_ends():
     def advance(wanted):
         rest = {name: 0.08 * 0.5**n for name, n in wanted.items()}
         return {
-            name: Standing(truth[name] + r, 1e-4, r, r, r < 2e-4, wanted[name], 100)
+            name: standing(truth[name] + r, 1e-4, r, r, r < 2e-4, wanted[name], n_new=100)
             for name, r in rest.items()
         }
 
@@ -228,6 +229,12 @@ def intermetallics():
     return [bulk("Cu"), bulk("Cu", "bcc", a=2.87), bulk("Al"), ordered]
 
 
+def ranked(structures, folder, keys):
+    """By free energies that are `mixing`'s."""
+    options = {"run_dir": folder, "free_energy": mixing, "workers": 1}
+    return rank(structures, evaluator=fakes.Emt(), settings=keys, **options)
+
+
 def test_a_ranking_of_several_compositions_says_who_is_on_the_hull(tmp_path, capsys):
     keys = parse_settings({"pressure": 0.0, "Fitness": ["SSCHA"], "sscha": {"hessian": 0}})
     structures = intermetallics()
@@ -240,14 +247,7 @@ def test_a_ranking_of_several_compositions_says_who_is_on_the_hull(tmp_path, cap
             for h, a in zip(enthalpies, structures, strict=True)
         ],
     )
-    found = rank(
-        structures,
-        evaluator=fakes.Emt(),
-        settings=keys,
-        run_dir=tmp_path,
-        free_energy=mixing,
-        workers=1,
-    )
+    found = ranked(structures, tmp_path, keys)
     assert {c.members[0]: c.gibbs_above_hull for c in found} == pytest.approx(
         dict(enumerate(heights)), abs=1e-9
     )
@@ -296,14 +296,7 @@ def test_those_near_the_hull_get_their_free_energies_first(tmp_path):
     )
     structures = [bulk("Cu"), bulk("Cu", "bcc", a=2.87), bulk("Al")]
     reevaluate(structures, fakes.Emt(), keys)
-    rank(
-        structures,
-        evaluator=fakes.Emt(),
-        settings=keys,
-        run_dir=tmp_path,
-        free_energy=mixing,
-        workers=1,
-    )
+    ranked(structures, tmp_path, keys)
     assert [atoms.info["status"] for atoms in structures] == ["converged", "estimated", "converged"]
 
 

@@ -6,17 +6,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+from records import standing
 
-from magus_anharmonic.ranking.elimination import Rules, Standing, Stop, race, resolution, verdicts
+from magus_anharmonic.ranking.elimination import Rules, Stop, race, resolution, verdicts
 from magus_anharmonic.ranking.uncertainty import probability_lowest
 
 RULES = Rules(confidence=0.95, keep_best=1, max_populations=30)
-
-
-def standing(gibbs, error=1e-3, predicted_decrease=0.0, fallen=0.0, **more):
-    return Standing(
-        gibbs, error, predicted_decrease, fallen, **{"converged": False, "n_populations": 3, **more}
-    )
 
 
 def test_a_candidate_far_above_stops_and_one_within_the_noise_goes_on():
@@ -29,18 +24,18 @@ def test_a_candidate_far_above_stops_and_one_within_the_noise_goes_on():
 
 
 def test_a_candidate_that_is_still_falling_is_never_eliminated():
-    far = {"a": standing(0.0, converged=True), "b": standing(0.1, predicted_decrease=0.04)}
+    far = {"a": standing(0.0, converged=True), "b": standing(0.1, left=0.04)}
     assert "b" not in verdicts(far, RULES), "three times the predicted decrease reaches the best"
-    far["b"] = standing(0.1, predicted_decrease=0.001, fallen=0.2)
+    far["b"] = standing(0.1, left=0.001, fallen=0.2)
     assert "b" not in verdicts(far, RULES), "it fell by 0.2 with the last population"
     far["b"] = standing(5.0, fallen=None, n_populations=1)
     assert "b" not in verdicts(far, RULES), "one population says nothing about how far it falls"
-    far["b"] = standing(0.1, predicted_decrease=0.001, fallen=0.01)
+    far["b"] = standing(0.1, left=0.001, fallen=0.01)
     assert "b" in verdicts(far, RULES)
 
 
 def test_the_best_goes_on_until_it_has_converged():
-    relaxing = {"a": standing(0.0, predicted_decrease=1e-3), "b": standing(0.5)}
+    relaxing = {"a": standing(0.0, left=1e-3), "b": standing(0.5)}
     assert "a" not in verdicts(relaxing, RULES)
     assert verdicts(relaxing | {"a": standing(0.0, converged=True)}, RULES)["a"] == Stop()
 
@@ -65,7 +60,7 @@ def test_only_those_that_are_not_told_apart_are_sampled_further():
     assert set(verdicts(apart, rules)) == set(apart)
     close = apart | {"c": standing(0.0505, converged=True)}
     assert set(verdicts(close, rules)) == {"a", "d", "e"}
-    relaxing = apart | {"c": standing(0.052, predicted_decrease=0.02)}
+    relaxing = apart | {"c": standing(0.052, left=0.02)}
     assert "b" in verdicts(relaxing, rules), "where c ends decides, not the error of b"
     assert "c" not in verdicts(relaxing, rules)
     beyond = apart | {"d": standing(0.2, converged=True), "e": standing(0.1995, converged=True)}
@@ -115,7 +110,8 @@ class Relaxations:
 
     def standing(self, name, n):
         rest = 0.08 * 0.5**n
-        return Standing(self.truth[name] + rest, self.error, rest, rest, rest < 2e-4, n, n_new=100)
+        bounds = self.error, rest, rest, rest < 2e-4, n
+        return standing(self.truth[name] + rest, *bounds, n_new=100)
 
     def advance(self, wanted):
         self.calls.update(wanted)
@@ -160,9 +156,9 @@ def test_no_population_is_begun_that_the_budget_may_not_cover():
 
         def advance(wanted, field=field, used=used):
             found = {}
-            for name, standing in field.advance(wanted).items():
+            for name, one in field.advance(wanted).items():
                 n_new = 110 if wanted[name] == 1 else 100 * 2 ** (wanted[name] - 1)
-                found[name] = replace(standing, n_new=n_new)
+                found[name] = replace(one, n_new=n_new)
                 used[0] += n_new
             return found
 
@@ -198,7 +194,7 @@ def test_one_that_never_converges_eliminates_nobody():
 
     def advance(wanted):
         return {
-            n: replace(found, converged=False) if n == "best" else found
+            n: found.updated(status="unconverged") if n == "best" else found
             for n, found in field.advance(wanted).items()
         }
 

@@ -56,8 +56,9 @@ from magus_anharmonic.ranking.structures import reevaluate
 from magus_anharmonic.runs.lock import locked
 from magus_anharmonic.runs.record import read_failures
 from magus_anharmonic.scheduler import SerialScheduler
-from magus_anharmonic.search import host, run
+from magus_anharmonic.search import host
 from magus_anharmonic.search.archive import Archive, whole_frames, write_frames
+from magus_anharmonic.search.host import run
 from magus_anharmonic.settings import LabelerSettings, parse_settings
 from magus_anharmonic.sscha import free_energy
 
@@ -289,7 +290,8 @@ def test_a_batch_too_large_for_the_memory_is_no_trouble_while_its_structures_fit
 
 
 def test_a_machine_error_in_the_process_of_a_labeler_stops_the_labels(tmp_path):
-    for behaviour in ("disk full", "killed"):
+    """Memory ran out, a queue's time is up, the disk is full: none of them is the structure's."""
+    for behaviour in ("disk full", "killed", "terminated"):
         settings = LabelerSettings(
             calculator="misbehaving.Misbehaving",
             arguments={"behaviour": {1: behaviour}},
@@ -297,7 +299,7 @@ def test_a_machine_error_in_the_process_of_a_labeler_stops_the_labels(tmp_path):
         )
         with get_labeler(settings, tmp_path / behaviour) as labeler:
             for action in (labeler.label, labeler.relax):
-                with pytest.raises(MachineError, match="No space left|SIGKILL"):
+                with pytest.raises(MachineError, match="No space left|SIGKILL|SIGTERM"):
                     action([bulk("Cu")])
 
 

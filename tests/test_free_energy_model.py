@@ -28,7 +28,7 @@ from magus_anharmonic.potential.finetune import finetune
 from magus_anharmonic.potential.label_check import outliers
 from magus_anharmonic.potential.labelled import weights_by_error
 from magus_anharmonic.potential.train import TrainRecipe, train_file
-from magus_anharmonic.ranking.structures import evaluator_of, open_evaluator
+from magus_anharmonic.ranking.evaluators import evaluator_of, open_evaluator
 from magus_anharmonic.settings import (
     CalculatorSettings,
     LabelerSettings,
@@ -40,6 +40,10 @@ from magus_anharmonic.structures import structure_id
 ROOT = Path(__file__).parents[1]
 MODEL = "h3s-gpaw-small"
 ARGUMENTS = {"evaluator": MODEL, "temperature": 0, "supercell": [1, 1, 1], "n_configs": 40}
+
+
+ONE_CELL = {"evaluator": MODEL, "supercell": [1, 1, 1]}
+"""How ``sscha`` certifies models of `labels`."""
 
 
 def h3s(seed, size=0.05):
@@ -365,10 +369,10 @@ def test_train_takes_labels_of_a_free_energy_like_others_and_refuses_them_for_an
 
 def test_an_input_that_asks_for_another_temperature_than_the_model_s_is_refused(model):
     block = {"calculator": "mattersim", "checkpoint": str(model.path), "surface": "free-energy"}
-    settings = Settings(main_calculator=block, sscha={"temperature": 300})
+    settings = Settings(main_calculator=block, sscha={"temperature": 300, **ONE_CELL})
     with pytest.raises(InputError, match="temperature 0 and 300 K"):
         evaluator_of(settings)
-    settings = Settings(main_calculator=block, sscha={"temperature": 0})
+    settings = Settings(main_calculator=block, sscha={"temperature": 0, **ONE_CELL})
     assert evaluator_of(settings)[0].model_id == model.model_id
 
 

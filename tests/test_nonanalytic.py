@@ -17,7 +17,7 @@ from rigid_ions import COULOMB, RigidIons
 
 from magus_anharmonic.campaign.steps import plan
 from magus_anharmonic.errors import InputError
-from magus_anharmonic.ranking import rank_structures
+from magus_anharmonic.ranking.structures import rank_structures
 from magus_anharmonic.settings import SschaSettings, parse, parse_settings
 from magus_anharmonic.settings.born import Born, read_born
 from magus_anharmonic.settings.campaign import load_campaign

@@ -20,7 +20,8 @@ from typer.testing import CliRunner
 from magus_anharmonic.cli import app
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.hull import hull_entries
-from magus_anharmonic.phase_diagram.diagram import phase_diagram
+from magus_anharmonic.phase_diagram.diagram import phase_diagram, sentences
+from magus_anharmonic.phase_diagram.figures import write_diagram
 from magus_anharmonic.phase_diagram.grid import (
     collect_runs,
     point_folder,
@@ -29,7 +30,6 @@ from magus_anharmonic.phase_diagram.grid import (
     run_locked,
 )
 from magus_anharmonic.phase_diagram.points import read_points, write_points
-from magus_anharmonic.phase_diagram.report import sentences, write_diagram
 from magus_anharmonic.settings.phase_diagram import load_phase_diagram
 from magus_anharmonic.sscha import free_energy
 from magus_anharmonic.sscha.ensemble import entropy

@@ -16,6 +16,7 @@ import psutil
 import pytest
 from ase import Atoms
 from ase.build import bulk
+from ase.calculators.emt import EMT
 from ase.io import read
 from ase.units import GPa
 from waiting import wait_for
@@ -24,7 +25,11 @@ from magus_anharmonic.errors import InputError, MachineError
 from magus_anharmonic.io.files import write_json
 from magus_anharmonic.labelers import get_labeler
 from magus_anharmonic.labelers.espresso import family
-from magus_anharmonic.settings import LabelerSettings
+from magus_anharmonic.paper.truth import labels_of
+from magus_anharmonic.ranking.structures import rank_structures
+from magus_anharmonic.settings import LabelerSettings, load_settings, parse_settings
+from magus_anharmonic.sscha import free_energy
+from magus_anharmonic.starter import write_input
 
 PSEUDO = Path("/usr/share/espresso/pseudo")
 SI, AL, H = "Si.pz-vbc.UPF", "Al.pz-vbc.UPF", "H.pz-vbc.UPF"
@@ -224,12 +229,32 @@ def test_a_full_disk_is_not_a_property_of_the_structure(tmp_path, where):
         ({"Si": AL}, r"pseudopotentials\.Si: .*Al\.pz-vbc\.UPF is a pseudopotential of Al"),
         (["Si"], r"has 5 files for Si .*name the one to take"),
         (["Xe"], "has no file for Xe"),
+        (
+            {"Si": SI, "H": "H.blyp-vbc.UPF"},
+            r"different functionals: Si\.pz-vbc\.UPF \(LDA \(PZ\)\), H\.blyp-vbc\.UPF \(BLYP\)",
+        ),
         ({}, "is missing"),
     ],
 )
 def test_wrong_pseudopotentials_are_refused_before_pw_starts(tmp_path, pseudopotentials, words):
     with pytest.raises(InputError, match=words):
         labels(tmp_path, [silicon()], pseudopotentials=pseudopotentials)
+
+
+def test_elements_get_files_of_the_functional_that_all_of_them_have(tmp_path, monkeypatch):
+    """Five files for H, one for Al: with Al, H is LDA. `init` names what pw.x takes together."""
+    assert family(PSEUDO, ["Al", "H"])[0] == {"Al": AL, "H": H}
+    monkeypatch.setenv("ESPRESSO_PSEUDO", str(PSEUDO))
+    for compound, files in (
+        ("AlH3", {"Al": AL, "H": H}),
+        ("GeH4", {"Ge": "Ge.pbe-kjpaw.UPF", "H": "H.pbe-kjpaw.UPF"}),
+    ):
+        written = write_input(
+            "search", compound, [50.0], labeler="espresso", path=tmp_path / compound
+        )
+        learning = load_settings(written).learning
+        assert learning is not None
+        assert learning.labeler.arguments["pseudopotentials"] == files
 
 
 def test_a_family_brings_files_and_cutoffs(tmp_path):
@@ -286,3 +311,40 @@ def test_abinit_labels_by_its_import_path(tmp_path, monkeypatch):
     difference = good.forces[1] - quantum_espresso.forces[1]
     assert np.abs(difference).max() < 0.15 * np.abs(good.forces).max()
     assert not bad.ok and "Xe" in bad.reason
+
+
+@pytest.mark.full
+def test_g_of_a_model_corrected_by_pw_is_that_of_sscha_driven_by_pw(tmp_path):
+    """Aluminium in 8 atoms at 300 K: EMT with at most 40 labels, against every configuration by
+    pw.x."""
+    block = {
+        "calculator": "espresso",
+        "k_spacing": 0.08,
+        "n_workers": 1,
+        "arguments": {
+            "pseudo_dir": str(PSEUDO),
+            "pseudopotentials": {"Al": AL},
+            "input_data": {"system": {"ecutwfc": 20}},
+        },
+    }
+    run = {"temperature": 300.0, "cell": "fixed", "reference_spacing": 0.5, "hessian": 0}
+    given = {**run, "n_configs": 1000, "truth": block, "truth_labels": 40}
+    settings = parse_settings({"pressure": 0.0, "Fitness": ["SSCHA"], "sscha": given})
+    atoms = bulk("Al", a=4.0)
+    (row,) = rank_structures(
+        [atoms],
+        EMT(),
+        settings,
+        tmp_path / "ranking",
+        relax=False,
+        workers=1,
+        truth=labels_of(settings, tmp_path / "ranking"),
+    )
+    with get_labeler(settings.sscha.truth, tmp_path / "labels") as labeler:
+        direct = free_energy(
+            atoms, labeler, 0.0, 300.0, cell="fixed", reference_spacing=0.5, n_configs=40
+        )
+    assert direct.converged
+    error = np.hypot(np.hypot(row.gibbs_error, row.model_correction_error), direct.gibbs_error)
+    assert row.model_correction_error <= 1.5e-3
+    assert row.gibbs == pytest.approx(direct.gibbs, abs=3.0 * error)

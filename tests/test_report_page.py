@@ -26,8 +26,8 @@ from magus_anharmonic.io import pictures
 from magus_anharmonic.io.tables import columns
 from magus_anharmonic.paper import findings, tables
 from magus_anharmonic.paper.quantities import learning_curves
-from magus_anharmonic.phase_diagram.diagram import phase_diagram
-from magus_anharmonic.phase_diagram.report import sentences, write_diagram
+from magus_anharmonic.phase_diagram.diagram import phase_diagram, sentences
+from magus_anharmonic.phase_diagram.figures import write_diagram
 from magus_anharmonic.ranking.candidate import Candidate
 from magus_anharmonic.ranking.store import FreeEnergyStore, Key, read_records
 from magus_anharmonic.report import report_at_end, structures, write_report

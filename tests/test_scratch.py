@@ -2,19 +2,24 @@
 
 import numpy as np
 import pytest
+import yaml
 from ase.calculators.emt import EMT
 from ase.io import read
+from campaign_tables import read_rows
 
+from magus_anharmonic.campaign.run import run_campaign
 from magus_anharmonic.errors import CheckpointError, InputError
 from magus_anharmonic.io.files import read_jsonl
 from magus_anharmonic.labelers import get_labeler
 from magus_anharmonic.learning.dataset import LabelStore
 from magus_anharmonic.learning.first import first_model
 from magus_anharmonic.potential import load
-from magus_anharmonic.search import run
+from magus_anharmonic.runs.folder import SearchFolder
 from magus_anharmonic.search.archive import Archive
 from magus_anharmonic.search.generate import crystals_of
-from magus_anharmonic.settings import parse_settings, rank_settings
+from magus_anharmonic.search.host import run
+from magus_anharmonic.settings import parse, parse_settings, rank_settings
+from magus_anharmonic.settings.campaign import CampaignSettings
 
 SHAPE = {"num_blocks": 1, "units": 16, "cutoff": 4.0, "threebody_cutoff": 3.0}
 STAGE = {"epochs": 3, "learning_rate": 5e-3, "batch_size": 4, "keep": "last"}
@@ -118,3 +123,49 @@ def test_scratch_is_refused_where_nothing_could_train_it():
         parse_settings(SEARCH | {"MLCalculator": SEARCH["MainCalculator"]})
     with pytest.raises(CheckpointError, match="stands for new weights"):
         load("scratch")
+
+
+def campaign(**changes):
+    owned = {"seed", "MainCalculator", "learning", "scheduler"}
+    learning = {key: value for key, value in SEARCH["learning"].items() if key != "labeler"}
+    learning["scratch"] = {**learning["scratch"], "n_structures": 5, "batches": 1}
+    return {
+        "seed": 4,
+        "foundation": "scratch",
+        "host": "embedded",
+        "search": {key: value for key, value in SEARCH.items() if key not in owned},
+        "calculator": {"maxStep": 4},
+        "labeler": SEARCH["learning"]["labeler"],
+        "learning": {"pressures": [0, 10], "settings": learning},
+        **changes,
+    }
+
+
+def test_a_campaign_begins_without_any_model_and_each_search_with_the_one_before(tmp_path):
+    file = tmp_path / "campaign.yaml"
+    file.write_text(yaml.safe_dump(campaign()))
+    records = run_campaign(file)
+    assert {record.status for record in records.values()} == {"done"}, records
+    root = tmp_path / "campaign"
+    first, second = (SearchFolder.below(root / name) for name in ("learn-000GPa", "learn-010GPa"))
+    (began,) = read_jsonl(second.metrics)
+    assert began["generation"] == 1 and began["old_model"] == records["learn-000GPa"].output
+    n_labels = [len(LabelStore(found.labels).labels()) for found in (first, second)]
+    assert n_labels == [6, 1], "random crystals are labelled by the first search alone"
+    assert records["merge"].n_structures == sum(n_labels)
+    final = load(root / "final" / "final.pth")
+    assert final.species_seen == {29} and final.module.model_args["units"] == SHAPE["units"]
+    assert {row["model"] for row in read_rows(root / "tables" / "model_errors.csv")} == {
+        "finetuned"
+    }
+    before = {name: record.finished for name, record in records.items() if name != "report"}
+    again = run_campaign(file)
+    assert before == {name: again[name].finished for name in before}
+
+
+def test_a_campaign_from_scratch_is_refused_where_nothing_could_train_it():
+    with pytest.raises(InputError, match=r"foundation: scratch.*learning"):
+        parse(CampaignSettings, campaign(learning=None))
+    checked = campaign(produce={"pressures": [5]}, foundation_check={"pressure": 5})
+    with pytest.raises(InputError, match=r"foundation_check: .*leave it out"):
+        parse(CampaignSettings, checked)

@@ -25,15 +25,16 @@ from ase.units import GPa
 from magus_anharmonic import __version__
 from magus_anharmonic.errors import InputError, MagusAnharmonicError
 from magus_anharmonic.evaluator import CalculatorEvaluator
-from magus_anharmonic.generation import checked_learning
+from magus_anharmonic.generation import checked_labelers
 from magus_anharmonic.io.digests import versions
 from magus_anharmonic.io.files import TEMPORARY
-from magus_anharmonic.ranking import rank_file
 from magus_anharmonic.ranking.store import FreeEnergyStore
+from magus_anharmonic.ranking.structures import rank_file
 from magus_anharmonic.runs.lock import born, check_free, locked
-from magus_anharmonic.search import host, population, relaxation, run
+from magus_anharmonic.search import host, population, relaxation
 from magus_anharmonic.search.archive import Archive
 from magus_anharmonic.search.generate import Geometry, RandomGenerator
+from magus_anharmonic.search.host import run
 from magus_anharmonic.search.keys import parse_host_keys
 from magus_anharmonic.search.population import DESCRIPTORS, OffspringGenerator
 from magus_anharmonic.settings import AseCalculatorSettings, parse_settings
@@ -886,7 +887,7 @@ def test_a_missing_labeler_stops_the_search_or_switches_learning_off(
     with pytest.raises(InputError):
         run(given, tmp_path)
     assert not list(tmp_path.iterdir())
-    allowed = checked_learning(
+    allowed = checked_labelers(
         given.model_copy(
             update={"learning": given.learning.model_copy(update={"required": False})}
         ),

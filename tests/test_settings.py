@@ -19,8 +19,8 @@ from magus_anharmonic.cli import app
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.plugins.parameters import settings_of
 from magus_anharmonic.search.keys import HostKeys, parse_host_keys
-from magus_anharmonic.settings import In, Section, load_settings, load_yaml, parse_settings
-from magus_anharmonic.settings.campaign import load_campaign, parse_campaign
+from magus_anharmonic.settings import In, Section, load_settings, load_yaml, parse, parse_settings
+from magus_anharmonic.settings.campaign import CampaignSettings, load_campaign
 from magus_anharmonic.settings.phase_diagram import PhaseDiagramSettings, load_phase_diagram
 from magus_anharmonic.starter import FILES, schema_file, write_input
 from magus_anharmonic.units import EXAMPLES, UNITS, dimension_of, quantity
@@ -104,8 +104,9 @@ def test_every_file_of_settings_takes_units():
     assert found.sscha and found.sscha.temperatures == (300.0,)
     assert found.sscha.supercell == {"min_length": 8.0} and found.workers.walltime == 86400
     assert parse_host_keys(found)[0].dE == 0.001
-    campaign = parse_campaign(
-        {"search": {}, "labeler": {"calculator": "gpaw", "timeout": "2 h"}, "dft": None}
+    campaign = parse(
+        CampaignSettings,
+        {"search": {}, "labeler": {"calculator": "gpaw", "timeout": "2 h"}, "dft": None},
     )
     assert campaign.labeler and campaign.labeler.timeout == 7200.0
     diagram = PhaseDiagramSettings.model_validate(
@@ -328,7 +329,7 @@ def test_init_never_writes_over_a_file(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_what_init_writes_runs(tmp_path, monkeypatch):
     """With smaller numbers: a search of one generation."""
-    from magus_anharmonic.search import run
+    from magus_anharmonic.search.host import run
 
     path = written(tmp_path, "search", "H3S", 150.0, labeler="none", checkpoint="h3s-gpaw-small")
     data = load_yaml(path)

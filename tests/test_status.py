@@ -18,7 +18,7 @@ from magus_anharmonic.runs import status as status_module
 from magus_anharmonic.runs.lock import NAME, locked
 from magus_anharmonic.runs.record import record_failure
 from magus_anharmonic.runs.status import status
-from magus_anharmonic.search import run
+from magus_anharmonic.search.host import run
 from magus_anharmonic.settings import parse_settings
 
 SMALL = {

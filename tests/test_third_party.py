@@ -18,9 +18,10 @@ from magus_anharmonic import doctor, third_party
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.evaluator import CalculatorEvaluator
 from magus_anharmonic.labelers import CallableLabeler, available, get_labeler
+from magus_anharmonic.ranking.evaluators import evaluator_of, ranking_evaluator
 from magus_anharmonic.ranking.fitness import third_party_fitness
-from magus_anharmonic.ranking.structures import _relaxation_block, evaluator_of, ranking_evaluator
-from magus_anharmonic.search import run
+from magus_anharmonic.ranking.structures import _relaxation_block
+from magus_anharmonic.search.host import run
 from magus_anharmonic.search.keys import parse_host_keys
 from magus_anharmonic.settings import (
     AseCalculatorSettings,

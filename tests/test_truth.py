@@ -13,12 +13,14 @@ from typer.testing import CliRunner
 
 from magus_anharmonic.cli import app
 from magus_anharmonic.errors import InputError
+from magus_anharmonic.generation import after_generation, start
 from magus_anharmonic.learning.dataset import read_labels
 from magus_anharmonic.paper.truth import labels_of
+from magus_anharmonic.potential import load
 from magus_anharmonic.ranking.candidate import read_ranking
 from magus_anharmonic.ranking.structures import rank_structures
 from magus_anharmonic.runs.record import read_failures
-from magus_anharmonic.settings import LabelerSettings, parse_settings
+from magus_anharmonic.settings import parse_settings
 from magus_anharmonic.sscha import free_energy
 from magus_anharmonic.structures import structure_id
 
@@ -57,10 +59,15 @@ class Reference(Calculator):
         }
 
 
+def with_truth(calculator, arguments=None, **keys):
+    block = {"calculator": calculator, "arguments": arguments or {}, "n_workers": 1}
+    sscha = {**SSCHA, "truth": block, **keys}
+    return parse_settings({"pressure": 0.0, "Fitness": ["SSCHA"], "sscha": sscha})
+
+
 def ranked(folder, wanted=1e-3, **arguments):
-    settings = parse_settings({"pressure": 0.0, "Fitness": ["SSCHA"], "sscha": SSCHA})
-    labels = LabelerSettings(calculator="test_truth.Reference", arguments=arguments, n_workers=1)
-    truth = labels_of(labels, settings, folder, wanted=wanted)
+    settings = with_truth("test_truth.Reference", arguments, truth_error=wanted)
+    truth = labels_of(settings, folder)
     structures = [one.atoms for one in MODEL]
     return rank_structures(
         structures, Crystals(MODEL), settings, folder, relax=False, workers=1, truth=truth
@@ -94,8 +101,62 @@ def test_labels_that_fail_are_named_and_the_others_are_kept_for_the_next_call(tm
     assert len(reasons) == 1 and "the density does not converge" in reasons[0]
     labelled = [row for row in few if row.model_correction is not None]
     assert [row.id for row in labelled] == [structure_id(MODEL[0].atoms)]
-    with pytest.raises(InputError, match="nowhere"):
-        labels_of(LabelerSettings(calculator="nowhere.Dft"), parse_settings({}), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("calculator", "words"),
+    [
+        ("nowhere.Dft", "sscha.truth.calculator.*nowhere"),
+        ("sscha", "sscha.*truth: calculator: sscha labels free energies"),
+        ("main", "sscha.*truth: calculator: main"),
+    ],
+)
+def test_a_truth_that_cannot_be_is_refused_before_anything_is_ranked(tmp_path, calculator, words):
+    with pytest.raises(InputError, match=words):
+        labels_of(with_truth(calculator), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_ranking_never_forgets_the_truth_that_its_settings_ask_for(tmp_path):
+    with pytest.raises(InputError, match="sscha.truth"):
+        rank_structures([MODEL[0].atoms], Crystals(MODEL), with_truth("nowhere.Dft"), tmp_path)
+
+
+def test_a_search_corrects_its_last_ranking_alone(tmp_path):
+    """The crystals survive two rounds: none is labelled after the first, and after the second the
+    order is that of the "DFT". The round done again makes no label."""
+    settings = with_truth("test_truth.Reference").model_copy(update={"num_gen": 2})
+    population = [one.atoms.copy() for one in MODEL]
+    state = start(settings, tmp_path, Crystals(MODEL), seed=1)
+    state.workers = 1
+    after_generation(state, population, population, 1)
+    assert not list(tmp_path.glob("truth/*/labels.xyz"))
+    for _ in range(2):
+        after_generation(state, population, population, 2)
+        assert len(list(tmp_path.glob("truth/*/labels.xyz"))) == 2
+    best = min(population, key=lambda atoms: atoms.info["gibbs"])
+    (row, _) = read_ranking(tmp_path / "ranking.csv")
+    assert row.id == structure_id(MODEL[0].atoms) and row.model_correction_error <= 1e-3
+    assert best.info["gibbs"] == pytest.approx(row.gibbs, abs=1e-6)
+
+
+def test_a_second_checkpoint_can_be_the_truth(tmp_path, tiny_checkpoint):
+    """The potential corrected by itself has nothing to correct."""
+    path = "magus_anharmonic.potential.calculator.MatterSim"
+    model = {"checkpoint": str(tiny_checkpoint), "device": "cpu"}
+    settings = with_truth(path, model, supercell=(1, 1, 1), n_configs=40, cell="fixed")
+    found = rank_structures(
+        [bulk("Si", cubic=True)],
+        load(tiny_checkpoint, device="cpu"),
+        settings,
+        tmp_path,
+        relax=False,
+        workers=1,
+        truth=labels_of(settings, tmp_path),
+    )
+    (row,) = found
+    assert row.model_correction == pytest.approx(0.0, abs=1e-6)
+    assert row.model_correction_error < 1e-6
 
 
 def test_the_command_finds_nothing_to_correct_where_the_truth_is_the_model(tmp_path):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from exact_crystals import CASES
 from sscha_models import AnharmonicCell, evaluated, harmonic_state
+from test_surrogate import perturbed
 
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.evaluator import Evaluation
@@ -29,7 +30,17 @@ from magus_anharmonic.sscha.reciprocal import samples, wavevectors
 from magus_anharmonic.sscha.result import SschaResult, final_populations
 from magus_anharmonic.sscha.symmetry import Symmetry
 from magus_anharmonic.sscha.task import gibbs_energy
-from magus_anharmonic.sscha.two_levels import corrections
+from magus_anharmonic.sscha.two_levels import (
+    FEWEST,
+    SOON,
+    LearnsFirst,
+    Sampler,
+    SurrogateFailed,
+    corrections,
+    deviation,
+    first_sample,
+    left_by_forces,
+)
 
 DFT = Path(__file__).parents[1] / "inputs" / "h3s-dft-sscha"
 
@@ -154,6 +165,53 @@ def test_ten_pairs_of_the_truth_count_by_students_distribution():
     pairs = [pair_means(one, level=level) for one in draws]
     z = np.array([one.mean() / standard_error(one, level) for one in pairs])
     assert np.mean(np.abs(z) < 1.0) == pytest.approx(0.683, abs=0.015)
+
+
+@pytest.mark.parametrize("name", ["hcp", "triclinic"])
+def test_the_forces_of_ten_pairs_tell_what_a_surrogate_leaves_as_two_hundred_energies_do(name):
+    crystal = CASES[name].make()
+    state = harmonic_state(crystal.atoms, (2, 1, 1), crystal, 300.0, raised=True)
+    truth = evaluated(state, crystal, 400, 2)
+    differences = corrections(truth, again(state, perturbed(crystal), truth))
+    tens = [differences.part(slice(20 * k, 20 * k + 20)) for k in range(20)]
+    told = np.array([left_by_forces(state, ten) for ten in tens])
+    scatter = np.array([deviation(state, ten) for ten in tens])
+    assert told.mean() == pytest.approx(deviation(state, differences), rel=0.12)
+    assert told.std() / told.mean() < 0.15
+    assert told.std() / told.mean() < 0.6 * scatter.std() / scatter.mean()
+
+
+def test_energies_that_do_not_belong_to_the_forces_count_by_their_scatter(triclinic):
+    crystal, state, _ = triclinic
+    truth = evaluated(state, crystal, 40, 3)
+    differences = corrections(truth, again(state, Wrong(crystal, 0.99), truth))
+    noise = np.repeat(np.random.default_rng(4).normal(size=20), 2)
+    noisy = replace(differences, energies=differences.energies + noise)
+    assert left_by_forces(state, noisy) == deviation(state, noisy)
+
+
+def test_a_sample_is_not_kept_because_its_scatter_is_small():
+    """A surrogate whose corrections need about `SOON` configurations: a part of the samples is
+    left to learn from, and those that are kept scatter as all do. Kept by their own scatter, they
+    told 0.8 of their variance, and 62 of 100 errors were large enough."""
+    model = AnharmonicCell()
+    state = model.start(0.0)
+    wrong = Wrong(model, 0.9)
+    wrong.relative_cost = 0.05
+    plain = evaluated(state, model, 4000, 0)
+    exact = deviation(state, corrections(plain, again(state, wrong, plain))) ** 2
+    kept, left = [], 0
+    for seed in range(120):
+        sampler = Sampler(state, model, [seed, 1], "test", wrong)
+        try:
+            ensemble, _ = first_sample(sampler, sampler.of_truth(FEWEST, 0), 80, None, SOON)
+        except (LearnsFirst, SurrogateFailed):
+            left += 1
+        else:
+            kept.append(deviation(state, ensemble.part(ensemble.level > 0)) ** 2 / exact)
+    assert left > 20 and len(kept) > 40
+    error = np.std(kept) / np.sqrt(len(kept))
+    assert np.mean(kept) == pytest.approx(1.0, abs=2.5 * error)
 
 
 def test_forty_evaluations_of_the_truth_are_worth_a_thousand_with_a_good_surrogate(triclinic):

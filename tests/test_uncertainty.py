@@ -408,3 +408,19 @@ def test_the_shipped_checkpoint_knows_its_errors():
         shipped.error_model.calibrated_on == "validation"
         and shipped.error_model.n_calibration == 107
     )
+
+
+def test_what_labels_are_wrong_by_themselves_is_no_error_of_the_model():
+    """Errors drawn with a known scale and known noise; where noise hides all, no zero."""
+    rng = np.random.default_rng(0)
+    distances, noise = rng.uniform(0.5, 2.0, 4000), rng.uniform(0.0, 3.0, 4000)
+    own = 0.7 * distances * rng.normal(size=4000)
+    errors = own + noise * rng.normal(size=4000)
+    found = uncertainty._scale(errors, distances, noise)
+    assert found == pytest.approx(0.7, rel=0.08)
+    assert uncertainty._scale(own, distances, 0 * noise) == pytest.approx(0.7, rel=0.05)
+    few = slice(0, 6)
+    hidden = uncertainty._scale(1e-6 * errors[few], distances[few], 2.0 + 0 * noise[few])
+    assert 0.0 < hidden <= 1e-5
+    alone = uncertainty._scale(noise[few], distances[few], noise[few])
+    assert 0.0 < alone < np.sqrt(np.mean((noise[few] / distances[few]) ** 2))

@@ -122,6 +122,12 @@ def one(campaign, **entry):
     return validate(campaign, path)[0]
 
 
+TRANSITION = {
+    "name": "transition_pressure",
+    "phases": ["C2/c", "R3m"],
+    "tolerance": 1,
+    "unit": "GPa",
+}
 TRANSFORMED = {"name": "n_transformed", "space_group": "Im-3m", "pressure_GPa": 100, "unit": "1"}
 
 
@@ -209,15 +215,7 @@ def test_the_paper_s_numbers_are_in_its_text_order_and_every_entry_has_a_source(
 
 
 def test_a_difference_comes_with_what_the_run_itself_says(campaign):
-    row = one(
-        campaign,
-        name="transition_pressure",
-        phases=["C2/c", "R3m"],
-        value=130,
-        tolerance=1,
-        unit="GPa",
-        labels="vasp PBE",
-    )
+    row = one(campaign, **TRANSITION, value=130, labels="vasp PBE")
     words = row.could_explain
     assert row.verdict == "disagrees" and row.difference.startswith("-17")
     slope = 0.008 / 50
@@ -242,14 +240,7 @@ def test_a_difference_comes_with_what_the_run_itself_says(campaign):
 def test_reasons_change_with_the_run(campaign):
     (campaign / "campaign" / "run.json").write_text(json.dumps({"settings": {}}))
     (campaign / "campaign" / "tables" / "model_errors.csv").unlink()
-    row = one(
-        campaign,
-        name="transition_pressure",
-        phases=["C2/c", "R3m"],
-        value=130,
-        tolerance=1,
-        unit="GPa",
-    )
+    row = one(campaign, **TRANSITION, value=130)
     first, second = row.could_explain.split("; ")
     assert "the value's own error" in first and second == "not done: relax (interrupted)"
 
@@ -264,14 +255,7 @@ def test_rows_of_several_models_and_labels_of_several_settings_are_named(campaig
         }
     }
     (campaign / "campaign" / "run.json").write_text(json.dumps(run))
-    words = one(
-        campaign,
-        name="transition_pressure",
-        phases=["C2/c", "R3m"],
-        value=140,
-        tolerance=1,
-        unit="GPa",
-    ).could_explain
+    words = one(campaign, **TRANSITION, value=140).could_explain
     assert (
         "several models: abc, xyz" in words
         and "labels by gpaw (its default settings) and vasp (its" in words

@@ -1,16 +1,15 @@
-"""Labels of the free energy F(R, cell) of H3S at 0 K: SSCHA at fixed centroids on the shipped
-potential.
+"""Labels of the free energy F(R, cell) of H3S: SSCHA at fixed centroids on the shipped potential.
 
-    python label.py N_TRAIN N_TEST [MINUTES]
+    python label.py N_TRAIN N_TEST [0K|300K|D3S]
 
-Goes on where it was: ``labels.xyz`` keeps every label the moment it is made, ``failed.txt`` why one
-has none. Structures are four-atom cells between 90 and 170 GPa, none of them a minimum: about
-Im-3m, along the way to R3m, and rattled; those of the test have other seeds, and half of them are
-of a kind that no training label is of (every hydrogen moved along its own bond, to either side).
+Goes on where it was: ``labels.xyz`` (``labels-300K.xyz``, ``labels-D3S.xyz``) keeps every label the
+moment it is made, ``failed.txt`` why one has none. Structures are four-atom cells between 90 and
+170 GPa, none of them a minimum: about Im-3m, along the way to R3m, and rattled; those of the test
+have other seeds, and more than half of them are of kinds that no training label is of (every
+hydrogen moved along its own bond, to either side; the cell strained more).
 """
 
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -22,16 +21,13 @@ from magus_anharmonic.learning.dataset import labelled
 from magus_anharmonic.settings import LabelerSettings
 
 HERE = Path(__file__).resolve().parent
-LABELS, FAILED = HERE / "labels.xyz", HERE / "failed.txt"
-SETTINGS = LabelerSettings(
-    calculator="sscha",
-    arguments={
-        "evaluator": "h3s-gpaw-small",
-        "temperature": 0.0,
-        "supercell": [2, 2, 2],
-        "n_configs": 100,
-    },
-)
+ARGUMENTS = {"evaluator": "h3s-gpaw-small", "supercell": [2, 2, 2], "n_configs": 100}
+SURFACES = {
+    "0K": ({"temperature": 0.0}, "labels.xyz"),
+    "300K": ({"temperature": 300.0}, "labels-300K.xyz"),
+    "D3S": ({"temperature": 0.0, "masses": {"H": 2.014}}, "labels-D3S.xyz"),
+}
+"""Arguments of the labeler, and the file of the labels."""
 KINDS = ("im-3m", "r3m", "rattled")
 VOLUMES = (13.9, 16.0)
 """A^3 of the cell."""
@@ -43,6 +39,8 @@ def structure(side: str, number: int) -> Atoms:
     kind = KINDS[number % 3]
     if side == "test" and number % 2:
         kind = "apart"
+    elif side == "test" and number >= 35:
+        kind = "strained"
     edge = (2.0 * rng.uniform(*VOLUMES)) ** (1 / 3)
     cell = np.array([[-1, 1, 1], [1, -1, 1], [1, 1, -1]]) * edge / 2
     sites = [[0, 0, 0], [0.5, 0.5, 0], [0.5, 0, 0.5], [0, 0.5, 0.5]]
@@ -54,7 +52,7 @@ def structure(side: str, number: int) -> Atoms:
         atoms.positions[1:] += rng.uniform(-0.2, 0.2, (3, 1)) * bonds
     size = 0.12 if kind == "rattled" else 0.04
     atoms.positions += size * rng.normal(size=(4, 3)) / np.sqrt([[3.0]])
-    strain = 0.03 * rng.uniform(-1, 1, (3, 3))
+    strain = (0.05 if kind == "strained" else 0.03) * rng.uniform(-1, 1, (3, 3))
     atoms.set_cell(atoms.cell.array @ (np.eye(3) + strain + strain.T), scale_atoms=True)
     atoms.info.update(
         id=f"{side}-{number:03d}", parent=f"{side}-{number:03d}", kind=kind, side=side
@@ -62,30 +60,29 @@ def structure(side: str, number: int) -> Atoms:
     return atoms
 
 
-def main(n_train: int, n_test: int, minutes: float = np.inf) -> None:
+def main(n_train: int, n_test: int, surface: str = "0K") -> None:
     """Label what has no label yet, test and training in turn, one at a time."""
-    done = {atoms.info["id"] for atoms in read(LABELS, ":")} if LABELS.exists() else set()
-    done |= (
-        {line.split()[0] for line in FAILED.read_text().splitlines()} if FAILED.exists() else set()
-    )
+    own, name = SURFACES[surface]
+    labels, failed = HERE / name, HERE / "failed.txt"
+    done = {atoms.info["id"] for atoms in read(labels, ":")} if labels.exists() else set()
+    reasons = [line.split() for line in failed.read_text().splitlines()] if failed.exists() else []
+    done |= {words[1] for words in reasons if words[0] == surface}
     wanted = [("train", i, i / n_train) for i in range(n_train)]
     wanted += [("test", i, i / n_test) for i in range(n_test)]
-    began = time.monotonic()
-    with get_labeler(SETTINGS, HERE / "scratch") as labeler:
+    settings = LabelerSettings(calculator="sscha", arguments=ARGUMENTS | own)
+    with get_labeler(settings, HERE / "scratch") as labeler:
         for side, number, _ in sorted(wanted, key=lambda entry: entry[2]):
             atoms = structure(side, number)
             if atoms.info["id"] in done:
                 continue
-            if time.monotonic() - began > 60 * minutes:
-                break
             found = labeler.label([atoms])[0]
             if found.ok:
                 frame = labelled(atoms, found, seconds=round(found.seconds, 1))
-                write(LABELS, frame, format="extxyz", append=True)
+                write(labels, frame, format="extxyz", append=True)
             else:
-                with FAILED.open("a") as file:
-                    file.write(f"{atoms.info['id']} {found.reason}\n")
+                with failed.open("a") as file:
+                    file.write(f"{surface} {atoms.info['id']} {found.reason}\n")
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:3]), *map(float, sys.argv[3:]))
+    main(*map(int, sys.argv[1:3]), *sys.argv[3:])

@@ -14,13 +14,14 @@ import logging
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import yaml
 from ase import Atoms
+from ase.io import write
 
 from magus_anharmonic.campaign.steps import (
     FINAL,
@@ -51,6 +52,7 @@ from magus_anharmonic.io.files import (
     write_json,
     write_text,
 )
+from magus_anharmonic.learning.dataset import LabelStore
 from magus_anharmonic.paper.tables import (
     UNITS,
     Enthalpy,
@@ -73,13 +75,10 @@ def learn(context: Context, step: Step) -> Outcome:
     """A search that learns at one pressure; its labels and models stay in
     ``results/anharmonic``."""
     folder = context.folder(step)
-    before = "final" if step.cycle == 2 else f"final-cycle{step.cycle - 1}"
-    start = (
-        context.settings.foundation
-        if step.cycle == 1
-        else str(context.folder(before) / f"cycle{step.cycle - 1}.pth")
-    )
+    start, earlier = _beginning(context, step)
     data = context.settings.learning_search(step.pressure or 0.0, start, step.cycle)
+    if earlier is not None:
+        data["learning"].setdefault("dataset", str(earlier))
     search(context, folder, data)
     files = SearchFolder.below(folder)
     metrics = read_jsonl(files.metrics)
@@ -99,6 +98,22 @@ def learn(context: Context, step: Step) -> Outcome:
         output=str(latest[max(latest)]["new_model"]),
         failures=[(str(record["id"]), str(record["reason"])) for record in failed],
     )
+
+
+def _beginning(context: Context, step: Step) -> tuple[str, Path | None]:
+    """The checkpoint that a search begins with, and a file of earlier labels for its replay: those
+    of the search before, where one from new weights is continued at another pressure."""
+    if not step.needs:
+        return context.settings.foundation, None
+    (before,) = step.needs
+    if step.cycle > 1:
+        return str(context.folder(before) / f"cycle{step.cycle - 1}.pth"), None
+    files = SearchFolder.below(context.folder(before))
+    newest = files.checkpoint(max(record["generation"] for record in read_jsonl(files.metrics)))
+    target = context.root / f"labels-{before}.xyz"
+    with replacing(target) as temporary:
+        write(temporary, LabelStore(files.labels).labels(), format="extxyz")
+    return str(newest), target
 
 
 def produce(context: Context, step: Step) -> Outcome:
@@ -148,7 +163,7 @@ def search(context: Context, folder: Path, data: dict[str, Any]) -> None:
     if uses_magus(context.settings.host):
         _stock_magus(folder)
     else:
-        from magus_anharmonic.search import run
+        from magus_anharmonic.search.host import run
 
         run(parse_settings(data), folder, restart=SearchFolder.below(folder).record.is_file())
     write_json(mark, {**identity, "finished": True})
@@ -279,12 +294,10 @@ def final(context: Context, step: Step) -> Outcome:
     with replacing(out) as temporary:
         shutil.copyfile(stages[-1].path, temporary)
     finetuned = load(out, device=context.settings.device)
-    scores = write_errors(
-        folder,
-        {"foundation": context.foundation, "finetuned": finetuned},
-        sets,
-        context.settings.seed,
-    )
+    foundation = context.foundation
+    before = {} if foundation is None else {"foundation": foundation}
+    models = {**before, "finetuned": finetuned}
+    scores = write_errors(folder, models, sets, context.settings.seed)
     write_json(folder / f"errors-cycle{step.cycle}.json", scores)
     with replacing(context.root / FINAL) as temporary:
         shutil.copyfile(out, temporary)
@@ -326,18 +339,14 @@ def _train(
 ) -> list[Any]:
     """One `FinetuneResult` per stage; a stage that was finished before is read from its file."""
     from magus_anharmonic.potential.finetune import finetune
-    from magus_anharmonic.potential.trainer import refit_shift
 
-    folder, foundation = context.folder(step), context.foundation
-    module = copy.deepcopy(foundation.module)
-    if context.settings.final.refit_shift:
-        refit_shift(module, training)
+    folder, module, parent, species = context.folder(step), *_start(context, training)
     stages = []
-    for number, stage in enumerate(context.settings.final.stages, start=1):
+    for number, stage in enumerate(context.settings.final_stages, start=1):
         log.info(
             "stage %d of %d: %d epochs on %d labels",
             number,
-            len(context.settings.final.stages),
+            len(context.settings.final_stages),
             stage.epochs,
             len(training),
         )
@@ -348,12 +357,30 @@ def _train(
             stage,
             out=folder / f"cycle{step.cycle}.stage{number}.pth",
             seed=context.settings.seed + number,
-            parent_id=foundation.model_id,
-            species=foundation.species_seen,
+            parent_id=parent,
+            species=species,
         )
         stages.append(result)
         module = result.module
     return stages
+
+
+def _start(context: Context, training: Sequence[Atoms]) -> tuple[Any, str, Iterable[int] | None]:
+    """What the final model is trained from, the id of that, and the elements that it knows."""
+    from magus_anharmonic.potential import checkpoint
+    from magus_anharmonic.potential.resources import chosen_device
+    from magus_anharmonic.potential.trainer import from_scratch, refit_shift
+
+    settings, foundation = context.settings, context.foundation
+    if foundation is None:
+        device, shape = chosen_device(settings.device), settings.scratch.architecture
+        module = from_scratch(training, shape, seed=settings.seed, device=device)
+        known = {int(number) for atoms in training for number in atoms.numbers}
+        return module, checkpoint.model_id(module), known
+    module = copy.deepcopy(foundation.module)
+    if settings.final.refit_shift:
+        refit_shift(module, training)
+    return module, foundation.model_id, foundation.species_seen
 
 
 def write_errors(

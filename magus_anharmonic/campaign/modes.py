@@ -30,7 +30,7 @@ from magus_anharmonic.evaluator import LabelerEvaluator
 from magus_anharmonic.io.digests import digest
 from magus_anharmonic.io.files import append_jsonl, read_json, read_jsonl, write_json
 from magus_anharmonic.paper.tables import Band, Mode, dispersion_file
-from magus_anharmonic.settings.campaign_blocks import HessianPhase, HessianSettings
+from magus_anharmonic.settings.campaign import HessianPhase, HessianSettings
 from magus_anharmonic.sscha.gibbs import free_energy
 from magus_anharmonic.sscha.hessian import Hessian
 from magus_anharmonic.sscha.phonons import (

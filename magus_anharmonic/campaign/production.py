@@ -259,7 +259,8 @@ def phase_structure(context: Context, phase: Phase, pressure: GPa) -> Atoms | No
 
 def sscha(context: Context, step: Step) -> Outcome:
     """Rank the lowest distinct structures at one pressure; the table is ``ranking-<P>GPa.csv``."""
-    from magus_anharmonic.ranking import rank_structures
+    from magus_anharmonic.paper.truth import labels_of
+    from magus_anharmonic.ranking.structures import rank_structures
 
     folder, pressure = context.folder(step), step.pressure or 0.0
     settings = context.settings.ranking_settings(pressure, context.final_checkpoint)
@@ -272,7 +273,12 @@ def sscha(context: Context, step: Step) -> Outcome:
         raise MagusAnharmonicError(f"{step.id}: {name} left no structure")
     seed = context.settings.seed
     candidates = rank_structures(
-        [found.atoms for found in pool], context.final_model, settings, folder, seed=seed
+        [found.atoms for found in pool],
+        context.final_model,
+        settings,
+        folder,
+        seed=seed,
+        truth=labels_of(settings, folder),
     )
     with replacing_table(folder / "tables" / f"ranking-{pressure:g}GPa.csv") as temporary:
         shutil.copyfile(SearchFolder(folder).ranking, temporary)

@@ -22,7 +22,6 @@ from magus_anharmonic.campaign.steps import (
     Context,
     Outcome,
     Step,
-    StepRecord,
     assemble,
     plan,
     read_records,
@@ -42,12 +41,14 @@ from magus_anharmonic.paper.tables import Cost, FailureRow
 from magus_anharmonic.runs.folder import CampaignFolder
 from magus_anharmonic.runs.lock import locked
 from magus_anharmonic.runs.record import (
+    StepRecord,
     check_results_version,
     read_run_record,
     record_file,
     write_run_record,
 )
 from magus_anharmonic.runs.status import deserted
+from magus_anharmonic.settings import SCRATCH
 from magus_anharmonic.settings.campaign import load_campaign
 from magus_anharmonic.units import duration, ev_to_mev
 
@@ -239,7 +240,7 @@ def _check(context: Context, root: Path) -> None:
     if settings.labeler is not None:
         with context.labeler(root) as labeler:
             settings_hash = labeler.settings_hash
-    model_id = context.foundation.model_id
+    model_id = SCRATCH if context.foundation is None else context.foundation.model_id
     if record_file(root).is_file():
         earlier = read_run_record(root).labeler_settings_hash
         if earlier and settings_hash and earlier != settings_hash and _holds_labels(root):

@@ -27,8 +27,7 @@ from magus_anharmonic.io.files import reading_table, remove, replacing_table, wr
 from magus_anharmonic.io.tables import write
 from magus_anharmonic.labelers import get_labeler
 from magus_anharmonic.runs.folder import CampaignFolder
-from magus_anharmonic.runs.record import StepRecord as StepRecord
-from magus_anharmonic.runs.record import read_steps
+from magus_anharmonic.runs.record import StepRecord, read_steps
 from magus_anharmonic.settings.campaign import CampaignSettings
 from magus_anharmonic.structures import stripped
 from magus_anharmonic.units import GPa
@@ -95,27 +94,23 @@ def learning_steps(settings: CampaignSettings, cycle: int) -> list[Step]:
         return []
     foundation = _foundation(settings)
     before = (_cycled("final", cycle - 1),) if cycle > 1 else ()
-    searches = [
-        Step(
-            _cycled(at("learn", p), cycle),
-            "learn",
-            before,
-            {
-                **foundation,
-                "input": settings.learning_search(p, "foundation", cycle),
-                "host": settings.host,
-            },
-            p,
-            cycle,
-        )
-        for p in learning.pressures
-    ]
+    searches: list[Step] = []
+    for p in learning.pressures:
+        given = settings.learning_search(p, "foundation", cycle)
+        own = {**foundation, "input": given, "host": settings.host}
+        searches.append(Step(_cycled(at("learn", p), cycle), "learn", before, own, p, cycle))
+        if settings.from_scratch and cycle == 1:
+            before = (searches[-1].id,)
     earlier = tuple(_cycled(at("learn", p), c) for c in range(1, cycle) for p in learning.pressures)
     merge = settings.merge.model_dump(mode="json") | {
         "seed": settings.seed,
         "dataset_digest": file_digest(settings.merge.dataset),
     }
-    final = settings.final.model_dump(mode="json")
+    final = settings.final.model_dump(mode="json") | {
+        "stages": [stage.model_dump(mode="json") for stage in settings.final_stages]
+    }
+    if settings.from_scratch:
+        final["architecture"] = settings.scratch.architecture.model_dump(mode="json")
     own = tuple(step.id for step in searches)
     return [
         *searches,
@@ -327,9 +322,9 @@ class Context:
         return self.model(self.final_checkpoint)
 
     @property
-    def foundation(self) -> Evaluator:
-        """The model that everything started from."""
-        return self.model(self.settings.foundation)
+    def foundation(self) -> Evaluator | None:
+        """The model that everything started from; None from scratch."""
+        return None if self.settings.from_scratch else self.model(self.settings.foundation)
 
     @contextmanager
     def labeler(self, folder: Path) -> Iterator[Any]:

@@ -35,7 +35,7 @@ from magus_anharmonic.learning.choose import (
 from magus_anharmonic.learning.dataset import LabelStore, read_dataset
 from magus_anharmonic.paper.tables import Enthalpy
 from magus_anharmonic.runs.folder import SearchFolder
-from magus_anharmonic.settings.campaign_blocks import PhaseSettings
+from magus_anharmonic.settings.campaign import PhaseSettings
 from magus_anharmonic.structures import (
     formula,
     number_of,

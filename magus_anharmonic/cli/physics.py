@@ -80,8 +80,8 @@ def hessian(
 
     The model is needed for a structure, and for more configurations than the folder of a run holds.
     """
+    from magus_anharmonic.ranking.evaluators import ranking_evaluator
     from magus_anharmonic.ranking.jobs import free_energy_on
-    from magus_anharmonic.ranking.structures import ranking_evaluator
     from magus_anharmonic.sscha.report import DEFAULTS, hessian_of_run, hessian_of_structure
 
     atoms = _structure_to_run(source, n_configs)
@@ -237,9 +237,10 @@ def phase_diagram(
     hull.svg and hull.png.
     """
     from magus_anharmonic.phase_diagram.diagram import phase_diagram as diagram_of
+    from magus_anharmonic.phase_diagram.diagram import sentences
+    from magus_anharmonic.phase_diagram.figures import write_diagram
     from magus_anharmonic.phase_diagram.grid import collect_runs, run_locked
     from magus_anharmonic.phase_diagram.points import read_points
-    from magus_anharmonic.phase_diagram.report import sentences, write_diagram
     from magus_anharmonic.runs.lock import locked
     from magus_anharmonic.settings.phase_diagram import grid_settings, load_phase_diagram
 
@@ -363,8 +364,8 @@ def errors(
         measure_locked,
     )
     from magus_anharmonic.paper.ensemble_labels import WHAT, check_number
+    from magus_anharmonic.ranking.evaluators import ranking_evaluator
     from magus_anharmonic.ranking.jobs import free_energy_on
-    from magus_anharmonic.ranking.structures import ranking_evaluator
     from magus_anharmonic.runs.lock import locked
 
     check_number(n_configs)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -90,7 +90,7 @@ def search(
 
 
 def _embedded(input_file: Path, restart: bool) -> None:
-    from magus_anharmonic.search import run
+    from magus_anharmonic.search.host import run
     from magus_anharmonic.settings import load_settings
 
     run(load_settings(input_file), Path.cwd(), restart=restart)
@@ -178,8 +178,9 @@ def rank(
         ),
     ] = None,
     truth_error: Annotated[
-        float, measured("eV/atom", "Of --truth: labels are added, up to 60 a phase, until then.")
-    ] = 0.001,
+        float | None,
+        measured("eV/atom", "Of --truth: labels are added until then.", show_default=SETTINGS),
+    ] = None,
     everybody: Annotated[
         bool, typer.Option("--everybody", help="Nobody is stopped early.")
     ] = False,
@@ -197,8 +198,9 @@ def rank(
     Several compositions are ranked each by itself, and placed above the hull that their free
     energies make.
     """
-    from magus_anharmonic.ranking import rank_file
-    from magus_anharmonic.ranking.structures import check_sources, rank_start
+    from magus_anharmonic.paper.ensemble_errors import load_labeler_settings
+    from magus_anharmonic.paper.truth import labels_of
+    from magus_anharmonic.ranking.structures import check_sources, rank_file, rank_start
     from magus_anharmonic.report import report_at_end
 
     check_sources(structures or (), start_dyn, load_ensemble)
@@ -219,19 +221,15 @@ def rank(
             "keep_best": keep_best,
             "budget": budget,
             "hessian": hessian,
+            "truth": None if truth is None else load_labeler_settings(truth).model_dump(),
+            "truth_error": truth_error,
         },
     )
-    options: dict[str, Any] = {}
-    if truth is not None:
-        from magus_anharmonic.paper.ensemble_errors import load_labeler_settings
-        from magus_anharmonic.paper.truth import labels_of
-
-        labels = load_labeler_settings(truth)
-        options["truth"] = labels_of(labels, settings, output, wanted=truth_error)
+    labels = labels_of(settings, output)
     if structures:
-        rank_file(structures, settings, output, **options)
+        rank_file(structures, settings, output, truth=labels)
     else:
-        rank_start(start_dyn, load_ensemble, settings, output, **options)
+        rank_start(start_dyn, load_ensemble, settings, output, truth=labels)
     report_at_end(output)
     show_ranking(output)
     require_free_energy(output)

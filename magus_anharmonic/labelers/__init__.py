@@ -10,27 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from magus_anharmonic.errors import InputError, LabelerError, LabelerNotInstalled
-from magus_anharmonic.labelers.base import Code, Failure, Label, Labeler, Recipe, settings_hash
+from magus_anharmonic.labelers.base import Code, Failure, Label, Labeler, Recipe
 from magus_anharmonic.labelers.codes import REGISTRY, code_of
 from magus_anharmonic.labelers.pool import CallableLabeler, ScheduledLabeler, WorkerLabeler
 from magus_anharmonic.scheduler import Scheduling, available_cores, is_remote
 from magus_anharmonic.settings import LabelerSettings
 from magus_anharmonic.units import KELVIN
-
-__all__ = [
-    "REGISTRY",
-    "CallableLabeler",
-    "Code",
-    "Failure",
-    "Label",
-    "Labeler",
-    "Recipe",
-    "at_electronic_temperature",
-    "available",
-    "code_of",
-    "get_labeler",
-    "settings_hash",
-]
 
 
 def available(name: str, execution: Mapping[str, Any] | None = None) -> tuple[bool, str]:
@@ -59,9 +44,12 @@ def at_electronic_temperature(settings: LabelerSettings, temperature: float) -> 
 
 
 def get_labeler(
-    settings: LabelerSettings, directory: str | Path, scheduling: Scheduling | None = None
+    settings: LabelerSettings,
+    directory: str | Path,
+    scheduling: Scheduling | None = None,
+    key: str = "learning.labeler",
 ) -> Labeler:
-    """The labeler for ``learning.labeler``; its scratch files and logs go below ``directory``.
+    """The labeler of the block ``key``; its scratch files and logs go below ``directory``.
 
     ``scheduling``: what has the keys ``scheduler`` and ``workers`` (a `Settings`); None labels on
     this machine. Whether the DFT code is there is not asked where the labels are made on workers
@@ -73,7 +61,7 @@ def get_labeler(
     name = settings.calculator
     if name == "main":
         raise InputError(
-            "learning.labeler.calculator: main: MAGUS's MainCalculator makes labels only under"
+            f"{key}.calculator: main: MAGUS's MainCalculator makes labels only under"
             " `magus search -m`; give gpaw, vasp, espresso or the import path of an ASE calculator"
         )
     code = code_of(name)
@@ -85,9 +73,7 @@ def get_labeler(
         return ScheduledLabeler(recipe, Path(directory), scheduling, timeout=settings.timeout)
     usable, message = code.available(recipe.execution)
     if not usable:
-        raise LabelerNotInstalled(
-            f"learning.labeler.calculator: {name}: labeler not installed: {message}"
-        )
+        raise LabelerNotInstalled(f"{key}.calculator: {name}: labeler not installed: {message}")
     if scheduling is not None and scheduling.scheduler == "serial":
         return WorkerLabeler(recipe, Path(directory), n_workers=1, timeout=settings.timeout)
     count = None if scheduling is None else scheduling.workers.count

@@ -104,6 +104,8 @@ class Espresso(Code):
             "input_data": _input_data(made.arguments.get("input_data", {}), cutoffs),
         }
         _check_files(folder, pseudopotentials)
+        if "input_dft" not in arguments["input_data"]["system"]:
+            _check_functionals(folder, pseudopotentials)
         return replace(made, arguments=arguments, files={**made.files, **files})
 
     def fermi_dirac(self, arguments: Mapping[str, Any], width: float) -> dict[str, Any]:
@@ -197,7 +199,8 @@ def family(folder: Path, elements: Sequence[Any]) -> tuple[dict[str, str], dict[
 
     A family in the format of the SSSP library (a JSON file beside the UPF files: symbol ->
     ``filename``, ``cutoff_wfc``, ``cutoff_rho``; doi:10.1038/s41524-018-0127-2) names both; without
-    one it is the only UPF file whose header has the element. Raises ``LabelerError``.
+    one it is the only UPF file whose header has the element, or the only one of the functional that
+    all elements have. Raises ``LabelerError``.
     """
     elements = [str(symbol) for symbol in elements]
     listed = _listed(folder)
@@ -205,8 +208,11 @@ def family(folder: Path, elements: Sequence[Any]) -> tuple[dict[str, str], dict[
     files = sorted(file for file in folder.glob("*") if file.suffix.lower() == ".upf")
     headers = {file.name: _element(file) for file in files} if unlisted else {}
     found = {symbol: str(listed[symbol]["filename"]) for symbol in elements if symbol in listed}
+    shared = by_functional(folder, elements) if unlisted and not found else {}
     for symbol in unlisted:
         names = [name for name, element in headers.items() if element == symbol]
+        if len(names) > 1 and len(shared) == 1:
+            ((names, *_),) = ([of[symbol]] for of in shared.values())
         if not names:
             raise LabelerError(
                 f"{_KEY}: {folder} has no file for {symbol}; set pseudo_dir, or name the file"
@@ -223,6 +229,19 @@ def family(folder: Path, elements: Sequence[Any]) -> tuple[dict[str, str], dict[
         if all(name in listed.get(symbol, {}) for symbol in found)
     }
     return found, cutoffs
+
+
+def by_functional(folder: Path, elements: Sequence[str]) -> dict[str, dict[str, list[str]]]:
+    """Functional -> element -> names of its UPF files in ``folder``: the functionals in which all
+    elements have one; pw.x takes no others together. Bare nuclei (1/r) are left out."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for file in sorted(folder.glob("*")):
+        if file.suffix.lower() != ".upf":
+            continue
+        element, functional = _element(file), _functional(file)
+        if element in elements and functional and '"1/r"' not in _header(file):
+            found.setdefault(functional, {}).setdefault(element, []).append(file.name)
+    return {name: of for name, of in found.items() if set(of) == set(elements)}
 
 
 def _listed(folder: Path) -> dict[str, Any]:
@@ -257,12 +276,49 @@ def _check_files(folder: Path, pseudopotentials: Mapping[str, str]) -> None:
             raise LabelerError(f"{_KEY}.{symbol}: {file} is a pseudopotential of {element}")
 
 
-def _element(file: Path) -> str:
-    """The element that a UPF file (version 1 or 2) names; empty where it names none."""
+def _check_functionals(folder: Path, pseudopotentials: Mapping[str, str]) -> None:
+    """Raise ``LabelerError`` for files of two functionals: pw.x would stop at every label."""
+    found = {name: _functional(folder / name) for name in pseudopotentials.values()}
+    if len(set(found.values()) - {""}) > 1:
+        shown = ", ".join(
+            f"{name} ({functional or 'unknown'})" for name, functional in found.items()
+        )
+        raise LabelerError(
+            f"{_KEY}: files of different functionals: {shown}; take files of one, or set"
+            " input_data.system.input_dft"
+        )
+
+
+_FUNCTIONALS = {
+    "SLA PZ NOGX NOGC": "LDA (PZ)", "PZ": "LDA (PZ)", "LDA": "LDA (PZ)",
+    "SLA PW PBX PBC": "PBE", "SLA PW PBE PBE": "PBE", "PBE": "PBE",
+    "SLA PW PSX PSC": "PBEsol", "PBESOL": "PBEsol",
+    "SLA LYP B88 BLYP": "BLYP", "BLYP": "BLYP", "SLA PW TPSS TPSS": "TPSS", "TPSS": "TPSS",
+}  # fmt: skip
+"""As UPF files write them -> one name for those that pw.x takes together."""
+
+
+def _functional(file: Path) -> str:
+    """The functional that a UPF file was made for; empty where it names none that is known."""
+    found = re.search(
+        r"""functional\s*=\s*["']([^"']*)|^(.*)Exchange-Correlation functional""",
+        _header(file),
+        re.M,
+    )
+    words = (found[1] or found[2]).upper().split() if found else []
+    return _FUNCTIONALS.get(" ".join(words[:4]), "")
+
+
+def _header(file: Path) -> str:
     if not file.is_file():
         return ""
     with file.open(encoding="utf-8", errors="replace") as lines:
-        header = lines.read(200_000).partition("<PP_HEADER")[2].partition("<PP_MESH")[0]
+        return lines.read(200_000).partition("<PP_HEADER")[2].partition("<PP_MESH")[0]
+
+
+def _element(file: Path) -> str:
+    """The element that a UPF file (version 1 or 2) names; empty where it names none."""
+    header = _header(file)
     found = re.search(r"""element\s*=\s*["']\s*(\w+)|^\s*(\w+)\s+Element\b""", header, re.M)
     return (found[1] or found[2]).strip() if found else ""
 

@@ -62,8 +62,8 @@ class DftProcess:
         """The answer to one job (`worker.run_job`), or why there is none: a crash, or more than
         ``timeout`` seconds.
 
-        A process that was killed, as the kernel does where memory runs out, and not by its own
-        fault or a time limit of ours, is a ``machine_error``.
+        A process that was killed, as the kernel does where memory runs out or a queue when time is
+        up, and not by its own fault or a time limit of ours, is a ``machine_error``.
         """
         bound_log(self.log_file)
         worker, answer = self._worker, None
@@ -94,7 +94,7 @@ class DftProcess:
                 return _failed("the labeler was closed")
             require_space(self.log_file.parent)
             reason = f"the labeler's process ended: {how} (see {self.log_file})"
-            return _failed(reason, machine_error=how.endswith("SIGKILL"))
+            return _failed(reason, machine_error=how.endswith(("SIGKILL", "SIGTERM")))
         self.stop()
         return _failed(f"{what} within {timeout:g} s; the process was ended")
 

@@ -19,6 +19,7 @@ from ase import Atoms
 from ase.calculators.calculator import Calculator, all_changes
 
 from magus_anharmonic.energy_surface import (
+    FORCE_ERROR,
     LABEL_ERROR,
     LABEL_KEY,
     FreeEnergySurface,
@@ -178,7 +179,7 @@ def of_result(
     result: SschaResult, surface: FreeEnergySurface
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Energy (eV per cell), forces and stress of a run with fixed centroids; and the ``info`` of
-    the label, see `_errors`, with finite_size (eV/atom, not in the energy)."""
+    the label, see `_errors`, with finite_size (eV/atom, not in the energy) and n_evaluations."""
     n = len(result.centroids)
     assert result.gibbs_raw is not None and result.gibbs_error is not None
     assert result.force is not None and result.force_error is not None
@@ -187,7 +188,8 @@ def of_result(
     energy = n * result.gibbs_raw
     numbers = {"energy": energy, "forces": result.force, "stress": result.stress}
     info = _errors(n * result.gibbs_error, result.force_error, result.stress_error, surface)
-    return numbers, info | {"finite_size": float(result.finite_size or 0.0)}
+    own = {"finite_size": result.finite_size or 0.0, "n_evaluations": result.n_evaluations}
+    return numbers, info | own
 
 
 def _errors(
@@ -197,7 +199,7 @@ def _errors(
     both root mean square over components), and the surface."""
     return {
         LABEL_ERROR: float(energy),
-        "label_force_error": float(np.sqrt(np.mean(np.square(force)))),
+        FORCE_ERROR: float(np.sqrt(np.mean(np.square(force)))),
         "label_stress_error": float(np.sqrt(np.mean(np.square(stress)))),
         LABEL_KEY: surface.as_dict(),
     }

@@ -15,6 +15,7 @@ from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io import read, write
 
+from magus_anharmonic.energy_surface import FreeEnergySurface
 from magus_anharmonic.errors import DamagedFile, InputError
 from magus_anharmonic.gate import check_structures, isotope_hint
 from magus_anharmonic.io.digests import digest
@@ -29,7 +30,7 @@ from magus_anharmonic.io.files import (
 from magus_anharmonic.labelers.base import Label
 from magus_anharmonic.learning.choose import SIDES, Families
 from magus_anharmonic.potential.labelled import side_of_name
-from magus_anharmonic.structures import stripped, structure_id
+from magus_anharmonic.structures import stripped, structure_id, with_isotopes
 
 log = logging.getLogger(__name__)
 
@@ -79,8 +80,10 @@ def plan_label(
 
 def labelled(structure: Atoms, label: Label, **info: Any) -> Atoms:
     """``structure`` with its label: energy, forces and stress attached; free energy, settings hash
-    and ``info`` in ``info``."""
-    atoms = stripped(structure)
+    and ``info`` in ``info``. Where the label is of a free-energy surface, it has its masses."""
+    surface = FreeEnergySurface.of(label.info, "label")
+    masses = {} if surface is None else surface.other_masses(structure)
+    atoms = with_isotopes(structure, masses)
     atoms.info.update(structure.info)
     atoms.info.update(label.info)
     atoms.info.update(info, settings_hash=label.settings_hash)

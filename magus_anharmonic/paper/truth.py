@@ -21,43 +21,36 @@ from magus_anharmonic.ranking.rank import Truth
 from magus_anharmonic.ranking.uncertainty import ModelTerm
 from magus_anharmonic.runs.folder import SearchFolder
 from magus_anharmonic.runs.record import record_failure
-from magus_anharmonic.settings import LabelerSettings, Settings
+from magus_anharmonic.settings import Settings, SschaSettings
 from magus_anharmonic.sscha.record import MINIMA
 from magus_anharmonic.sscha.result import SschaResult
 from magus_anharmonic.units import ev_to_mev
 
 log = logging.getLogger(__name__)
 
-MOST = 60
-"""Labels of a phase."""
-WANTED = 1e-3
-"""eV/atom, of the correction of G."""
 
+def labels_of(settings: Settings, run_dir: str | Path) -> Truth | None:
+    """What `rank` asks for ``sscha.truth``: the lowest ``sscha.keep_best`` phases of each
+    composition, as far as they have converged, are labelled into ``run_dir/truth/RUN``; None
+    without that key.
 
-def labels_of(
-    labels: LabelerSettings,
-    settings: Settings,
-    run_dir: str | Path,
-    *,
-    wanted: float = WANTED,
-    most: int = MOST,
-) -> Truth:
-    """What `rank` asks for the truth: the lowest ``sscha.keep_best`` phases of each composition, as
-    far as they have converged, are labelled into ``run_dir/truth/RUN``.
-
-    Each gets 20 labels, and more up to ``most``, until the error of its correction is below
-    ``wanted`` (eV/atom). What is labelled is not labelled again. A phase whose labels fail has no
-    term; ``failures.jsonl`` says why. The labeler is checked now: raises ``InputError``.
+    Each gets 20 labels, and more up to ``truth_labels``, until the error of its correction is below
+    ``truth_error``. What is labelled is not labelled again. A phase whose labels fail has no term;
+    ``failures.jsonl`` says why. The labeler is checked now: raises ``InputError``.
     """
+    sscha = settings.sscha
+    if sscha is None or (labels := sscha.truth) is None:
+        return None
     folder = SearchFolder(run_dir)
-    place = folder.truth / "labeling", settings
+    place = folder.truth / "labeling", settings, "sscha.truth"
     get_labeler(labels, *place).close()
 
     def truth(table: Sequence[Candidate], model: Evaluator) -> Mapping[str, ModelTerm]:
-        n_best = settings.sscha.keep_best if settings.sscha else 1
-        lowest = [c for c in table if 0 < (c.rank_quantum or 0) <= n_best and c.status in MINIMA]
+        lowest = [
+            c for c in table if 0 < (c.rank_quantum or 0) <= sscha.keep_best and c.status in MINIMA
+        ]
         with contextlib.closing(get_labeler(labels, *place)) as labeler:
-            found = {c.id: _term(folder, c, model, labeler, wanted, most) for c in lowest}
+            found = {c.id: _term(folder, c, model, labeler, sscha) for c in lowest}
         return {name: term for name, term in found.items() if term is not None}
 
     return truth
@@ -68,15 +61,19 @@ def _term(
     candidate: Candidate,
     model: Evaluator,
     labeler: Labeler,
-    wanted: float,
-    most: int,
+    sscha: SschaSettings,
 ) -> ModelTerm | None:
     name = candidate.sscha_folder
     try:
         run = folder.sscha / name
         source = source_of_run(run, SschaResult.read(run), candidate.id)
         report = measure_errors(
-            source, model, labeler, folder.truth / name, n_configs=most, wanted=wanted
+            source,
+            model,
+            labeler,
+            folder.truth / name,
+            n_configs=sscha.truth_labels,
+            wanted=sscha.truth_error,
         )
     except MagusAnharmonicError as error:
         if is_machine_error(error):

@@ -1,4 +1,4 @@
-"""Pictures of the diagram and of convex hulls.
+"""Pictures of the diagram and of convex hulls, and all files of a diagram.
 
 The picture of a phase diagram: P-T with bands on the left, differences of G with their points on
 the right.
@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,9 +20,19 @@ import numpy as np
 
 from magus_anharmonic.hull import lower_hull
 from magus_anharmonic.io import pictures as style
+from magus_anharmonic.io.digests import finite
+from magus_anharmonic.io.files import write_json
+from magus_anharmonic.io.tables import write
 from magus_anharmonic.phase_diagram.boundaries import BoundaryPoint, PhaseSet, common_pressures
-from magus_anharmonic.phase_diagram.diagram import HullRow, PhaseDiagram, Stable, lines
-from magus_anharmonic.phase_diagram.points import GibbsPoint
+from magus_anharmonic.phase_diagram.diagram import (
+    SURE,
+    HullRow,
+    PhaseDiagram,
+    Stable,
+    lines,
+    sentences,
+)
+from magus_anharmonic.phase_diagram.points import GibbsPoint, write_points
 from magus_anharmonic.units import ev_to_mev
 
 if TYPE_CHECKING:
@@ -29,7 +40,6 @@ if TYPE_CHECKING:
 
 
 STYLES = ("-", "--", ":", "-.")
-SURE = 0.95
 BRACKET: dict[str, Any] = {"color": "0.35", "marker": "|", "ms": 9}
 """Of a continuous transition."""
 ABOVE: dict[str, Any] = {
@@ -357,3 +367,69 @@ def _bars(axes: Axes, rows: Sequence[HullRow], index: int, label: str) -> None:
         axes.set_yticks(np.arange(len(order)), [row.entry.name for row in order])
         axes.invert_yaxis()
     axes.axvline(0.0, color=style.GREY, lw=0.8, zorder=0)
+
+
+def write_diagram(diagram: PhaseDiagram, folder: str | Path) -> dict[str, Path]:
+    """``gibbs.csv``, ``boundaries.csv``, ``stability.csv``, ``summary.json`` and the picture as SVG
+    and PNG; with a hull that too.
+
+    Returns the pictures: ``png``, ``svg`` and, with a hull, ``hull`` (PNG; ``hull.svg`` lies beside
+    it).
+    """
+    target = Path(folder)
+    write_points(target / "gibbs.csv", diagram.points)
+    write(BoundaryPoint, target / "boundaries.csv", diagram.boundaries)
+    write(Stable, target / "stability.csv", diagram.stable)
+    svg, png = draw(diagram, target)
+    pictures = {"png": png, "svg": svg}
+    if diagram.hull:
+        write(HullRow, target / "hull.csv", diagram.hull)
+        pictures["hull"] = draw_hull(diagram.hull, diagram.end_members, target)[1]
+    write_json(target / "summary.json", summary(diagram))
+    return pictures
+
+
+def summary(diagram: PhaseDiagram) -> dict[str, Any]:
+    """Everything in one dictionary ready for JSON: words, boundaries, quality of the fits, checks;
+    infinite numbers as null."""
+    fits = [
+        {
+            "isotopes": isotopes,
+            "formula": formula,
+            "phase": name,
+            "chi2": surface.quality.chi2,
+            "degrees_of_freedom": surface.quality.dof,
+            "covariance_inflation": surface.quality.inflation,
+            "n": surface.quality.n,
+            "rms_of_residuals_over_errors": surface.quality.rms,
+            "terms": [
+                {
+                    "weight": m.weight,
+                    "powers_of_P": m.basis.cold,
+                    "powers_of_P_thermal": m.basis.thermal,
+                    "einstein_K": list(m.basis.thetas),
+                }
+                for m in surface.models
+            ],
+        }
+        for (isotopes, formula), phases in diagram.sets.items()
+        for name, surface in phases.surfaces.items()
+    ]
+    return finite(
+        {
+            "sentences": sentences(diagram),
+            "n_points": len(diagram.points),
+            "n_usable": sum(point.usable for point in diagram.points),
+            "models": sorted({point.model for point in diagram.points if point.model}),
+            "model_error_eV_per_atom": diagram.model_error,
+            "boundaries": [asdict(one) for one in diagram.boundaries],
+            "continuous_transitions": [asdict(one) for one in diagram.continuous_transitions],
+            "clausius_clapeyron": [
+                {**asdict(one), "deviation": None if one.reason else one.deviation}
+                for one in diagram.checks
+            ],
+            "isotope_shifts": [asdict(one) for one in diagram.shifts],
+            "fits": fits,
+            "notes": list(diagram.notes),
+        }
+    )

@@ -36,6 +36,7 @@ from magus_anharmonic.evaluator import (
 from magus_anharmonic.io.digests import digest
 from magus_anharmonic.labelers.pool import CallableLabeler
 from magus_anharmonic.plugins.parameters import calculator_settings, settings_of, stop
+from magus_anharmonic.ranking.evaluators import require_surface
 from magus_anharmonic.scheduler import is_remote, open_scheduler
 from magus_anharmonic.settings import SCRATCH, snake_case
 from magus_anharmonic.sscha.record import INFO_KEYS
@@ -194,7 +195,10 @@ class MatterSimCalculator(Calculator):
             _refuse_forked_cuda(self.options.device)
             self.checkpoint = self._learned() or self.checkpoint
             self._potential = load(self.checkpoint, self.options.device)
-            require_kind(self._potential, self.options.surface, "MainCalculator")
+            if self.settings.on_free_energy:
+                require_surface(self._potential, self.settings)
+            else:
+                require_kind(self._potential, self.options.surface, "MainCalculator")
             logger.info("MatterSim model %s from %s", self._potential.model_id, self.checkpoint)
         return self._potential
 

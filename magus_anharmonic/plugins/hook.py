@@ -54,8 +54,8 @@ from magus_anharmonic.plugins.parameters import (
     stop,
     tame,
 )
+from magus_anharmonic.ranking.evaluators import ranking_evaluators
 from magus_anharmonic.ranking.fitness import copy_order
-from magus_anharmonic.ranking.structures import ranking_evaluator
 from magus_anharmonic.report import report_at_end
 from magus_anharmonic.report.screen import show_ranking
 from magus_anharmonic.runs.lock import FolderLock, check_free, read_owner
@@ -192,14 +192,16 @@ class Rounds:
                 )
             ours.begin_round(search.curgen)
         own = evaluator_of_magus(search, ml=ml) if ours is None else ours.potential
+        ranking, certifier = ranking_evaluators(settings, own)
         state = start(
             settings,
             run_dir,
-            ranking_evaluator(settings, own),
+            ranking,
             restart=restart,
             learn=not ml,
             seed=seed,
             described=described,
+            certifier=certifier,
         )
         if ours is not None:
             ours.seed = state.seed

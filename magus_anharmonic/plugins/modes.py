@@ -273,17 +273,18 @@ def check_installation(settings: Settings, run_dir: Path) -> Settings:
 
     Returns the settings, without ``learning`` where its labeler is not installed and not required.
     """
-    from magus_anharmonic.generation import checked_learning
+    from magus_anharmonic.generation import checked_labelers
     from magus_anharmonic.potential import checkpoint
-    from magus_anharmonic.ranking.structures import ranking_evaluator
+    from magus_anharmonic.ranking.evaluators import ranking_evaluators
 
     for learner in (False, True):
         if is_ours(settings, learner=learner) and not settings.from_scratch:
             checkpoint.describe(
                 checkpoint.resolve(calculator_settings(settings, learner=learner).checkpoint)
             )
-    if settings.evaluator is not None:
-        ranking_evaluator(settings)
-    if settings.learning is None or settings.learning.labeler.calculator == "main":
+    if settings.evaluator is not None or settings.on_free_energy:
+        ranking_evaluators(settings)
+    if settings.learning is not None and settings.learning.labeler.calculator == "main":
+        checked_labelers(settings.model_copy(update={"learning": None}), run_dir)
         return settings
-    return checked_learning(settings, run_dir)
+    return checked_labelers(settings, run_dir)

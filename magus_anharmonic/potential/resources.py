@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING
 
 import psutil
 import torch
-from threadpoolctl import threadpool_limits
 
 from magus_anharmonic.errors import InputError
 
@@ -108,16 +107,6 @@ def threads_for_training(module: torch.nn.Module) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def one_thread_for_small_matrices() -> contextlib.AbstractContextManager[object]:
-    """One thread for numpy's and scipy's linear algebra; torch keeps its own.
-
-    The Hessians and cells of a relaxation have less than a hundred rows: more threads only wait for
-    each other, and while they wait they take the cores from the evaluations (measured on two cores:
-    12.1 s with, 4.4 s without).
-    """
-    return threadpool_limits(1, user_api="blas")
 
 
 def run_side_by_side(tasks: Iterator[Callable[[], None]], n_threads: int) -> None:

@@ -48,11 +48,10 @@ from magus_anharmonic.settings import (
     load_yaml,
     parse,
 )
+from magus_anharmonic.settings.section import Share
 from magus_anharmonic.units import ev_to_mev
 
 logger = logging.getLogger(__name__)
-
-Share = Annotated[int, Field(ge=0, strict=True)]
 
 
 class TrainRecipe(Section):

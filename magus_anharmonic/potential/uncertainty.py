@@ -10,7 +10,8 @@ with v the atom features after the last block, which MatterSim's readout takes i
 treated as if it were linear. The energy per atom of a structure has v = the mean over its atoms;
 the error of its forces (root mean square over components) takes the mean over atoms of sigma^2,
 because forces are local. alpha is one number each, such that the squared errors of the validation
-labels are on average those predicted.
+labels are on average those predicted; what labels of a free energy are wrong by themselves does not
+count.
 
 What the estimate means: the model against its DFT, for structures drawn like the validation labels.
 It knows nothing of the error of DFT, of errors that all training labels share, or of effects beyond
@@ -27,8 +28,10 @@ from typing import Any
 import numpy as np
 import torch
 from ase import Atoms
+from scipy.optimize import minimize_scalar
 from torch import Tensor
 
+from magus_anharmonic.energy_surface import FORCE_ERROR, LABEL_ERROR
 from magus_anharmonic.potential.graph import Graph
 from magus_anharmonic.potential.labelled import LabelledGraphs
 from magus_anharmonic.potential.m3gnet import FactorisedM3GNet
@@ -195,7 +198,8 @@ def fit(
     energy, forces, energy_distance, force_distance = (
         np.concatenate(part) for part in zip(*parts, strict=True)
     )
-    scales = _scale(energy, energy_distance), _scale(forces, force_distance)
+    noise, force_noise = _noise(validation or train)
+    scales = (_scale(energy, energy_distance, noise), _scale(forces, force_distance, force_noise))
     inside = [_whitened(whitening, value, graph) for graph, value in features]
     usual = [
         np.quantile(np.concatenate(distances), USUAL)
@@ -260,6 +264,33 @@ def _errors_and_distances(
     return difference, square, np.linalg.norm(means, axis=1), local
 
 
-def _scale(errors: np.ndarray, distances: np.ndarray) -> float:
-    """alpha of greatest likelihood for Gaussian errors of width alpha * distance."""
-    return float(np.sqrt(np.mean((errors / np.maximum(distances, 1e-12)) ** 2)))
+def _noise(labels: Sequence[Atoms]) -> tuple[np.ndarray, np.ndarray]:
+    """(n,) standard errors of the labels themselves: of the energy per atom (eV) and of the forces
+    (eV/A, root mean square over components); zero where they have none."""
+    energy = [atoms.info.get(LABEL_ERROR, 0.0) / len(atoms) for atoms in labels]
+    return np.array(energy), np.array([atoms.info.get(FORCE_ERROR, 0.0) for atoms in labels])
+
+
+def _scale(errors: np.ndarray, distances: np.ndarray, noise: np.ndarray) -> float:
+    """alpha of greatest likelihood for Gaussian errors of variance (alpha distance)^2 + noise^2.
+
+    Where noise alone explains the errors, what it would hide: one standard error of alpha^2 by the
+    Fisher information at zero, (sum over labels of (distance / noise)^4 / 2)^(-1/2).
+    """
+    distances = np.maximum(distances, 1e-12)
+    largest = float(np.sqrt(np.mean((errors / distances) ** 2)))
+    if not noise.any() or not largest > 0.0:
+        return largest
+    parts = distances / np.maximum(noise, 1e-12)
+    smallest = float(np.sum(parts**4) / 2) ** -0.25
+    if smallest >= largest:
+        return largest
+
+    def minus_likelihood(log_alpha: float) -> float:
+        variance = (np.exp(log_alpha) * distances) ** 2 + noise**2
+        return float(np.sum(np.log(variance) + errors**2 / variance))
+
+    found = minimize_scalar(
+        minus_likelihood, bounds=(np.log(smallest), np.log(largest)), method="bounded"
+    )
+    return float(np.exp(found.x))

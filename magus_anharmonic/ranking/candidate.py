@@ -31,6 +31,7 @@ _RANK = "ranking.rank.Ranking"
 _DIFFERENCE = "ranking.uncertainty.with_probabilities"
 _HULL = "ranking.fitness.with_heights"
 _POOLED = "ranking.phases.merge_duplicates"
+_PREDICTED = "ranking.certify.Predictor"
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -104,6 +105,17 @@ class Candidate(Described, WithFreeEnergy):
     model_error: float | None = column(
         "expected error of the static energy of the model", "eV/atom", origin=_RANK
     )
+    gibbs_predicted: float | None = column(
+        "Gibbs free energy by the free-energy model that the search moves on, of the supercell as"
+        " it is: to be compared with gibbs_raw of a certified one",
+        "eV/atom",
+        equation="(F + P V) / N",
+        origin=_PREDICTED,
+    )
+    gibbs_predicted_error: float | None = column(
+        "expected error of gibbs_predicted", "eV/atom", origin=_PREDICTED
+    )
+    predicted_by: str = column("identity of the free-energy model", default="", origin=_PREDICTED)
     parent: str = column(
         "structure whose saddle point was followed to this one",
         default="",
@@ -157,6 +169,12 @@ class Candidate(Described, WithFreeEnergy):
         if self.atoms is None:
             raise ValueError(f"{self.id}: its structure is not known")
         return self.atoms
+
+    @property
+    def energy(self) -> float | None:
+        """By which a structure without free energy of its own is compared, eV/atom: what the
+        search moves on, G by the model where that is a free energy, else the enthalpy."""
+        return self.enthalpy if self.gibbs_predicted is None else self.gibbs_predicted
 
     @property
     def spg_quantum(self) -> str:
@@ -270,7 +288,8 @@ def _numbered_block(candidates: Sequence[Candidate]) -> list[Candidate]:
 
 
 def _static_order(candidate: Candidate) -> tuple[bool, float, str]:
-    return (candidate.enthalpy is None, candidate.enthalpy or 0.0, candidate.id)
+    energy = candidate.energy
+    return (energy is None, energy or 0.0, candidate.id)
 
 
 def _table_order(candidate: Candidate) -> tuple[int, float, str]:
@@ -278,8 +297,8 @@ def _table_order(candidate: Candidate) -> tuple[int, float, str]:
         return (1 if candidate.same_as else 0, candidate.gibbs or 0.0, candidate.id)
     if candidate.gibbs is not None:
         return (2, candidate.gibbs, candidate.id)
-    if candidate.enthalpy is not None:
-        return (3, candidate.enthalpy, candidate.id)
+    if candidate.energy is not None:
+        return (3, candidate.energy, candidate.id)
     return (4, 0.0, candidate.id)
 
 

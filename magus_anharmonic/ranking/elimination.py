@@ -14,12 +14,13 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from scipy.stats import norm
+from scipy.special import ndtri
 
 from magus_anharmonic.ranking.phases import AGREEMENT, GIBBS_TOLERANCE, Alike
 from magus_anharmonic.ranking.uncertainty import difference_error
+from magus_anharmonic.sscha.record import FreeEnergy, WithFreeEnergy
 from magus_anharmonic.units import ev_to_mev
 
 DECREASE_FACTOR = 3.0
@@ -54,36 +55,50 @@ class Stop:
 
 
 @dataclass(frozen=True)
-class Standing:
-    """What is known of one candidate after ``n_populations``.
+class Standing(WithFreeEnergy):
+    """What is known of one candidate after as many populations as its ``free_energy`` has.
 
-    gibbs, error : G and its standard error by sampling; predicted_decrease : of G, by the rest of
-    the relaxation;
-    fallen : by how much G fell with the last population (None with one); converged : every
-    criterion of the relaxation is met; n_new : force evaluations of the last round; n_atoms : of
-    the cell that is run; potential : mean potential energy (and P V) of the state above the static
-    start, eV/atom: about half the zero-point energy.
+    fallen : by how much G fell with the last population (None with one); n_new : force evaluations
+    of the last round; n_atoms : of the cell that is run; potential : mean potential energy (and
+    P V) of the state above the static start, eV/atom: about half the zero-point energy.
     """
 
-    gibbs: float
-    error: float
-    predicted_decrease: float
+    free_energy: FreeEnergy
     fallen: float | None
-    converged: bool
-    n_populations: int
     n_new: int = 0
     n_atoms: int = 0
     potential: float = math.inf
 
     @property
+    def gibbs(self) -> float:
+        """Who has none takes no part in a race."""
+        assert self.free_energy.gibbs is not None
+        return self.free_energy.gibbs
+
+    @property
+    def error(self) -> float:
+        """Standard error of G by sampling."""
+        return self.gibbs_error or 0.0
+
+    @property
+    def converged(self) -> bool:
+        """Every criterion of the relaxation is met."""
+        return self.free_energy.converged
+
+    @property
+    def n_populations(self) -> int:
+        return self.free_energy.n_populations
+
+    @property
     def rest(self) -> float:
         """What G may still fall by: ``predicted_decrease``; before the end of the relaxation times
         a factor, or once more as much as the last time; infinite with one population."""
+        predicted = self.free_energy.predicted_decrease or 0.0
         if self.converged:
-            return self.predicted_decrease
+            return predicted
         if self.fallen is None:
             return math.inf
-        return max(DECREASE_FACTOR * self.predicted_decrease, self.fallen)
+        return max(DECREASE_FACTOR * predicted, self.fallen)
 
     def upper(self, z: float) -> float:
         """G at the end of the relaxation is below this."""
@@ -127,7 +142,7 @@ class Rules:
         """Half width of the bounds in standard errors: one side, corrected for candidates times
         rounds (Bonferroni)."""
         comparisons = max(1, n_candidates) * self.max_populations
-        return float(norm.isf((1.0 - self.confidence) / comparisons))
+        return -float(ndtri((1.0 - self.confidence) / comparisons))
 
 
 def resolution(model_error: float | None, free_energy_tolerance: float) -> float:
@@ -394,7 +409,7 @@ def _budget_spent(
         name: (
             standing
             if standing.converged
-            else replace(standing, n_populations=rules.max_populations)
+            else standing.updated(n_populations=rules.max_populations)
         )
         for name, standing in standings.items()
     }

@@ -108,16 +108,7 @@ def standing_of(run: Run, before: Run | None) -> Standing:
     if was is None and now.n_populations > 1:
         fallen = now.predicted_decrease or 0.0
     n_new = now.n_evaluations - (0 if was is None else was.n_evaluations)
-    return Standing(
-        now.gibbs,
-        now.gibbs_error or 0.0,
-        now.predicted_decrease or 0.0,
-        fallen,
-        now.converged,
-        now.n_populations,
-        n_new,
-        len(run.phase),
-    )
+    return Standing(now, fallen, n_new, len(run.phase))
 
 
 def potential_energy(result: Any, enthalpy: float | None) -> float:

@@ -25,6 +25,7 @@ from magus_anharmonic.ranking.candidate import (
     write_ranking,
     write_results,
 )
+from magus_anharmonic.ranking.certify import Calibration, Predictor, calibration, uncertified
 from magus_anharmonic.ranking.fitness import (
     GibbsEstimate,
     composition,
@@ -44,7 +45,7 @@ from magus_anharmonic.ranking.runs import (
     why_not,
 )
 from magus_anharmonic.ranking.stability import check_stability, with_followers
-from magus_anharmonic.ranking.store import FreeEnergyStore, Key
+from magus_anharmonic.ranking.store import FreeEnergyStore, Key, Run
 from magus_anharmonic.ranking.uncertainty import ModelTerm, with_electronic, with_probabilities
 from magus_anharmonic.runs.folder import SearchFolder
 from magus_anharmonic.scheduler import Scheduler, open_scheduler
@@ -75,6 +76,7 @@ def rank(
     starts: Mapping[str, SschaState] | None = None,
     measured: Mapping[str, ModelTerm] | None = None,
     truth: Truth | None = None,
+    model: Evaluator | None = None,
 ) -> RankingTable:
     """Rank structures that all carry ``info['enthalpy']`` (eV/atom) of ``evaluator``'s model.
 
@@ -104,6 +106,10 @@ def rank(
         Labels the lowest phases of each temperature, once they are known; then G is that of DFT
         (`with_truth`).
 
+    model
+        The free-energy model that the search moves on, where that is not ``evaluator``:
+        ``info['enthalpy']`` is its G then, and SSCHA certifies the lowest (`certify`).
+
     Structures of several compositions are ranked in one table, composition by composition
     (`numbered`): estimates, early stopping, order and probabilities are those inside of a
     composition, and beside them stands the distance above the hull (`with_heights`).
@@ -121,14 +127,15 @@ def rank(
         Path(run_dir),
         seed,
         free_energy,
-        energy_rmse,
+        energy_rmse if model is None else None,
         starts,
         generation,
         origins,
     )
+    if model is not None:
+        runs.predictor = Predictor(model, settings.pressure)
     ranking = Ranking(population, runs, measured)
     if settings.sscha is not None:
-        chosen = ranking.chosen()
         runs.look_up(ranking.candidates)
         if sscha_is_due(settings, generation, n_generations, energy_rmse):
             with (
@@ -136,13 +143,13 @@ def rank(
                 if workers is not None
                 else _scheduler(settings, evaluator)
             ) as runs.workers:
-                ranking.run(chosen)
+                ranking.decide()
             if truth is not None:
                 ranking.label(truth)
         else:
             log.info("no SSCHA yet: %s", why_not(settings, energy_rmse))
     tables = ranking.tables()
-    set_info(population, tables[0], evaluator.model_id)
+    set_info(population, tables[0], ranking.model_of_energies)
     write_tables(Path(run_dir), tables, runs.store)
     if settings.sscha is not None:
         draw_best(Path(run_dir), tables[0], settings.sscha.keep_best)
@@ -174,18 +181,23 @@ class Ranking:
         usable = [i for i, enthalpy in enumerate(found) if enthalpy is not None]
         self.unusable = [i for i, enthalpy in enumerate(found) if enthalpy is None]
         self.enthalpies = [np.inf if enthalpy is None else enthalpy for enthalpy in found]
+        self.model_of_energies = self.model
+        if runs.predictor is not None:
+            self.model_of_energies = runs.predictor.model.model_id
         self._check_models(usable)
         self._check_isotopes(usable)
         inside = distinct([population[i] for i in usable], [self.enthalpies[i] for i in usable])
         self.candidates = [self._candidate([usable[k] for k in group]) for group in inside]
+        if runs.predictor is not None:
+            self.candidates = runs.predictor.predicted(self.candidates, runs.evaluator)
 
     def _check_models(self, usable: Sequence[int]) -> None:
         for i in usable:
-            model = self.population[i].info.get("model") or self.model
-            if model != self.model:
+            model = self.population[i].info.get("model") or self.model_of_energies
+            if model != self.model_of_energies:
                 raise ValueError(
-                    f"structure {i}: its enthalpy is of model {model}, the ranking of {self.model};"
-                    " evaluate it first"
+                    f"structure {i}: its enthalpy is of model {model}, the ranking of"
+                    f" {self.model_of_energies}; evaluate it first"
                 )
 
     def _check_isotopes(self, usable: Sequence[int]) -> None:
@@ -236,6 +248,29 @@ class Ranking:
             members=(index,),
             free_energy=FreeEnergy(status="failed", reason=reason),
         )
+
+    def decide(self) -> None:
+        """Run SSCHA for whom the ranking needs it; on a free energy until nobody who may be lower
+        than the lowest is left without it."""
+        if self.runs.predictor is None:
+            self.run(self.chosen())
+            return
+        key, asked = self.runs.keys[0], set[str]()
+        while more := [
+            c
+            for c in uncertified(self.candidates, self._final, self.runs.sscha.max_candidates)
+            if c.id not in asked and (c.id, key) not in self.runs.failures
+        ]:
+            asked |= {c.id for c in more}
+            self.run([*(c for c in self.candidates if self.runs.of(c, key)), *more])
+        log.info("free-energy model %s: %s", self.model_of_energies, self._calibration())
+
+    def _final(self, candidate: Candidate) -> Run | None:
+        run = self.runs.of(candidate, self.runs.keys[0])
+        return None if run is None else self.runs.store.final(run)
+
+    def _calibration(self) -> Calibration:
+        return calibration(self.runs.store.runs(self.runs.keys[0]))
 
     def chosen(self) -> list[Candidate]:
         """Those that get a free energy: by enthalpy, or by the distance above the hull of several
@@ -334,13 +369,16 @@ class Ranking:
         """Give the structures without a result, failed ones too, the estimate from those that have
         one."""
         store = self.runs.store
-        results = [(run, store.final(run)) for run in store.runs(key)]
+        if self.runs.predictor is None:
+            found = [
+                (composition(run.start), run.enthalpy, store.final(run)) for run in store.runs(key)
+            ]
+        else:
+            found = [(c.composition, c.energy, c) for c in candidates if c.run is not None]
         known = [
-            (composition(run.start), run.enthalpy, final.gibbs, final.gibbs_error or 0.0)
-            for run, final in results
-            if run.enthalpy is not None
-            and final.gibbs is not None
-            and final.status != "unconverged"
+            (name, energy, final.gibbs, final.gibbs_error or 0.0)
+            for name, energy, final in found
+            if energy is not None and final.gibbs is not None and final.status != "unconverged"
         ]
         estimates = fit_estimates(known, [c.composition for c in candidates])
         return [_with_estimate(c, estimates.get(c.composition)) for c in candidates]
@@ -384,12 +422,12 @@ def _with_estimate(candidate: Candidate, estimate: GibbsEstimate | None) -> Cand
     """A failed one stays failed, in the place of its estimate: it ranks no lower than if its run
     had not been made."""
     status, reason = candidate.status, candidate.reason
-    if estimate is None or status not in ("static", "failed") or candidate.enthalpy is None:
+    if estimate is None or status not in ("static", "failed") or candidate.energy is None:
         return candidate
     told = estimate.description
     return candidate.updated(
         status="failed" if status == "failed" else "estimated",
-        gibbs=estimate(candidate.enthalpy),
+        gibbs=estimate(candidate.energy),
         gibbs_error=estimate.margin,
         reason=f"{reason}; in the place of its estimate: {told}" if status == "failed" else told,
     )

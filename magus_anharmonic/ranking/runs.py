@@ -59,8 +59,8 @@ _TRUST, _SAMPLES = 106, 107
 class Runs:
     """Those of the candidates of one ranking, and the store of all.
 
-    ``origins`` : structure -> the run whose centroids it came from as a seed, if any. ``workers`` :
-    who runs them, set before the first.
+    ``origins`` : structure -> the run whose centroids it came from as a seed, if any. Set before
+    the first: ``workers``, who runs them; ``predictor``, the free-energy model of the search.
     """
 
     def __init__(
@@ -87,6 +87,7 @@ class Runs:
         self._of: dict[tuple[str, Key], str] = {}
         self._free_energy = free_energy
         self.workers: Workers = None
+        self.predictor: Any = None
 
     @property
     def sscha(self) -> SschaSettings:
@@ -222,16 +223,11 @@ class Runs:
         trust = None if found is None else ensemble_trust(found, self.evaluator, rng)
         if trust is not None and trust.warning:
             log.warning("%s: G is not to be trusted: %s", job.structure, trust.warning)
-        return run_of(
-            job,
-            key,
-            outcome,
-            enthalpy,
-            self.sscha.symprec,
-            trust=trust,
-            parent=parent,
-            cutoff=getattr(self.evaluator, "cutoff", None),
-        )
+        more = {"parent": parent, "cutoff": getattr(self.evaluator, "cutoff", None)}
+        run = run_of(job, key, outcome, enthalpy, self.sscha.symprec, trust=trust, **more)
+        # of one that goes on from an earlier round, populations may have trained the model
+        new = run is not None and self.store.get(job.structure, key) is None
+        return self.predictor.at_end(run) if new and self.predictor is not None else run
 
     def keep(self, candidate: Candidate, key: Key, run: Run | None, outcome: Outcome) -> None:
         """Store what a candidate's run came to; a failure goes to ``failures.jsonl``, and None (may
@@ -423,10 +419,11 @@ def run_race(runs: Runs, candidates: Sequence[Candidate]) -> None:
                 return
             earlier = latest[job.structure][2] if job.structure in latest else None
             standing = standing_of(run, earlier)
-            # a run whose phase is open has not come to its end, though its G has
-            settled = standing.converged and not outcome.result.reason
+            if outcome.result.reason:
+                # a run whose phase is open has not come to its end, though its G has
+                standing = standing.updated(status="unconverged")
             potential = potential_energy(outcome.result, candidate.enthalpy)
-            found[job.structure] = replace(standing, converged=settled, potential=potential)
+            found[job.structure] = replace(standing, potential=potential)
             latest[job.structure] = job, outcome, run
 
         jobs = [

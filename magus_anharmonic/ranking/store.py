@@ -65,6 +65,8 @@ class Run(WithFreeEnergy):
     run that took over from this one in the first case, or because it was seen to come to the same
     phase, ``followed`` the one in the second.
     ``budget_spent`` : the budget (force evaluations of a race) where that ended the run, else None.
+    ``predicted`` : G of its centroids by the free-energy model that the search moved on then, and
+    ``predicted_error`` : what that expected to be wrong by (eV/atom; `certify`).
     ``generation`` : of a search, that last changed the run (None: not part of one), and ``before``
     : what earlier ones left, oldest first.
     """
@@ -79,6 +81,8 @@ class Run(WithFreeEnergy):
     reduced: str = ""
     followed: str = ""
     budget_spent: int | None = None
+    predicted: float | None = None
+    predicted_error: float | None = None
     generation: int | None = None
     before: tuple[Run, ...] = ()
 

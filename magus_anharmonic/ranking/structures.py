@@ -20,10 +20,8 @@ from typing import Any
 import numpy as np
 from ase import Atoms
 
-from magus_anharmonic.energy_surface import require_kind
 from magus_anharmonic.errors import InputError, SschaError, one_line
 from magus_anharmonic.evaluator import (
-    CalculatorEvaluator,
     EnergySource,
     Evaluation,
     Evaluator,
@@ -33,9 +31,9 @@ from magus_anharmonic.evaluator import (
     set_energy_error,
 )
 from magus_anharmonic.gate import check_structures, read_sources
-from magus_anharmonic.labelers.codes import make_calculator
 from magus_anharmonic.notebook import says_in_notebooks
 from magus_anharmonic.ranking.candidate import RankingTable, write_relaxed
+from magus_anharmonic.ranking.evaluators import ranking_evaluators
 from magus_anharmonic.ranking.jobs import Workers
 from magus_anharmonic.ranking.rank import Truth, rank
 from magus_anharmonic.ranking.uncertainty import ModelTerm
@@ -44,7 +42,6 @@ from magus_anharmonic.runs.lock import locked
 from magus_anharmonic.runs.record import check_results_version, read_run_record, write_run_record
 from magus_anharmonic.scheduler import open_scheduler
 from magus_anharmonic.settings import (
-    AseCalculatorSettings,
     CalculatorSettings,
     RelaxationSettings,
     Settings,
@@ -61,7 +58,6 @@ from magus_anharmonic.sscha.state import (
     floor_modes,
     state_digest,
 )
-from magus_anharmonic.sscha.surrogate import surrogate_of
 from magus_anharmonic.sscha.symmetry import Symmetry
 from magus_anharmonic.sscha.task import pressure_of
 from magus_anharmonic.structures import stripped, structure_id
@@ -126,57 +122,11 @@ def _evaluate_each(structures: Sequence[Atoms], evaluator: Evaluator) -> list[Ev
     ]
 
 
-def open_evaluator(
-    block: RelaxationSettings, at: str, elements: Sequence[str] = (), checkpoint: Path | None = None
-) -> Evaluator:
-    """The potential or the ASE calculator that a block of the input at the key ``at`` names.
-
-    ``elements``: symbols of the compound; ``checkpoint``: instead of the block's, where learning
-    made one. Raises ``InputError`` when it cannot be used.
-    """
-    if isinstance(block, CalculatorSettings):
-        from magus_anharmonic.potential import load
-
-        model = load(checkpoint or block.checkpoint, device=block.device)
-        require_kind(model, block.surface, at)
-        return model
-    assert isinstance(block, AseCalculatorSettings)
-    made = make_calculator(block, at)
-    return made if isinstance(made, Evaluator) else CalculatorEvaluator(made, elements=elements)
-
-
-def evaluator_of(
-    settings: Settings, checkpoint: Path | None = None
-) -> tuple[Evaluator, RelaxationSettings]:
-    """What ``MLCalculator`` or ``MainCalculator`` names, and its block; see `open_evaluator`."""
-    block, at = settings.calculator, "MainCalculator"
-    if block is None and settings.ml_calculator:
-        raise InputError(
-            f"MLCalculator.calculator: {settings.ml_calculator.get('calculator')!r}: without MAGUS"
-            " it is mattersim"
-        )
-    block = block or parse_calculator(settings.main_calculator, at)
-    model = open_evaluator(block, at, settings.symbols, checkpoint)
-    if isinstance(block, CalculatorSettings) and settings.sscha is not None:
-        require_kind(model, block.surface, at, settings.sscha.temperatures)
-    return model, block
-
-
-def ranking_evaluator(settings: Settings, own: Evaluator | None = None) -> Evaluator:
-    """Whose energies are ranked: what ``sscha.evaluator`` names, else ``own``, the search's, else
-    what `evaluator_of` makes. Raises ``InputError`` for a ``sscha.surrogate`` that is none, before
-    anything is computed."""
-    if settings.sscha is not None:
-        surrogate_of(settings.sscha.surrogate, Atoms(settings.symbols))
-    if settings.evaluator is not None:
-        return open_evaluator(settings.evaluator, "sscha.evaluator", settings.symbols)
-    return own or evaluator_of(settings)[0]
-
-
 def _relaxation_block(settings: Settings) -> RelaxationSettings:
     """Where it is said how to relax with what is ranked by: the block of the calculator, or the
     defaults where it is one of MAGUS's own."""
-    block = settings.evaluator or settings.calculator
+    named = None if settings.on_free_energy else settings.evaluator
+    block = named or settings.calculator
     if block is None and is_evaluator(str(settings.main_calculator.get("calculator", ""))):
         block = parse_calculator(settings.main_calculator, "MainCalculator")
     return block or CalculatorSettings()
@@ -398,7 +348,8 @@ def rank_alone(
         begun = SearchFolder(output).record.is_file()
         if "start" in sources and begun and read_run_record(output).start != sources["start"]:
             raise InputError(f"{output}: holds a ranking with another start; give another folder")
-        evaluator = as_evaluator(ranking_evaluator(settings), structures)
+        found, options["certifier"] = ranking_evaluators(settings)
+        evaluator = as_evaluator(found, structures)
         seed = settings.seed or 0
         write_run_record(output, settings, seed=seed, model_id=evaluator.model_id, extra=sources)
         return rank_structures(structures, evaluator, settings, output, seed=seed, **options)
@@ -418,6 +369,7 @@ def rank_structures(
     starts: Mapping[str, SschaState] | None = None,
     measured: Mapping[str, ModelTerm] | None = None,
     truth: Truth | None = None,
+    certifier: Evaluator | None = None,
 ) -> RankingTable:
     """Relax at ``settings.pressure``, find the distinct ones, and rank them by free energy.
 
@@ -447,9 +399,14 @@ def rank_structures(
     measured
         By candidate id or space-group symbol: what DFT labels say about the model's G.
     truth
-        Labels the lowest phases, so that G is that of DFT: `paper.truth.labels_of`.
+        Who labels for ``sscha.truth``: ``paper.truth.labels_of(settings, run_dir)``.
+    certifier
+        Where ``evaluator`` is a free-energy model: the potential that it is of, with which SSCHA
+        certifies the lowest.
     """
     check_structures(structures)
+    if truth is None and settings.sscha is not None and settings.sscha.truth is not None:
+        raise InputError("sscha.truth: give truth=paper.truth.labels_of(settings, run_dir) too")
     source = as_evaluator(evaluator, structures)
     if constrained := sum(bool(atoms.constraints) for atoms in structures):
         log.warning(
@@ -470,7 +427,8 @@ def rank_structures(
             log.warning("structure %d is out of the ranking: %s", index, atoms.info["reason"])
     found = rank(
         copies,
-        evaluator=source,
+        evaluator=certifier or source,
+        model=source if certifier is not None else None,
         settings=settings,
         run_dir=run_dir,
         seed=seed,

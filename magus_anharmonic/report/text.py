@@ -38,7 +38,7 @@ class RankingView:
         """Those that are shown."""
         return self.rows[:SHOWN]
 
-    @property
+    @functools.cached_property
     def columns(self) -> list[Column]:
         """Those of the file in which a line has something."""
         return [c for c in columns_of(Candidate) if any(c.text(row) for row in self.lines)]

@@ -22,18 +22,19 @@ from typing import Any
 import numpy as np
 from ase import Atoms
 
-from magus_anharmonic.calculator_id import is_unnamed
 from magus_anharmonic.errors import InputError, reason_of
+from magus_anharmonic.evaluator import is_unnamed
 from magus_anharmonic.generation import (
     SearchState,
     after_generation,
-    checked_learning,
+    checked_labelers,
     first_model,
     newest_checkpoint,
     start,
 )
 from magus_anharmonic.io.files import read_jsonl
-from magus_anharmonic.ranking.structures import ranking_evaluator, reevaluate
+from magus_anharmonic.ranking.evaluators import ranking_evaluators
+from magus_anharmonic.ranking.structures import reevaluate
 from magus_anharmonic.report import report_at_end
 from magus_anharmonic.runs.lock import check_free, guarded, locked, remove_unfinished
 from magus_anharmonic.runs.record import (
@@ -109,11 +110,11 @@ def run(settings: Settings, directory: str | Path = ".", restart: bool = False) 
             stack.enter_context(locked(archive.anharmonic, WHAT))
             stack.enter_context(_recording(archive.anharmonic))
             remove_unfinished(archive.results, locked_folder=archive.anharmonic)
-        settings = checked_learning(settings, archive.anharmonic)
-        relaxer, evaluator = None, None
+        settings = checked_labelers(settings, archive.anharmonic)
+        relaxer, evaluator, certifier = None, None, None
         if not settings.from_scratch:  # what is wrong there ends before any file is touched
             relaxer = _relaxer(settings, archive, restart)
-            evaluator = ranking_evaluator(settings, relaxer.evaluator)
+            evaluator, certifier = ranking_evaluators(settings, relaxer.evaluator)
         if not restart:
             archive.directory.mkdir(parents=True, exist_ok=True)
             with guarded(
@@ -133,7 +134,7 @@ def run(settings: Settings, directory: str | Path = ".", restart: bool = False) 
             )
             settings = settings.model_copy(update={"seed": seed})
             relaxer = _relaxer(settings, archive, True)
-            evaluator = ranking_evaluator(settings, relaxer.evaluator)
+            evaluator, certifier = ranking_evaluators(settings, relaxer.evaluator)
         settings, known = _open(archive, settings, relaxer, restart)
         state = None
         if settings.learning is not None or settings.sscha is not None:
@@ -144,6 +145,7 @@ def run(settings: Settings, directory: str | Path = ".", restart: bool = False) 
                 potential=evaluator,
                 seed=settings.seed,
                 record=False,
+                certifier=certifier,
             )
         relaxer.run_dir = archive.anharmonic
         search = Search(settings, keys, relaxer, archive, state)

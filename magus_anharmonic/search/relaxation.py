@@ -17,7 +17,7 @@ from ase.stress import full_3x3_to_voigt_6_stress
 from magus_anharmonic.errors import MagusAnharmonicError
 from magus_anharmonic.evaluator import Evaluator, set_energy_errors
 from magus_anharmonic.io.files import remove
-from magus_anharmonic.ranking.structures import evaluator_of
+from magus_anharmonic.ranking.evaluators import evaluator_of
 from magus_anharmonic.runs.record import record_failures
 from magus_anharmonic.scheduler import Scheduling, is_remote, open_scheduler
 from magus_anharmonic.search.archive import read_frames, whole_frames, write_frames

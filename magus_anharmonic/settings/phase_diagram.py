@@ -10,7 +10,6 @@ from typing import Annotated, Any
 from pydantic import Field, field_validator, model_validator
 
 from magus_anharmonic.errors import InputError
-from magus_anharmonic.settings.search import OF_A_RANKING, SschaSettings
 from magus_anharmonic.settings.section import (
     FOUNDATION,
     Ascending,
@@ -29,6 +28,7 @@ from magus_anharmonic.settings.section import (
     load_yaml,
     parse,
 )
+from magus_anharmonic.settings.sscha import OF_A_RANKING, SschaSettings
 
 
 class PhaseSettings(Section):
@@ -174,6 +174,3 @@ def _masses(text: str) -> tuple[str, dict[str, float]]:
             " comma)"
         )
     return name, {symbol: float(mass) for symbol, mass in re.findall(pair, rest)}
-
-
-__all__ = ["PhaseDiagramSettings", "PhaseSettings", "grid_settings", "load_phase_diagram"]

@@ -47,6 +47,7 @@ class In:
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, strict=True)]
+Share = Annotated[int, Field(ge=0, strict=True)]
 
 
 def ascending(values: list[float]) -> list[float]:

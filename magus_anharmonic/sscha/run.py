@@ -203,7 +203,7 @@ class SschaRun:
         self.progress.pooled = pooled[-MAX_POOLED:]
         burn_in = n_configs is None and self.progress.burn_in
         few = size if burn_in and size < self.task.settings.n_configs else None
-        if len(ensemble.energies) < size:  # a surrogate learns from it first
+        if not ensemble.two_level and len(ensemble.energies) < size:  # one to learn from first
             few = len(ensemble.energies)
         return self._average(ensemble, strained, few)
 

@@ -10,7 +10,10 @@ one has a large error bar, and costs evaluations.
 How many: with deviations a of V_s - V_0 and b of V - V_s over pairs, and c the cost of the
 surrogate in evaluations of the truth, the variance a^2/n_0 + b^2/n_1 is cheapest at n_1/n_0 = (b/a)
 sqrt(c) (Neyman's allocation), where it costs (a sqrt(c) + b)^2 per unit of 1/variance instead of
-the a^2 of the truth alone. c is declared, not measured: numbers do not depend on the clock.
+the a^2 of the truth alone. c is declared, not measured: numbers do not depend on the clock. b is
+that of the forces (`left_by_forces`), which decide whether a sample is kept and how large it
+becomes: its own scatter must not, because a sample that is kept for its small scatter tells an
+error that is too small.
 """
 
 from __future__ import annotations
@@ -52,6 +55,11 @@ FEWEST_MORE = 4
 FAILURES = 3
 """Populations in which a surrogate that learns from each of them did not help, after which it is
 left out for good; one that does not learn has one."""
+FEWEST_LARGE = 200
+"""Configurations of the surrogate in such a population, at least."""
+AMPLE = 1.5
+"""Pairs of the surrogate over those that the tolerance asks for: ten pairs of the truth, which it
+is told by, know their scatter to a quarter."""
 SOON = 2 * FEWEST
 """Configurations of the truth in a population, above which a surrogate first learns from those at
 hand: the configurations of a new state make it better than the same number corrects it."""
@@ -71,6 +79,28 @@ def deviation(state: SschaState, ensemble: Ensemble) -> float:
     pull = ensemble.pull(state)
     harmonic = 0.5 * np.einsum("ci,ci->c", ensemble.displacements.reshape(pull.shape), pull)
     return float(pair_means(ensemble.energies - harmonic).std(ddof=1)) / state.n_cells
+
+
+MISMATCH = 2.0
+"""Times what the forces say: a scatter of the energies beyond it is of forces that do not belong to
+them."""
+
+
+def left_by_forces(state: SschaState, differences: Ensemble) -> float:
+    """Standard deviation of the pair means of V - V_s, from the forces of the `corrections`; eV per
+    primitive cell.
+
+    For a function of a Gaussian with covariance Psi, var g <= <g' Psi g'>, and half of that for an
+    even one (Poincare's inequality, Hermite order by order; an equality for quadratic g): that of
+    pair means, with the odd part of the forces. Ten pairs tell it to a tenth, where their scatter
+    is known to a third.
+    """
+    forces = differences.forces.reshape(len(differences.energies), -1)
+    odd = 0.5 * (forces[0::2] - forces[1::2])
+    squares = np.einsum("pi,pi->p", odd @ state.covariance, odd)
+    found = float(np.sqrt(0.5 * squares.mean())) / state.n_cells
+    scatter = deviation(state, differences)
+    return found if scatter < MISMATCH * found else scatter
 
 
 def allocation(a: float, b: float, cost: float, variance: float) -> tuple[float, float]:
@@ -133,10 +163,10 @@ class Sampler:
         return replace(found, stresses=np.zeros_like(found.stresses)) if none else found
 
     def judged(self, truth: Ensemble) -> tuple[Ensemble, float]:
-        """The `corrections` of ``truth``, and their deviation over that of V - V_0 in the truth;
-        raises ``SurrogateFailed`` where two levels cost more than `HELPS`."""
+        """The `corrections` of ``truth``, and their deviation (`left_by_forces`) over that of V -
+        V_0 in the truth; raises ``SurrogateFailed`` where two levels cost more than `HELPS`."""
         level = corrections(truth, self.at(truth.displacements))
-        left = deviation(self.state, level) / max(deviation(self.state, truth), 1e-12)
+        left = left_by_forces(self.state, level) / max(deviation(self.state, truth), 1e-12)
         if not (np.sqrt(self.cost) + left) ** 2 < HELPS:
             raise SurrogateFailed(f"it leaves {left:.2f} of the standard deviation of V - V_0")
         return level, left
@@ -154,12 +184,16 @@ def first_sample(
     ``truth``. Raises ``SurrogateFailed``, and ``LearnsFirst`` where more than ``most`` of the
     truth are needed.
 
-    The surrogate's sample is that of the first case in both, because minimisations live on it.
+    In the second case `AMPLE` pairs of the surrogate are drawn for each that the tolerance asks
+    for, and `FEWEST_LARGE` configurations at least: minimisations live on them.
     """
     level, left = sampler.judged(truth)
     pairs, cost = n_configs // 2, sampler.cost
+    if tolerance is not None:
+        enough = AMPLE * (deviation(sampler.state, truth) / tolerance) ** 2
+        pairs = min(pairs, max(FEWEST_LARGE // 2, int(np.ceil(enough))))
     large = sampler.of_surrogate(2 * int(np.ceil(pairs * (1.0 + left / np.sqrt(cost)))), 2)
-    a, b = deviation(sampler.state, large), deviation(sampler.state, level)
+    a, b = deviation(sampler.state, large), left_by_forces(sampler.state, level)
     wanted = max(a**2 / pairs, 0.0 if tolerance is None else tolerance**2)
     needed = b**2 / (wanted - a**2 / (len(large.energies) // 2)) if b > 0.0 else 0.0
     if 2.0 * needed > most:
@@ -178,7 +212,8 @@ def further_sample(sampler: Sampler, last: Ensemble, factor: float | None, most:
     same."""
     small = last.level > 0
     n_0, n_1 = int((~small).sum()) // 2, int(small.sum()) // 2
-    a, b = (deviation(sampler.state, last.part(own)) for own in (~small, small))
+    a = deviation(sampler.state, last.part(~small))
+    b = left_by_forces(sampler.state, last.part(small))
     wanted = min(0.95, factor or 0.5) * (a**2 / n_0 + b**2 / n_1)
     large, few = allocation(a, b, sampler.cost, wanted)
     truth = sampler.of_truth(_even(few - n_1, FEWEST_MORE, most), 1)

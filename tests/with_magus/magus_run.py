@@ -6,8 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
+from ase.calculators.emt import EMT
+from ase.io import read
 
 from magus_anharmonic.autoload import is_magus
 
@@ -108,3 +111,16 @@ def campaign(file):
 
 def write_input(folder, **changes):
     (folder / "input.yaml").write_text(yaml.safe_dump({**SEARCH, **changes}))
+
+
+def check_labels_by_emt(work):
+    """Four labels of the first round, each with the numbers of EMT for its own structure."""
+    labels = read(work / "results/anharmonic/labels/gen001.xyz", ":")
+    assert len(labels) == 4
+    for atoms in labels:
+        copy = atoms.copy()
+        copy.calc = EMT()
+        assert atoms.get_potential_energy() == pytest.approx(copy.get_potential_energy(), abs=1e-5)
+        assert np.allclose(atoms.get_forces(), copy.get_forces(), atol=1e-5), (
+            "forces belong to the structure they are stored with"
+        )

@@ -28,22 +28,27 @@ def population(magus_folder):
     made.fit_calcs = calculators
 
 
+def stock_emt(folder, **more):
+    """MAGUS's own calculator."""
+    from magus.calculators.emt import EMTCalculator
+
+    both = {
+        "workDir": str(folder),
+        "work_dir": str(folder),
+        "jobPrefix": "EMT",
+        "job_prefix": "EMT",
+    }
+    return EMTCalculator(**both, pressure=0, **more)
+
+
 def test_a_failed_single_point_keeps_the_energy_of_another_structure_there_and_not_here(
     magus_folder,
 ):
-    from magus.calculators.emt import EMTCalculator
-
     from magus_anharmonic.plugins.calculator import MatterSimCalculator
 
     wrong = bulk("Fe")
     wrong.info.update(energy=-99.0, forces=np.zeros((1, 3)), stress=np.zeros(6), enthalpy=-99.0)
-    stock = EMTCalculator(
-        jobPrefix="EMT",
-        job_prefix="EMT",
-        workDir=str(magus_folder),
-        work_dir=str(magus_folder),
-        pressure=0,
-    )
+    stock = stock_emt(magus_folder)
     (returned,) = stock.scf([wrong.copy()])
     assert returned.info["energy"] == -99.0, "EMT has no iron; MAGUS hands the old number back"
 
@@ -75,19 +80,10 @@ def test_two_calculators_of_one_name_overwrite_each_other_there_and_ours_stays(m
 
 @pytest.mark.parametrize("name", ["gpmin", "scipyfminbfgs", "scipyfmincg"])
 def test_optimisers_that_kill_a_search_there_are_refused_at_the_start_here(magus_folder, name):
-    from magus.calculators.emt import EMTCalculator
-
     from magus_anharmonic.errors import InputError
     from magus_anharmonic.settings import parse_settings
 
-    stock = EMTCalculator(
-        jobPrefix="EMT",
-        job_prefix="EMT",
-        workDir=str(magus_folder),
-        work_dir=str(magus_folder),
-        pressure=0,
-        optimizer=name,
-    )
+    stock = stock_emt(magus_folder, optimizer=name)
     with pytest.raises(TypeError, match="maxstep"):
         stock.relax([bulk("Al", a=4.2)])
     with pytest.raises(InputError, match="optimizer"):
@@ -182,12 +178,10 @@ def test_two_structures_of_one_identity_there_are_two_here(population):
 
 
 def test_every_step_of_a_relaxation_is_kept_there_and_two_frames_here(magus_folder):
-    from magus.calculators.emt import EMTCalculator
-
     from magus_anharmonic.plugins.calculator import MatterSimCalculator
 
     where = {"pressure": 0, "workDir": str(magus_folder), "work_dir": str(magus_folder)}
-    (stock,) = EMTCalculator(jobPrefix="EMT", job_prefix="EMT", **where).relax([bulk("Al", a=4.4)])
+    (stock,) = stock_emt(magus_folder).relax([bulk("Al", a=4.4)])
     assert len(stock.info["trajs"]) > 3
     (here,) = MatterSimCalculator(**ours(), MainCalculator=ours(), **where).relax(
         [bulk("Al", a=4.4)]

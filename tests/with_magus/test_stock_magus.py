@@ -6,9 +6,8 @@ import subprocess
 import time
 
 import numpy as np
-import pytest
 from ase.io import read
-from magus_run import LEARNING, command, magus, needs_magus, ours, write_input
+from magus_run import LEARNING, check_labels_by_emt, command, magus, needs_magus, ours, write_input
 
 from magus_anharmonic.io.files import read_jsonl
 from magus_anharmonic.runs.status import status
@@ -75,17 +74,7 @@ def test_the_ml_mode_learns_from_magus_s_own_calculator(work):
     result = magus(work, "search", "-m")
     assert result.returncode == 0, result.stdout[-3000:]
     check_results(work)
-    labels = read(work / "results/anharmonic/labels/gen001.xyz", ":")
-    assert len(labels) == 4
-    from ase.calculators.emt import EMT
-
-    for atoms in labels:
-        copy = atoms.copy()
-        copy.calc = EMT()
-        assert atoms.get_potential_energy() == pytest.approx(copy.get_potential_energy(), abs=1e-5)
-        assert np.allclose(atoms.get_forces(), copy.get_forces(), atol=1e-5), (
-            "forces belong to the structure they are stored with"
-        )
+    check_labels_by_emt(work)
 
 
 def test_a_killed_search_goes_on_with_its_labels_and_its_seed(work):
