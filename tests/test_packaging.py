@@ -49,7 +49,13 @@ def test_importing_the_package_takes_less_than_50_ms():
 
 @pytest.mark.parametrize(
     "module",
-    ["magus_anharmonic", "magus_anharmonic.settings", "magus_anharmonic.autoload", "ase.io"],
+    [
+        "magus_anharmonic",
+        "magus_anharmonic.settings",
+        "magus_anharmonic.autoload",
+        "ase.io",
+        "magus_anharmonic.ranking.structures",  # by an ASE calculator: two seconds a process
+    ],
 )
 def test_light_modules_load_neither_torch_nor_mattersim(module):
     code = (

@@ -7,7 +7,6 @@ how well it expects them, and what it costs against SSCHA.
 import copy
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 from ase import Atoms
@@ -18,6 +17,7 @@ from magus_anharmonic import free_energy, load
 from magus_anharmonic.potential.finetune import finetune
 from magus_anharmonic.potential.labelled import weights_by_error
 from magus_anharmonic.potential.trainer import refit_shift
+from magus_anharmonic.potential.uncertainty import _scale
 from magus_anharmonic.settings import FinetuneSettings
 from magus_anharmonic.structures import space_group
 
@@ -51,21 +51,34 @@ def relaxations(potential, model):
         print(f"{pressure} GPa, relaxed from R3m: on V {ends[0]}, on F {ends[1]}")
 
 
-def main(n, epochs, seed=1):
-    labels = read(HERE / "labels.xyz", ":")
+def trained_model(n, epochs=40, seed=1, file="labels.xyz"):
+    """A model of the first n training labels of the file, a third of which choose the epoch and
+    calibrate its errors; and the test labels."""
+    labels = read(HERE / file, ":")
     test = [atoms for atoms in labels if atoms.info["side"] == "test"]
     chosen = [atoms for atoms in labels if atoms.info["side"] == "train"][:n]
-    train, validation = chosen[: n * 3 // 4], chosen[n * 3 // 4 :]
-    potential = load(POTENTIAL, device="cpu")
-    module = copy.deepcopy(potential.module)
+    train, validation = chosen[: n * 2 // 3], chosen[n * 2 // 3 :]
+    module = copy.deepcopy(load(POTENTIAL, device="cpu").module)
     refit_shift(module, train)
     stage = FinetuneSettings(epochs=epochs, learning_rate=1e-3, batch_size=4, schedule="cosine")
-    out = Path(HERE) / "scratch" / f"model-{n}.pth"
+    out = HERE / "scratch" / f"{file.removesuffix('.xyz')}-{n}.pth"
     out.parent.mkdir(exist_ok=True)
     weights = weights_by_error(train)
     finetune(module, train, validation, stage, out=out, seed=seed, weights=weights)
-    model = load(out, device="cpu")
-    print(f"{len(train)} + {len(validation)} labels; {model.surface}")
+    return load(out, device="cpu"), test
+
+
+def own_error(left):
+    """Rms error of the model (eV/atom) that the labels' own errors do not explain."""
+    found = np.array([atoms.get_potential_energy() / len(atoms) for atoms in left])
+    label = np.array([atoms.info["label_energy_error"] / len(atoms) for atoms in left])
+    return _scale(found, np.ones(len(left)), label)
+
+
+def main(n, epochs):
+    model, test = trained_model(n, epochs)
+    potential = load(POTENTIAL, device="cpu")
+    print(f"{n} labels; {model.surface}; {model.error_model}")
     left = minus(test, model)
     kinds = sorted({atoms.info["kind"] for atoms in test})
     for kind in ["all", *kinds]:
@@ -74,6 +87,7 @@ def main(n, epochs, seed=1):
         rms = errors([left[i] for i in mine])
         print(f"{kind:9} {len(mine):3} labels: {rms} meV/atom, meV/A, GPa (labels {noise:.2f})")
     print(f"deviation over expected error: {calibration(model, test, left):.2f}")
+    print(f"error of the model itself: {1e3 * own_error(left):.2f} meV/atom")
     relaxations(potential, model)
     began = time.process_time()
     for _ in range(20):

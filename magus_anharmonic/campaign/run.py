@@ -22,7 +22,6 @@ from magus_anharmonic.campaign.steps import (
     Context,
     Outcome,
     Step,
-    StepRecord,
     assemble,
     plan,
     read_records,
@@ -42,6 +41,7 @@ from magus_anharmonic.paper.tables import Cost, FailureRow
 from magus_anharmonic.runs.folder import CampaignFolder
 from magus_anharmonic.runs.lock import locked
 from magus_anharmonic.runs.record import (
+    StepRecord,
     check_results_version,
     read_run_record,
     record_file,

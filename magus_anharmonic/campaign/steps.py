@@ -27,8 +27,7 @@ from magus_anharmonic.io.files import reading_table, remove, replacing_table, wr
 from magus_anharmonic.io.tables import write
 from magus_anharmonic.labelers import get_labeler
 from magus_anharmonic.runs.folder import CampaignFolder
-from magus_anharmonic.runs.record import StepRecord as StepRecord
-from magus_anharmonic.runs.record import read_steps
+from magus_anharmonic.runs.record import StepRecord, read_steps
 from magus_anharmonic.settings.campaign import CampaignSettings
 from magus_anharmonic.structures import stripped
 from magus_anharmonic.units import GPa

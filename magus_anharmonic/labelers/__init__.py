@@ -10,27 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from magus_anharmonic.errors import InputError, LabelerError, LabelerNotInstalled
-from magus_anharmonic.labelers.base import Code, Failure, Label, Labeler, Recipe, settings_hash
+from magus_anharmonic.labelers.base import Code, Failure, Label, Labeler, Recipe
 from magus_anharmonic.labelers.codes import REGISTRY, code_of
 from magus_anharmonic.labelers.pool import CallableLabeler, ScheduledLabeler, WorkerLabeler
 from magus_anharmonic.scheduler import Scheduling, available_cores, is_remote
 from magus_anharmonic.settings import LabelerSettings
 from magus_anharmonic.units import KELVIN
-
-__all__ = [
-    "REGISTRY",
-    "CallableLabeler",
-    "Code",
-    "Failure",
-    "Label",
-    "Labeler",
-    "Recipe",
-    "at_electronic_temperature",
-    "available",
-    "code_of",
-    "get_labeler",
-    "settings_hash",
-]
 
 
 def available(name: str, execution: Mapping[str, Any] | None = None) -> tuple[bool, str]:

@@ -210,17 +210,17 @@ def displacements_of(state: SschaState, structures: Sequence[Atoms], where: str)
 
 
 def load_labeler_settings(path: str | Path) -> LabelerSettings:
-    """Settings of the reference from a YAML file: the block ``labeler`` (or ``learning.labeler``),
-    or its keys themselves."""
+    """Settings of the reference from a YAML file: the block ``labeler`` (of a campaign too) or
+    ``learning.labeler``, or its keys themselves."""
     if not Path(path).is_file():
         raise InputError(
             f"{path}: no such file; needed is a YAML file with labeler: {{calculator: gpaw, ...}}"
         )
     data = load_yaml(path)
-    if isinstance(data.get("learning"), dict):
-        data = data["learning"]
-    if isinstance(data.get("labeler"), dict):
-        data = data["labeler"]
+    for block in (data, data.get("learning")):
+        if isinstance(block, dict) and isinstance(block.get("labeler"), dict):
+            data = block["labeler"]
+            break
     if "calculator" not in data:
         raise InputError(
             f"{path}: names no labeler: needed is labeler: {{calculator: gpaw | vasp | espresso |"

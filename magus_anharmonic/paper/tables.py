@@ -11,12 +11,9 @@ from typing import Any, ClassVar, Literal
 
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.io.digests import safe_name
-from magus_anharmonic.io.tables import TableFolder as TableFolder
-from magus_anharmonic.io.tables import cell as cell
 from magus_anharmonic.io.tables import columns as columns
 from magus_anharmonic.io.tables import read as read
 from magus_anharmonic.io.tables import read_if_there as read_if_there
-from magus_anharmonic.io.tables import rows_of as rows_of
 from magus_anharmonic.io.tables import write as write
 from magus_anharmonic.units import GPa
 

@@ -25,10 +25,10 @@ from magus_anharmonic.potential.graph import (
     Topology,
     build_graph,
     check,
-    expected_pairs,
     find_neighbours,
     find_topology,
 )
+from magus_anharmonic.potential.guards import expected_pairs
 from magus_anharmonic.potential.m3gnet import FactorisedM3GNet
 from magus_anharmonic.potential.relax import relax
 from magus_anharmonic.potential.resources import (
@@ -96,6 +96,7 @@ class Potential:
         self.cutoff = self.model.cutoff
         self.error_model = error_model
         self.surface = surface
+        self._farthest = 0.0
         self._edges_per_batch = edges_per_batch
         self.memory = memory_model(self.model, self.dtype)
         self._warned: set[int] = set()
@@ -195,7 +196,9 @@ class Potential:
             return
         usual = self.error_model.usual_energy_error
         far = energy_error > FAR * usual
-        if far.any():
+        # not at every step of a relaxation
+        if far.any() and energy_error.max() > 2.0 * self._farthest:
+            self._farthest = float(energy_error.max())
             logger.warning(
                 "free-energy model %s: %d of %d structures are far from its labels: expected"
                 " error of F up to %.0f meV/atom, usually below %.1f; make labels there",

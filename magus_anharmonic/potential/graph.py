@@ -88,15 +88,6 @@ def check(atoms: Atoms, where: str = "structure 0") -> None:
         )
 
 
-def expected_pairs(atoms: Atoms, cutoff: float) -> float:
-    """About how many pairs are closer than ``cutoff`` (Angstrom), from the density; all of them
-    without periodicity."""
-    n_atoms = len(atoms)
-    if not atoms.pbc.all():
-        return float(n_atoms**2)
-    return n_atoms**2 * 4.0 / 3.0 * np.pi * cutoff**3 / abs(atoms.cell.volume)
-
-
 def find_neighbours(
     atoms: Atoms, cutoff: float, where: str = "structure 0", *, coincident: float = COINCIDENT
 ) -> Neighbours:

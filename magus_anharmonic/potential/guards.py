@@ -71,6 +71,15 @@ def cell_volume(atoms: Atoms) -> float:
     return float(cell.volume)
 
 
+def expected_pairs(atoms: Atoms, cutoff: float) -> float:
+    """About how many pairs are closer than ``cutoff`` (Angstrom), from the density; all of them
+    without periodicity."""
+    n_atoms = len(atoms)
+    if not atoms.pbc.all():
+        return float(n_atoms**2)
+    return n_atoms**2 * 4.0 / 3.0 * np.pi * cutoff**3 / abs(atoms.cell.volume)
+
+
 def search_cell(atoms: Atoms, where: str = "the structure") -> np.ndarray:
     """Vectors (3, 3) of the same lattice in which neighbours are quickly found: those of the cell,
     unless it is very skewed.

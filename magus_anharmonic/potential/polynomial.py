@@ -33,7 +33,8 @@ from torch import Tensor
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.evaluator import Evaluation, has_stress
 from magus_anharmonic.io.digests import digest
-from magus_anharmonic.potential.graph import Graph, build_graph, expected_pairs, find_topology
+from magus_anharmonic.potential.graph import Graph, build_graph, find_topology
+from magus_anharmonic.potential.guards import expected_pairs
 
 DEGREE = 3
 RADIAL = (7, 5)

@@ -11,12 +11,12 @@ from ase import Atoms
 
 from magus_anharmonic.errors import is_machine_error, one_line
 from magus_anharmonic.evaluator import Relaxation
-from magus_anharmonic.potential.graph import expected_pairs
 from magus_anharmonic.potential.guards import (
     APART_AT_START,
     BOND_RANGE,
     CellGuard,
     SymmetryProjector,
+    expected_pairs,
     isolated,
     n_pieces,
     overlap,

@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING
 
 import psutil
 import torch
-from threadpoolctl import threadpool_limits
 
 from magus_anharmonic.errors import InputError
 
@@ -47,12 +46,13 @@ class MemoryModel:
 def memory_model(model: FactorisedM3GNet, dtype: torch.dtype) -> MemoryModel:
     """An upper bound of what torch allocates, a fifth above it for usual models.
 
-    Of each edge: what the backward pass needs of every block (`inference.Inference`), a gradient,
-    and the basis in float64 with its derivatives. Of each atom: tables and gradients of a block.
+    Of each edge: what the backward pass needs of every block (`layers.TorchLayers.n_kept`, and what
+    the compiled form keeps), a gradient, and the basis in float64 with its derivatives. Of each
+    atom: tables and gradients of a block, and the sums of the basis in float64.
     """
     units, blocks = model.units, len(model.module.graph_conv)  # type: ignore[arg-type]
-    per_edge = dtype.itemsize * (10 * blocks + 1) * units + 2800
-    return MemoryModel(per_edge, dtype.itemsize * (16 * units + 64))
+    per_edge = dtype.itemsize * (12 * blocks + 1) * units + 2800
+    return MemoryModel(per_edge, dtype.itemsize * (20 * units + 64) + 900)
 
 
 def chosen_device(asked: str | None) -> str:
@@ -107,16 +107,6 @@ def threads_for_training(module: torch.nn.Module) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def one_thread_for_small_matrices() -> contextlib.AbstractContextManager[object]:
-    """One thread for numpy's and scipy's linear algebra; torch keeps its own.
-
-    The Hessians and cells of a relaxation have less than a hundred rows: more threads only wait for
-    each other, and while they wait they take the cores from the evaluations (measured on two cores:
-    12.1 s with, 4.4 s without).
-    """
-    return threadpool_limits(1, user_api="blas")
 
 
 def run_side_by_side(tasks: Iterator[Callable[[], None]], n_threads: int) -> None:

@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from scipy.stats import norm
+from scipy.special import ndtri
 
 from magus_anharmonic.ranking.phases import AGREEMENT, GIBBS_TOLERANCE, Alike
 from magus_anharmonic.ranking.uncertainty import difference_error
@@ -142,7 +142,7 @@ class Rules:
         """Half width of the bounds in standard errors: one side, corrected for candidates times
         rounds (Bonferroni)."""
         comparisons = max(1, n_candidates) * self.max_populations
-        return float(norm.isf((1.0 - self.confidence) / comparisons))
+        return -float(ndtri((1.0 - self.confidence) / comparisons))
 
 
 def resolution(model_error: float | None, free_energy_tolerance: float) -> float:

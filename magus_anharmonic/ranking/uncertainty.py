@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.stats import norm
+from scipy.special import log_ndtr
 
 from magus_anharmonic.errors import DamagedFile
 from magus_anharmonic.evaluator import Evaluator
@@ -327,13 +327,13 @@ def probability_lowest(gibbs: Sequence[float], errors: Sequence[float]) -> np.nd
     if len(values) == 0:
         return np.zeros(0)
     edge = float((values + 8.0 * widths).min())
-    result = np.zeros(len(values))
+    result, steps = np.zeros(len(values)), np.linspace(-8.0, 8.0, 2001)
     for index in np.flatnonzero(values - 8.0 * widths <= edge):
-        grid = values[index] + widths[index] * np.linspace(-8.0, 8.0, 2001)
-        log_above = norm.logsf((grid[:, None] - values) / widths)
+        grid = values[index] + widths[index] * steps
+        log_above = log_ndtr((values - grid[:, None]) / widths)
         log_above[:, index] = 0.0
-        density = norm.pdf(grid, values[index], widths[index]) * np.exp(log_above.sum(axis=1))
-        result[index] = np.trapezoid(density, grid)
+        density = np.exp(log_above.sum(axis=1) - 0.5 * steps**2)
+        result[index] = np.trapezoid(density, steps)
     return result / result.sum()
 
 

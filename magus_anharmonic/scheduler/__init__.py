@@ -27,24 +27,6 @@ from magus_anharmonic.scheduler.base import (
 )
 from magus_anharmonic.settings import WorkerSettings
 
-__all__ = [
-    "MAX_DEATHS",
-    "THREAD_VARIABLES",
-    "Done",
-    "LocalScheduler",
-    "Scheduler",
-    "Scheduling",
-    "SerialScheduler",
-    "Shared",
-    "available_cores",
-    "changed",
-    "close_clusters",
-    "is_remote",
-    "open_scheduler",
-    "packed",
-    "unpack",
-]
-
 _CLUSTERS: dict[str, Scheduler] = {}
 
 

@@ -174,6 +174,3 @@ def _masses(text: str) -> tuple[str, dict[str, float]]:
             " comma)"
         )
     return name, {symbol: float(mass) for symbol, mass in re.findall(pair, rest)}
-
-
-__all__ = ["PhaseDiagramSettings", "PhaseSettings", "grid_settings", "load_phase_diagram"]

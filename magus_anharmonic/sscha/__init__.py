@@ -12,5 +12,3 @@ from __future__ import annotations
 from magus_anharmonic.settings.born import Born
 from magus_anharmonic.sscha.gibbs import free_energy
 from magus_anharmonic.sscha.result import SschaResult
-
-__all__ = ["Born", "SschaResult", "free_energy"]

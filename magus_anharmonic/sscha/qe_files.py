@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 from scipy.spatial import cKDTree
-from scipy.stats import chi2
+from scipy.special import chdtr, chdtrc, chdtri
 
 from magus_anharmonic.errors import InputError, one_line, typed_line
 from magus_anharmonic.gate import check_structure
@@ -394,7 +394,7 @@ def require_sampled_from(state: SschaState, displacements: np.ndarray, where: st
     )
     ratios = squares / variance(hbar_omega, at)
     if _belongs(ratios, n):
-        likely = TEMPERATURES[deviance - deviance.min() < chi2.isf(0.05, 1)]
+        likely = TEMPERATURES[deviance - deviance.min() < chdtri(1, 0.05)]
         said = "%s: fits %g K; by its displacements alone between %.0f and %.0f K (95 per cent)"
         log.info(said, where, at, *likely[[0, -1]])
         if _is_off(ratios, n, DOUBTFUL):
@@ -419,7 +419,7 @@ def require_sampled_from(state: SschaState, displacements: np.ndarray, where: st
 
 def _chance(value: np.ndarray | float, degrees: int) -> np.ndarray:
     """Probability that a chi squared is as far off, to either side."""
-    return 2.0 * np.minimum(chi2.sf(value, degrees), chi2.cdf(value, degrees))
+    return 2.0 * np.minimum(chdtrc(degrees, value), chdtr(degrees, value))
 
 
 def _is_off(ratios: np.ndarray, n: int, doubt: float) -> bool:

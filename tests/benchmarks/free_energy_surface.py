@@ -1,0 +1,264 @@
+"""A learned free energy of H3S against the SSCHA that it learned from: ``OMP_NUM_THREADS=1 python
+tests/benchmarks/free_energy_surface.py``.
+
+The labels are stored (``inputs/h3s-free-energy``); models are trained here. Searches begin with
+random crystals of low symmetry at 130 GPa, the same ones on the static surface and on the free
+energy. Seconds are of the processor. Every row prints what was measured beside its bar; the exit
+code is 0 only if all hold. A row that would begin after ``--limit`` seconds by the clock is not
+measured, which is no bar that holds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib.util
+import logging
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+from ase.io import read
+
+HERE = Path(__file__).resolve().parent
+INPUT = HERE.parents[1] / "inputs" / "h3s-free-energy"
+# this folder holds a file with the name of python-sscha's package, and it comes first
+sys.path = [path for path in sys.path if Path(path).resolve() != HERE]
+sys.path.insert(0, str(INPUT))
+
+from evaluate import calibration, own_error, r3m, trained_model  # noqa: E402
+from learn import POTENTIAL, errors, minus  # noqa: E402
+
+from magus_anharmonic.potential import load  # noqa: E402
+from magus_anharmonic.ranking.candidate import read_ranking  # noqa: E402
+from magus_anharmonic.ranking.certify import calibration as of_certified  # noqa: E402
+from magus_anharmonic.ranking.store import FreeEnergyStore  # noqa: E402
+from magus_anharmonic.runs.folder import SearchFolder  # noqa: E402
+from magus_anharmonic.search.host import run  # noqa: E402
+from magus_anharmonic.settings import parse_settings  # noqa: E402
+from magus_anharmonic.sscha.gibbs import free_energy  # noqa: E402
+from magus_anharmonic.structures import space_group, with_isotopes  # noqa: E402
+
+PRESSURE, N_LABELS, N_RANDOM, SEEDS = 130.0, 30, 20, (1, 2, 3, 4, 5)
+"""GPa; labels that a model has; crystals of a search; seeds of the searches."""
+IM3M = "Im-3m (229)"
+SSCHA = {"supercell": [2, 2, 2], "n_configs": 200, "hessian": 0, "seed_back": False}
+
+
+def beside(name):
+    """A script of this folder, which is not on the path."""
+    specification = importlib.util.spec_from_file_location(f"{name}_benchmark", HERE / f"{name}.py")
+    module = sys.modules[specification.name] = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+Bar = beside("two_levels").Bar
+
+
+@functools.cache
+def potential():
+    return load(POTENTIAL, device="cpu")
+
+
+@functools.cache
+def model(file="labels.xyz", n=N_LABELS):
+    """The model of the stored labels, and the labels that it has not seen."""
+    return trained_model(n, file=file)
+
+
+def accuracy():
+    """On labels of other seeds and other families."""
+    found, test = model()
+    left = minus(test, found)
+    energy, force, stress = errors(left)
+    motion = [atoms.get_potential_energy() / len(atoms) for atoms in minus(test, potential())]
+    kinds = Counter(atoms.info["kind"] for atoms in test)
+    noise = np.sqrt(np.mean([atoms.info["label_energy_error"] ** 2 for atoms in test])) * 250
+    zero_point = 0.1 * energy / np.mean(motion)
+    return [
+        Bar("training labels", N_LABELS, 0, 200, ""),
+        Bar("held-out labels", len(test), 60, np.inf, str(dict(kinds))),
+        Bar("F - V, RMSE, meV/atom", energy, 0, 3, f"the labels' own errors: {noise:.2f}"),
+        Bar("dF/dR, RMSE, meV/A", force, 0, 60, ""),
+        Bar("stress, RMSE, GPa", stress, 0, 1, ""),
+        Bar("zero-point part, %", zero_point, 0, 1.5, f"of {1e3 * np.mean(motion):.0f} meV/atom"),
+        Bar("deviation over expected error", calibration(found, test, left), 0.7, 1.4, ""),
+    ]
+
+
+def cost():
+    """Processor time of one cell by the model, and of the SSCHA with the error that it has."""
+    found, test = model()
+    error = own_error(minus(test, found))
+    found.evaluate(test[:1])
+    began = time.process_time()
+    for _ in range(20):
+        found.evaluate(test[:1])
+    each = (time.process_time() - began) / 20
+    keys = {"supercell": (2, 2, 2), "n_configs": 100, "centroids": "fixed", "seed": 2}
+    began = time.process_time()
+    own = free_energy(test[0], potential(), **keys)
+    spent = (time.process_time() - began) * (own.gibbs_error / error) ** 2
+    text = f"{1e3 * each:.1f} ms; SSCHA with {1e3 * error:.2f} meV/atom: {spent:.1f} s"
+    return [Bar("SSCHA over model, time of F, dF/dR and stress", spent / each, 1e3, np.inf, text)]
+
+
+def search(seed, block, folder, **keys):
+    """The lowest structure of a search, its force evaluations, and its SSCHA runs."""
+    given = {
+        "symbols": ["S", "H"], "formula": [1, 3], "formulaType": "fix", "min_n_atoms": 4,
+        "max_n_atoms": 4, "spacegroup": [5, 8, 146, 160], "pPri": 0.5, "pressure": PRESSURE,
+        "popSize": N_RANDOM, "initSize": N_RANDOM, "saveGood": 2, "numGen": 1, "d_ratio": 0.6,
+        "volume_ratio": 2.7, "dE": 0.001, "Fitness": ["Enthalpy"], "seed": seed,
+        "scheduler": "serial",
+        "MainCalculator": {"calculator": "mattersim", "eps": 0.02, "maxStep": 400, **block},
+    }  # fmt: skip
+    outcome = run(parse_settings({**given, **keys}), folder)
+    relaxed = read(folder / "results" / "raw1.traj", ":")
+    relaxations = sum(atoms.info["n_evaluations"] for atoms in relaxed)
+    file = SearchFolder(folder / "results" / "anharmonic").free_energies
+    runs = list(FreeEnergyStore(file).runs()) if file.exists() else []
+    sscha = sum(one.free_energy.n_evaluations for one in runs)
+    return outcome.good[0], relaxations + sscha, runs
+
+
+def free_energy_block(found):
+    return {"checkpoint": str(found.path), "surface": "free-energy"}
+
+
+def lowest_certified(runs):
+    ranked = [one for one in runs if one.ranked]
+    return min(ranked, key=lambda one: one.gibbs).free_energy if ranked else None
+
+
+@functools.cache
+def on_free_energy():
+    """Of every seed: the lowest structure and the lowest certified one of a search on F; force
+    evaluations of all of them and of the labels, in words too; and their SSCHA runs."""
+    found, test = model()
+    lowest, certified, runs, spent = [], [], [], 0
+    keys = {"sscha": {**SSCHA, "evaluator": POTENTIAL, "max_candidates": 20}}
+    for seed in SEEDS:
+        with tempfile.TemporaryDirectory() as scratch:
+            own = search(seed, free_energy_block(found), Path(scratch) / "f", **keys)
+        lowest.append(space_group(own[0], 0.03))
+        certified.append(lowest_certified(own[2]))
+        spent += own[1]
+        runs += own[2]
+    known = [atoms.info["n_evaluations"] for atoms in test if "n_evaluations" in atoms.info]
+    labels = round(N_LABELS * np.mean(known))
+    text = f"{spent} in {len(SEEDS)} searches, {labels} in {N_LABELS} labels"
+    return lowest, certified, spent + labels, text, runs
+
+
+def searches():
+    """Both surfaces from the same random crystals."""
+    groups = []
+    for seed in SEEDS:
+        with tempfile.TemporaryDirectory() as scratch:
+            best, *_ = search(seed, {"checkpoint": POTENTIAL}, Path(scratch) / "v")
+        groups.append(space_group(best, 0.03))
+    lowest, certified, _, _, runs = on_free_energy()
+    names = ["none" if one is None else one.space_group for one in certified]
+    static = sum(group != IM3M for group in groups)
+    return [
+        Bar("seeds whose lowest on V is not Im-3m", static, 5, 5, ", ".join(groups)),
+        Bar("seeds whose lowest on F is Im-3m", lowest.count(IM3M), 5, 5, ", ".join(lowest)),
+        Bar("seeds whose certified best is Im-3m", names.count(IM3M), 5, 5, str(of_certified(runs))),
+    ]  # fmt: skip
+
+
+def today():
+    """A search on V with SSCHA on its best 20, the first seed; the other seeds are taken to cost
+    the same."""
+    *_, spent, text, _ = on_free_energy()
+    keys = {"sscha": {**SSCHA, "max_candidates": 20}, "Fitness": ["SSCHA"]}
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "t"
+        _, evaluations, runs = search(1, {"checkpoint": POTENTIAL}, folder, **keys)
+        table = read_ranking(SearchFolder(folder / "results" / "anharmonic").ranking)
+    best = next(row for row in table if row.rank_quantum == 1)
+    one_phase = {row.spg_quantum for row in table if best.id in (row.id, row.same_as)}
+    text += f"; {evaluations} in one of today's with SSCHA of {len(runs)}, times {len(SEEDS)}"
+    return [
+        Bar("force evaluations over those of today's searches", spent / (len(SEEDS) * evaluations),
+            0, 1, text),
+        Bar("today's winner is the same", IM3M in one_phase, 1, 1, ", ".join(sorted(one_phase))),
+    ]  # fmt: skip
+
+
+def hot():
+    """300 K: a model of its own labels."""
+    if not (INPUT / "labels-300K.xyz").exists():
+        return [Bar("300 K", None, 0, 1, "no labels are stored")]
+    found, test = model("labels-300K.xyz", 13)
+    energy, force, _ = errors(minus(test, found))
+    keys = {"sscha": {**SSCHA, "evaluator": POTENTIAL, "temperature": 300, "max_candidates": 20}}
+    with tempfile.TemporaryDirectory() as scratch:
+        best, _, runs = search(1, free_energy_block(found), Path(scratch) / "f", **keys)
+    winner = lowest_certified(runs)
+    return [
+        Bar("300 K: F - V, RMSE, meV/atom", energy, 0, 3, f"{len(test)} labels, {force} meV/A"),
+        Bar("300 K: the lowest on F is Im-3m", space_group(best, 0.03) == IM3M, 1, 1, ""),
+        Bar("300 K: the certified best is Im-3m", winner is not None and winner.space_group == IM3M,
+            1, 1, str(of_certified(runs))),
+    ]  # fmt: skip
+
+
+def heavy():
+    """D3S: relaxed on a model of its own labels, against its own SSCHA."""
+    if not (INPUT / "labels-D3S.xyz").exists():
+        return [Bar("D3S", None, 0, 1, "no labels are stored")]
+    found, test = model("labels-D3S.xyz", 12)
+    energy, force, _ = errors(minus(test, found))
+    masses = found.surface.masses
+    (end,) = found.relax([with_isotopes(r3m(0), masses)], PRESSURE)
+    own = free_energy(end.atoms, potential(), PRESSURE, supercell=(2, 2, 2), n_configs=200, seed=3)
+    apart = 1e3 * (own.gibbs_raw - end.enthalpy)
+    return [
+        Bar("D3S: F - V, RMSE, meV/atom", energy, 0, 3, f"{len(test)} labels, {force} meV/A"),
+        Bar("D3S: R3m relaxes to Im-3m on F", space_group(end.atoms, 0.03) == IM3M, 1, 1, ""),
+        Bar("D3S: G by SSCHA minus G by the model, meV/atom", apart, -3, 3,
+            f"+- {1e3 * own.gibbs_error:.2f}, {own.space_group}"),
+    ]  # fmt: skip
+
+
+ROWS = {
+    "accuracy": accuracy,
+    "cost": cost,
+    "searches": searches,
+    "today": today,
+    "300K": hot,
+    "D3S": heavy,
+}
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", nargs="+", choices=ROWS, help="rows to run")
+    parser.add_argument(
+        "--limit", type=float, default=2100.0, help="seconds after which no further row begins"
+    )
+    options = parser.parse_args()
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
+    begun, bars = time.monotonic(), []
+    for name in options.only or ROWS:
+        if time.monotonic() - begun > options.limit:
+            found = [Bar(name, None, 0.0, np.inf, "no time was left")]
+        else:
+            found = ROWS[name]()
+        bars += found
+        print("\n".join(bar.line() for bar in found), flush=True)
+    print(f"{sum(bar.holds for bar in bars)} of {len(bars)} bars hold")
+    return 0 if all(bar.holds for bar in bars) else 1
+
+
+if __name__ == "__main__":
+    beside("ranking").on_one_thread()
+    sys.exit(main())
