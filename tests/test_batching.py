@@ -18,11 +18,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from magus_anharmonic.errors import InputError, MachineError, MagusAnharmonicError, is_out_of_memory
-from magus_anharmonic.potential import checkpoint, evaluate, kernels, load, loading
+from magus_anharmonic.potential import checkpoint, edge_basis, evaluate, kernels, load, loading
 from magus_anharmonic.potential.evaluate import Potential
 from magus_anharmonic.potential.graph import build_graph, find_topology
 from magus_anharmonic.potential.inference import Workspace
-from magus_anharmonic.potential.kernels import Kernels
+from magus_anharmonic.potential.layers import TorchLayers
 from magus_anharmonic.potential.m3gnet import FactorisedM3GNet
 from magus_anharmonic.potential.resources import (
     MemoryModel,
@@ -312,7 +312,8 @@ def test_an_evaluation_takes_no_more_memory_than_the_model_of_it_says(blocks, un
     # most edges are within the three-body cutoff, as in dense hydrides
     (more, many), (less, few) = peak(1.38, 30), peak(1.38, 10)
     per_edge = (more - less - 20 * lone) / (many - few)
-    assert 0.5 * memory.per_edge < per_edge < memory.per_edge
+    # of narrow models most is the basis, of which the compiled form keeps a quarter
+    assert 0.25 * memory.per_edge < per_edge < memory.per_edge
 
 
 def test_a_model_that_is_evaluated_wrongly_stops_the_run(tiny_checkpoint, monkeypatch):
@@ -351,45 +352,69 @@ def test_a_model_is_checked_once_per_process(tiny_checkpoint, monkeypatch):
     assert calls == [first]
 
 
-@pytest.mark.parametrize("threads", [1, 3])
-def test_the_compiled_loops_are_torchs(threads):
-    compiled = kernels._native()
+@pytest.mark.parametrize("n_edges", [2, 103, 20_000])
+def test_the_compiled_layers_are_torchs(n_edges):
+    compiled = kernels.library()
     if compiled is None:
         pytest.skip("no C compiler")
-    before = torch.get_num_threads()
+    form = functools.partial(kernels.NativeLayers, functions=compiled)
+    for seed in range(3):
+        assert kernels.disagreement(form, seed, n_edges) < 1e-5
+
+
+def test_the_compiled_edge_basis_is_torchs():
+    compiled = kernels.library()
+    if compiled is None:
+        pytest.skip("no C compiler")
+    form = functools.partial(edge_basis.NativeBasis, functions=compiled)
+    for seed in range(5):
+        assert edge_basis.disagreement(form, seed) < 3e-6
+
+
+def test_compiled_layers_give_the_same_numbers_whatever_the_number_of_threads():
+    compiled = kernels.library()
+    if compiled is None:
+        pytest.skip("no C compiler")
+    form = functools.partial(kernels.NativeLayers, functions=compiled)
+    before, found = torch.get_num_threads(), []
     try:
-        torch.set_num_threads(threads)
-        for seed in range(5):
-            assert kernels.disagreement(compiled, seed) < 5e-6
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            found.append(kernels.exercise(form, 20_000, 32, 0))
     finally:
         torch.set_num_threads(before)
+    for one, three in zip(*found, strict=True):
+        # but for what torch's own products of a few rows do
+        np.testing.assert_allclose(one, three, atol=1e-5 * float(one.abs().max()))
 
 
-def test_wrong_compiled_loops_are_noticed():
-    class Wrong(Kernels):
-        def three_forward(self, y, edge):
-            edge += 1.0001 * (
-                y[:, : edge.shape[1]]
-                * y[:, : edge.shape[1]].sigmoid()
-                * y[:, edge.shape[1] :].sigmoid()
-            )
+def test_wrong_compiled_layers_are_noticed():
+    class Wrong(TorchLayers):
+        def forward(self, layer, kept, gates, *rest):
+            super().forward(layer, kept, 1.0001 * gates, *rest)
 
-    assert kernels.disagreement(Wrong()) > 1e-5
+    assert kernels.disagreement(Wrong) > 1e-5
 
 
-def test_torch_alone_gives_the_same_numbers(potential, h3s, monkeypatch):
+@pytest.mark.parametrize("units", [16, 24])
+def test_torch_alone_gives_the_same_numbers(units, h3s, monkeypatch):
+    """Units that no compiled form takes do with the compiled edge basis alone."""
+    from mattersim.forcefield.m3gnet.m3gnet import M3Gnet
+
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        potential = Potential(M3Gnet(num_blocks=2, units=units, device="cpu"))
     structures = displaced(h3s(3.0), 3, 0.05)
     compiled = potential.evaluate(structures)
-    monkeypatch.setattr(
-        "magus_anharmonic.potential.inference.kernels_for", lambda example: Kernels()
-    )
-    assert_same(potential.evaluate(structures), compiled, 2e-6)
+    monkeypatch.setattr(kernels, "_checked_functions", lambda: None)
+    monkeypatch.setattr(edge_basis, "_checked_functions", lambda: None)
+    assert_same(potential.evaluate(structures), compiled, 5e-6)
 
 
 def test_without_a_compiler_everything_works_and_the_log_says_so(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(kernels, "COMPILERS", ("no-such-compiler",))
     with caplog.at_level(logging.INFO):
-        assert kernels._native.__wrapped__() is None
+        assert kernels.library.__wrapped__() is None
     assert "no C compiler" in caplog.text
     monkeypatch.setattr(kernels, "COMPILERS", ("false",))
     with pytest.raises(OSError, match="cannot compile"):

@@ -2,6 +2,7 @@
 restartable."""
 
 import copy
+import inspect
 import json
 import math
 
@@ -128,6 +129,9 @@ def test_steps_equal_stock_mattersim(loss, student, train_set, validation_set):
         stress_loss_ratio=5.0,
     )
     stock = Stock(copy.deepcopy(student), device="cpu", lr=1e-3)
+    # in mattersim 1.2.5 the default batches give triplets of later structures bonds of the first
+    newer = "batch_converter" in inspect.signature(build_dataloader).parameters
+    batches_right = {"batch_converter": True} if newer else {}
 
     def stock_losses(structures, mode):
         stresses = [atoms.get_stress(voigt=False) / GPa for atoms in structures]
@@ -136,7 +140,7 @@ def test_steps_equal_stock_mattersim(loss, student, train_set, validation_set):
             [atoms.get_forces() for atoms in structures],
         )
         loader = build_dataloader(
-            structures, energies, forces, stresses, batch_size=2, shuffle=False
+            structures, energies, forces, stresses, batch_size=2, shuffle=False, **batches_right
         )
         function = torch_loss(loss)
         return [

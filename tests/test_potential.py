@@ -19,7 +19,7 @@ from magus_anharmonic.errors import CheckpointError, InputError, MagusAnharmonic
 from magus_anharmonic.potential import checkpoint, load
 from magus_anharmonic.potential.evaluate import Potential
 from magus_anharmonic.potential.graph import build_graph
-from magus_anharmonic.potential.inference import BLOCK_BYTES
+from magus_anharmonic.potential.layers import BLOCK_BYTES
 
 
 def stock_results(path, structures):

@@ -1,23 +1,10 @@
-"""Elementwise kernels of the edges, compiled, with torch as the fallback.
+"""The main blocks of M3GNet over all edges, compiled, for single precision on a CPU.
 
-The elementwise parts of M3GNet's gated edge networks between two matrix products, for a block of
-edges.
-
-`Kernels` computes them with torch, for every device and precision;
-`magus_anharmonic.potential.kernels` with one compiled loop each (``edge_kernels.c``), for single
-precision on a CPU. Symbols: a gated network of u units has a first layer, whose sums ``before`` (B,
-2 u) hold both branches side by side, and a second, whose sums ``y`` (B, 2 u) are again (inner |
-gate); its output is silu(inner) * sigmoid(gate) * weight, with weight = e0 @ beside, or the silu of
-that for the network of the atoms. All arrays are contiguous; what ends in ``_`` in a signature's
-description is changed in place.
-
-``edge_kernels.c``, compiled at first use with the C compiler of the machine, as a replacement for
-torch's elementwise operations.
-
-The library goes to the user's cache folder, under a name made of the source, the compiler and the
-processor, so that machines that share a home do not share it. Without a compiler, or where the
-compiled functions do not give torch's numbers, everything works with torch alone, only slower; the
-log says so once.
+``edge_kernels.c`` is compiled at first use with the C compiler of the machine. The library goes to
+the user's cache folder, under a name made of the source, the compiler and the processor, so that
+machines that share a home do not share it. Without a compiler, or where the compiled functions do
+not give torch's numbers (`magus_anharmonic.potential.layers`), everything works with torch alone,
+only slower; the log says so once.
 """
 
 from __future__ import annotations
@@ -30,134 +17,30 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import silu
 
 from magus_anharmonic.errors import one_line
 from magus_anharmonic.io.digests import digest
 from magus_anharmonic.io.files import replacing
+from magus_anharmonic.potential.graph import Graph
+from magus_anharmonic.potential.layers import EdgeNetwork, Layer, TorchLayers
 from magus_anharmonic.processes import run_bounded
-
-_silu = torch.ops.aten.silu
-_silu_backward = torch.ops.aten.silu_backward
-_sigmoid_backward = torch.ops.aten.sigmoid_backward
-
-
-class Kernels:
-    """The torch form."""
-
-    def first_forward(
-        self,
-        centre: Tensor,
-        neighbour: Tensor,
-        own: Tensor,
-        other: Tensor,
-        before: Tensor,
-        hidden: Tensor,
-    ) -> None:
-        """before_ += own[centre] + other[neighbour]; hidden_ = silu(before)."""
-        before += own.index_select(0, centre)
-        before += other.index_select(0, neighbour)
-        _silu.out(before, out=hidden)
-
-    def first_backward(
-        self,
-        centre: Tensor,
-        neighbour: Tensor,
-        before: Tensor,
-        by_hidden: Tensor,
-        by_own: Tensor,
-        by_other: Tensor,
-    ) -> None:
-        """by_hidden_ (gradient by silu(before)) becomes that by ``before``, and is added to
-        by_own_[centre] and by_other_[neighbour]."""
-        _silu_backward.grad_input(by_hidden, before, grad_input=by_hidden)
-        add_rows(by_own, centre, by_hidden)
-        add_rows(by_other, neighbour, by_hidden)
-
-    def edge_forward(self, basis: Tensor, beside: Tensor, y: Tensor, edge: Tensor) -> None:
-        """edge_ (B, u) += the network's output; basis (B, 4), beside (4, u)."""
-        edge.addcmul_(basis @ beside, _gated(y))
-
-    def atom_forward(
-        self, basis: Tensor, beside: Tensor, y: Tensor, centre: Tensor, atom: Tensor
-    ) -> None:
-        """atom_[centre] += the network's output; atom (N, u) is float64."""
-        add_rows(atom, centre, silu(basis @ beside, inplace=True).mul_(_gated(y)).to(atom.dtype))
-
-    def edge_backward(
-        self,
-        basis: Tensor,
-        beside: Tensor,
-        y: Tensor,
-        gradient: Tensor,
-        index: None,
-        by_y: Tensor,
-        by_basis: Tensor,
-    ) -> None:
-        """by_y_ (B, 2 u) from the gradient by the output (B, u); by_basis_ (B, 4) grows."""
-        by_weight = _gated_backward(y, basis @ beside, gradient, by_y)
-        by_basis.addmm_(by_weight, beside.T)
-
-    def atom_backward(
-        self,
-        basis: Tensor,
-        beside: Tensor,
-        y: Tensor,
-        by_atom: Tensor,
-        centre: Tensor,
-        by_y: Tensor,
-        by_basis: Tensor,
-    ) -> None:
-        """As `edge_backward`, from the gradient by the atom features (N, u)."""
-        raw = basis @ beside
-        by_weight = _gated_backward(y, silu(raw), by_atom.index_select(0, centre), by_y)
-        by_basis.addmm_(_silu_backward(by_weight, raw), beside.T)
-
-    def three_forward(self, y: Tensor, edge: Tensor) -> None:
-        """edge_ (B, u) += silu(inner) * sigmoid(gate)."""
-        edge += _gated(y)
-
-    def three_backward(self, y: Tensor, gradient: Tensor, by_y: Tensor) -> None:
-        """by_y_ (B, 2 u) from the gradient by the output (B, u)."""
-        _gated_backward(y, None, gradient, by_y)
-
-
-def _gated(y: Tensor) -> Tensor:
-    inner, gate = y.chunk(2, 1)
-    return silu(inner).mul_(gate.sigmoid())
-
-
-def _gated_backward(y: Tensor, weight: Tensor | None, gradient: Tensor, by_y: Tensor) -> Tensor:
-    """Gradient by the weight (B, u); by_y is filled."""
-    inner, gate = y.chunk(2, 1)
-    by_inner, by_gate = by_y.chunk(2, 1)
-    sigma = gate.sigmoid()
-    by_weight = gradient * silu(inner)
-    weighted = gradient if weight is None else gradient * weight
-    by_inner.copy_(_silu_backward(weighted * sigma, inner))
-    by_gate.copy_(_sigmoid_backward(by_weight if weight is None else by_weight * weight, sigma))
-    return by_weight.mul_(sigma)
-
-
-def add_rows(target: Tensor, index: Tensor, rows: Tensor) -> None:
-    """``target[index] += rows``; with an expanded index scatter_add is faster than index_add on a
-    CPU."""
-    target.scatter_add_(0, index[:, None].expand_as(rows), rows)
-
 
 logger = logging.getLogger(__name__)
 
-SOURCE = Path(__file__).with_name("edge_kernels.c")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("edge_kernels.c", "edge_basis.c"))
 COMPILERS = ("cc", "gcc", "clang")
 _FLAGS = (
     "-O3",
-    "-std=c11",
+    "-std=gnu11",
     "-shared",
     "-fPIC",
+    "-ffp-contract=fast",
     "-fno-math-errno",
     "-fno-trapping-math",
     "-fopenmp",
@@ -165,66 +48,181 @@ _FLAGS = (
 _OPTIONAL = (("-march=native", "-mprefer-vector-width=512"), ("-march=native",), ())
 _TIMEOUT = 60.0  # s
 _AGREEMENT = 1e-5
+PANEL = 16
+"""Columns of a packed matrix that lie together; the units of a compiled model are a multiple."""
 
 
-_SIZED_BY = {
-    "first_forward": (4, 1),
-    "first_backward": (2, 1),
-    **dict.fromkeys(("edge_forward", "atom_forward", "edge_backward", "atom_backward"), (2, 2)),
-    **dict.fromkeys(("three_forward", "three_backward"), (0, 2)),
-}
-"""Of the compiled functions: the argument that has their rows, and into how many widths its columns
-are divided."""
+def structure(name: str, **fields: Any) -> type[ctypes.Structure]:
+    """The ctypes form of a struct of the C file."""
+    return type(name, (ctypes.Structure,), {"_fields_": list(fields.items())})
 
 
-class NativeKernels(Kernels):
-    """The compiled form; float32 on a CPU, with as many threads as torch uses."""
+def pointers(names: str) -> dict[str, Any]:
+    return dict.fromkeys(names.split(), ctypes.c_void_p)
 
-    def __init__(self, library: ctypes.CDLL) -> None:
-        self._library = library
-        for name in _SIZED_BY:
-            setattr(self, name, functools.partial(self._call, name))
 
-    def _call(self, name: str, *arrays: Tensor | None) -> None:
-        if not all(array is None or array.is_contiguous() for array in arrays):
-            raise ValueError(f"{name}: an array is not contiguous")
-        place, parts = _SIZED_BY[name]
-        rows, columns = arrays[place].shape  # type: ignore[union-attr]
-        getattr(self._library, name)(
-            ctypes.c_long(rows),
-            ctypes.c_long(columns // parts),
-            *(None if one is None else ctypes.c_void_p(one.data_ptr()) for one in arrays),
-            ctypes.c_long(torch.get_num_threads()),
+_Network = structure("network", **pointers("bond bond_back second second_bias second_back beside"))
+_Layer = structure("layer", **pointers("three three_back"), edge=_Network, atom=_Network)
+_Graph = structure(
+    "graph",
+    **dict.fromkeys(("units", "n_edges", "near", "n_atoms"), ctypes.c_long),
+    **pointers("centre neighbour basis threebody"),
+)
+_Pass = structure("pass", **pointers("gates tables by_atom edge kept by_basis by_threebody"))
+
+
+def address(array: Tensor | None) -> int | None:
+    if array is None:
+        return None
+    if not array.is_contiguous():
+        raise ValueError("an array is not contiguous")
+    return array.data_ptr()
+
+
+def _arguments(*arrays: Tensor | None) -> list[Any]:
+    """Of a compiled function: arrays, and how many threads it may use."""
+    threads = ctypes.c_long(torch.get_num_threads())
+    return [*(ctypes.c_void_p(address(array)) for array in arrays), threads]
+
+
+def _packed(matrix: Tensor) -> Tensor:
+    """(..., rows, columns) with the columns in panels."""
+    *rest, rows, columns = matrix.shape
+    panels = matrix.reshape(*rest, rows, columns // PANEL, PANEL)
+    return panels.transpose(-3, -2).contiguous()
+
+
+class _Packed:
+    """Weights of a layer as the C file wants them; owns their memory."""
+
+    def __init__(self, layer: Layer) -> None:
+        self._arrays: list[Tensor] = []
+        self.struct = _Layer(
+            self._keep(_packed(layer.three.T)),
+            self._keep(_packed(layer.three)),
+            self._network(layer.edge),
+            self._network(layer.atom),
+        )
+
+    def _keep(self, array: Tensor) -> int | None:
+        self._arrays.append(array)
+        return address(array)
+
+    def _network(self, network: EdgeNetwork) -> Any:
+        return _Network(
+            self._keep(_packed(network.bond.T)),
+            self._keep(_packed(network.bond)),
+            self._keep(_packed(network.second.mT)),
+            self._keep(network.second_bias),
+            self._keep(_packed(network.second)),
+            self._keep(network.beside),
         )
 
 
-def kernels_for(example: Tensor) -> Kernels:
-    """The fastest kernels for tensors like ``example``."""
-    if example.device.type == "cpu" and example.dtype == torch.float32:
-        return _native() or Kernels()
-    return Kernels()
+class NativeLayers(TorchLayers):
+    """The compiled form of `TorchLayers`, with as many threads as torch uses."""
+
+    def __init__(
+        self, graph: Graph, radial: Tensor, threebody: Tensor, units: int, functions: ctypes.CDLL
+    ) -> None:
+        self._native, self._arrays = functions, (graph, radial, threebody)
+        self._packed: dict[Layer, _Packed] = {}
+        self._graph = _Graph(
+            units, len(radial), graph.n_near, len(graph.numbers),
+            *map(address, (graph.centre, graph.neighbour, radial, threebody)),
+        )  # fmt: skip
+
+    @staticmethod
+    def n_kept(graph: Graph, units: int) -> int:
+        return units * (10 * len(graph.centre) + 2 * graph.n_near)
+
+    def _run(
+        self,
+        layer: Layer,
+        *arrays: Tensor | None,
+        atom: Tensor | None = None,
+        sums: Tensor | None = None,
+    ) -> None:
+        if layer not in self._packed:
+            self._packed[layer] = _Packed(layer)
+        failed = self._native.layer_pass(
+            ctypes.byref(self._graph),
+            ctypes.byref(self._packed[layer].struct),
+            ctypes.byref(_Pass(*map(address, arrays))),
+            *_arguments(atom, sums),
+        )
+        if failed:
+            raise MemoryError("no memory for the sums over the edges of an atom")
+
+    def encode(self, beside: Tensor) -> Tensor:
+        edge = beside.new_empty(self._graph.n_edges, self._graph.units)
+        self._native.encode(ctypes.byref(self._graph), *_arguments(beside, edge))
+        return edge
+
+    def encode_backward(self, beside: Tensor, by_edge: Tensor, by_radial: Tensor) -> None:
+        arrays = _arguments(beside, by_edge, by_radial)
+        self._native.encode_backward(ctypes.byref(self._graph), *arrays)
+
+    def forward(
+        self, layer: Layer, kept: Tensor, gates: Tensor, tables: Tensor, edge: Tensor, atom: Tensor
+    ) -> None:
+        self._run(layer, gates, tables, None, edge, kept, None, None, atom=atom)
+
+    def backward(
+        self,
+        layer: Layer,
+        kept: Tensor,
+        gates: Tensor,
+        by_atom: Tensor,
+        by_edge: Tensor,
+        by_radial: Tensor,
+        by_threebody: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        n_atoms, units = by_atom.shape
+        sums = gates.new_zeros(n_atoms * (16 + 8 * units))
+        self._run(layer, gates, None, by_atom, by_edge, kept, by_radial, by_threebody, sums=sums)
+        by_gates, by_tables = sums.split([16 * n_atoms, 8 * units * n_atoms])
+        return by_gates.view(-1, 16), by_tables.view(4, n_atoms, 2 * units)
+
+
+def layers_for(graph: Graph, radial: Tensor, threebody: Tensor, units: int) -> TorchLayers:
+    """The fastest form for tensors like ``radial``."""
+    if radial.device.type == "cpu" and radial.dtype == torch.float32 and units % PANEL == 0:
+        functions = _checked_functions()
+        if functions is not None:
+            return NativeLayers(graph, radial, threebody, units, functions)
+    return TorchLayers(graph, radial, threebody, units)
 
 
 @functools.cache
-def _native() -> NativeKernels | None:
-    """The compiled kernels, once per process; None where there are none."""
+def _checked_functions() -> ctypes.CDLL | None:
+    """The compiled functions, once per process; None where there are none, or they differ from
+    torch's."""
+    functions = library()
+    if functions is None:
+        return None
+    difference = disagreement(functools.partial(NativeLayers, functions=functions))
+    if difference < _AGREEMENT:
+        return functions
+    logger.warning(
+        "compiled kernels differ from torch by %.1e and are not used (compiler of this machine?)",
+        difference,
+    )
+    return None
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """What is compiled, once per process; None without a compiler. Who uses a function of it
+    compares it with torch first."""
     try:
-        kernels = NativeKernels(ctypes.CDLL(str(compiled(cache_folder()))))
+        return ctypes.CDLL(str(compiled(cache_folder())))
     except (OSError, subprocess.SubprocessError) as error:
         logger.info(
             "the evaluation works with torch alone, at half the speed or less: %s",
             one_line(error, 200),
         )
         return None
-    difference = disagreement(kernels)
-    if not difference < _AGREEMENT:
-        logger.warning(
-            "compiled kernels differ from torch by %.1e and are not used (compiler of this"
-            " machine?)",
-            difference,
-        )
-        return None
-    return kernels
 
 
 def cache_folder() -> Path:
@@ -239,7 +237,13 @@ def compiled(folder: Path) -> Path:
     if compiler is None:
         raise OSError(f"no C compiler ({', '.join(COMPILERS)}) in PATH")
     identity = "\n".join(
-        [SOURCE.read_text(encoding="utf-8"), compiler, platform.machine(), _processor(), *_FLAGS]
+        [
+            *(one.read_text(encoding="utf-8") for one in SOURCES),
+            compiler,
+            platform.machine(),
+            _processor(),
+            *_FLAGS,
+        ]
     )
     library = folder / f"edge_kernels-{digest(identity, length=16)}.so"
     if not library.is_file():
@@ -251,12 +255,12 @@ def _compile(compiler: str, library: Path) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         built = Path(scratch) / "edge_kernels.so"
         for optional in _OPTIONAL:
-            command = [compiler, *_FLAGS, *optional, str(SOURCE), "-o", str(built), "-lm"]
+            command = [compiler, *_FLAGS, *optional, *map(str, SOURCES), "-o", str(built), "-lm"]
             done = run_bounded(command, _TIMEOUT)
             if done.returncode == 0:
                 break
         else:
-            raise OSError(f"{compiler} cannot compile {SOURCE.name}: {done.stderr}")
+            raise OSError(f"{compiler} cannot compile {SOURCES[0].name}: {done.stderr}")
         library.parent.mkdir(parents=True, exist_ok=True)
         with replacing(library) as temporary:
             shutil.copyfile(built, temporary)
@@ -272,40 +276,57 @@ def _processor() -> str:
     return "\n".join(sorted({line for line in lines if line.split(":")[0].strip() in wanted}))
 
 
-def disagreement(kernels: Kernels, seed: int = 0) -> float:
-    """Largest difference between ``kernels`` and the torch form on random blocks; NaN counts as
-    infinite."""
+def disagreement(
+    form: Callable[[Graph, Tensor, Tensor, int], TorchLayers], seed: int = 0, n_edges: int = 103
+) -> float:
+    """Largest difference between the layers that ``form`` makes and torch's, relative to the
+    largest number of an array, on random graphs; NaN counts as infinite."""
     worst = 0.0
-    for rows, units in ((5, 3), (40, 32)):
-        results = [_exercise(form, rows, units, seed) for form in (kernels, Kernels())]
+    for units in (16, 64):
+        results = [exercise(one, n_edges, units, seed) for one in (form, TorchLayers)]
         for ours, theirs in zip(*results, strict=True):
-            worst = max(worst, torch.nan_to_num(ours - theirs, torch.inf).abs().max().item())
+            difference = torch.nan_to_num(ours - theirs, torch.inf).abs().max()
+            worst = max(worst, float(difference / theirs.abs().max()))
     return worst
 
 
-def _exercise(kernels: Kernels, rows: int, units: int, seed: int) -> list[Tensor]:
-    """All that the kernels write, from the same random numbers; some of them far out in the
-    tails."""
-    generator, n_atoms = torch.Generator().manual_seed(seed), 4
+def exercise(
+    form: Callable[[Graph, Tensor, Tensor, int], TorchLayers], n_edges: int, units: int, seed: int
+) -> list[Tensor]:
+    """All that a pass forth and back writes, from the same random numbers; some sums far out in
+    the tails."""
+    generator, n_atoms, n_near = torch.Generator().manual_seed(seed), 4, n_edges // 2
 
-    def random(rows: int, columns: int = 2 * units) -> Tensor:
-        return torch.randn(rows, columns, generator=generator)
+    def random(*shape: int, scale: float = 1.0) -> Tensor:
+        return scale * torch.randn(*shape, generator=generator)
 
-    centre = torch.arange(rows) * n_atoms // rows
-    neighbour = torch.randint(0, n_atoms, (rows,), generator=generator)
-    before, hidden, y, by_hidden, *by_y = (random(rows) for _ in range(7))
-    y[0, ::2], before[0, ::2], before[-1, 1::2] = -60.0, -100.0, 100.0
-    own, other, by_own, by_other = (random(n_atoms) for _ in range(4))
-    weights = random(rows, 4), 0.5 * random(4, units)
-    edge, three, gradient = (random(rows, units) for _ in range(3))
-    atom, by_atom = random(n_atoms, units).double(), random(n_atoms, units)
-    by_basis = [random(rows, 4) for _ in range(2)]
-    kernels.first_forward(centre, neighbour, own, other, before, hidden)
-    kernels.edge_forward(*weights, y, edge)
-    kernels.atom_forward(*weights, y, centre, atom)
-    kernels.three_forward(y, three)
-    kernels.edge_backward(*weights, y, gradient, None, by_y[0], by_basis[0])
-    kernels.atom_backward(*weights, y, by_atom, centre, by_y[1], by_basis[1])
-    kernels.three_backward(y, gradient, by_y[2])
-    kernels.first_backward(centre, neighbour, before, by_hidden, by_own, by_other)
-    return [before, hidden, edge, atom, three, *by_y, *by_basis, by_hidden, by_own, by_other]
+    def network() -> EdgeNetwork:
+        scale = units**-0.5
+        return EdgeNetwork(
+            random(2 * units, 3 * units, scale=scale), random(2 * units),
+            random(2, units, units, scale=scale), random(2, units), random(4, units, scale=0.5),
+        )  # fmt: skip
+
+    def no(kind: torch.dtype) -> Tensor:
+        return torch.empty(0, dtype=kind)
+
+    layer = Layer(random(16, units), random(16), random(2 * units, 16), network(), network())
+    centre = torch.arange(n_edges) * n_atoms // n_edges
+    neighbour = torch.randint(0, n_atoms, (n_edges,), generator=generator)
+    graph = Graph(
+        centre, neighbour, random(n_edges, 3), n_near, no(torch.long), torch.ones(n_atoms),
+        no(torch.long), no(torch.float32), (n_atoms,),
+    )  # fmt: skip
+    radial, threebody = random(n_edges, 4), random(n_near, 16)
+    passes = form(graph, radial, threebody, units)
+    atom, edge = random(n_atoms, units), random(n_edges, units)
+    edge[0, ::2], edge[-1, ::2] = -60.0, 60.0
+    gates, tables, result = layer.gates(atom), layer.tables(atom), atom.double()
+    kept, beside = torch.empty(passes.n_kept(graph, units)), random(4, units)
+    first = passes.encode(beside)
+    passes.forward(layer, kept, gates, tables, edge, result)
+    by_atom, by_edge = random(n_atoms, units), random(n_edges, units)
+    by_radial, by_threebody = random(n_edges, 4), random(n_near, 16)
+    found = passes.backward(layer, kept, gates, by_atom, by_edge, by_radial, by_threebody)
+    passes.encode_backward(beside, by_edge, by_radial)
+    return [first, result, edge, by_edge, by_radial, by_threebody, *found]

@@ -46,12 +46,13 @@ class MemoryModel:
 def memory_model(model: FactorisedM3GNet, dtype: torch.dtype) -> MemoryModel:
     """An upper bound of what torch allocates, a fifth above it for usual models.
 
-    Of each edge: what the backward pass needs of every block (`inference.Inference`), a gradient,
-    and the basis in float64 with its derivatives. Of each atom: tables and gradients of a block.
+    Of each edge: what the backward pass needs of every block (`layers.TorchLayers.n_kept`, and what
+    the compiled form keeps), a gradient, and the basis in float64 with its derivatives. Of each
+    atom: tables and gradients of a block, and the sums of the basis in float64.
     """
     units, blocks = model.units, len(model.module.graph_conv)  # type: ignore[arg-type]
-    per_edge = dtype.itemsize * (10 * blocks + 1) * units + 2800
-    return MemoryModel(per_edge, dtype.itemsize * (16 * units + 64))
+    per_edge = dtype.itemsize * (12 * blocks + 1) * units + 2800
+    return MemoryModel(per_edge, dtype.itemsize * (20 * units + 64) + 900)
 
 
 def chosen_device(asked: str | None) -> str:

@@ -9,7 +9,9 @@ because other programs may run; ``--structures`` says how many are used.
 import argparse
 import copy
 import functools
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -24,6 +26,9 @@ from mattersim.forcefield.potential import Potential as StockPotential
 from magus_anharmonic.potential.labelled import LabelledGraphs
 from magus_anharmonic.potential.trainer import Trainer
 from magus_anharmonic.settings import FinetuneSettings
+
+sys.path.insert(0, str(Path(__file__).parent))
+from evaluation import RIGHT_BATCHES
 
 BARS = {(3, 128): 3.0, (2, 32): 8.0}
 """Blocks and units of the model, and the ratio that is claimed at least."""
@@ -66,6 +71,7 @@ def stock_epoch(module, structures, batch_size):
         stresses,
         batch_size=batch_size,
         shuffle=True,
+        **RIGHT_BATCHES,
     )
     loss = torch.nn.HuberLoss(delta=0.01)
     return lambda: stock.train_one_epoch(
@@ -114,8 +120,7 @@ def measure(blocks, units, n_structures, piece, seed):
 
 
 def row(size, rounds):
-    """Ratio for `potential.py`: 16 structures per round, at most 48, on one thread."""
-    torch.set_num_threads(1)
+    """Ratio for `potential.py`: 16 structures per round, at most 48."""
     return measure(*size, n_structures=16 * min(rounds, 3), piece=16, seed=7)
 
 
