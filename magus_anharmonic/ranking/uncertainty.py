@@ -35,7 +35,7 @@ from magus_anharmonic.errors import DamagedFile
 from magus_anharmonic.evaluator import Evaluator
 from magus_anharmonic.io.files import read_whole
 from magus_anharmonic.ranking.candidate import Candidate, by_composition
-from magus_anharmonic.sscha.ensemble import Ensemble, pair_means
+from magus_anharmonic.sscha.ensemble import Ensemble
 from magus_anharmonic.sscha.result import (
     PROGRESS,
     SschaResult,
@@ -132,10 +132,8 @@ def samples_of(folder: Path) -> Samples | None:
     for number, (state, ensemble) in populations.items():
         if ensemble.two_level:
             return None
-        u = ensemble.displacements.reshape(len(ensemble.energies), -1)
-        harmonic = 0.5 * np.einsum("ci,ci->c", u @ state.full, u)
-        excess[number] = pair_means(ensemble.energies - harmonic) / len(state.supercell)
-        size = u.shape[1]
+        excess[number] = ensemble.excess(state) / len(state.atoms)
+        size = 3 * len(state.supercell)
     return Samples(excess, size) if excess else None
 
 

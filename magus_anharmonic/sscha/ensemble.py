@@ -146,6 +146,12 @@ class Ensemble:
         pull[self.level > 0] = 0.0
         return pull
 
+    def excess(self, state: SschaState, weights: np.ndarray | None = None) -> np.ndarray:
+        """V - V_0 of the pairs (`pair_means`), eV per primitive cell; of level 1 alone, V - V_s."""
+        pull = self.pull(state)
+        harmonic = 0.5 * np.einsum("ci,ci->c", self.displacements.reshape(pull.shape), pull)
+        return pair_means(self.energies - harmonic, weights, self.level) / state.n_cells
+
 
 @dataclass(frozen=True)
 class Averages:
@@ -191,12 +197,17 @@ def pair_means(
     """(n, ...) to (n/2, ...): the mean of each +u/-u pair.
 
     With ``weights`` (n,): numbers whose mean is sum(w x) / sum(w), and whose scatter is that of
-    this ratio to first order. With ``level`` (n,) of two levels: numbers whose mean is the sum of
-    those of the levels, and whose scatter gives the covariance of this sum: what
-    `standard_error`, `covariance_of_mean` and `quadratic_decrease` make of them is unbiased.
+    this ratio to first order. With ``level`` (n,) of two levels (two pairs or more of each):
+    numbers whose mean is the sum of those of the levels, and whose scatter gives the covariance of
+    this sum: what `standard_error`, `covariance_of_mean` and `quadratic_decrease` make of them is
+    unbiased.
     """
-    if level is not None and level.any():
-        return _both_levels(values, weights, level)
+    if level is not None and level.any() and not level.all():
+        mean, pairs = 0.0, np.empty((len(values) // 2, *values.shape[1:]))
+        for own in (level == 0, level > 0):
+            found = pair_means(values[own], None if weights is None else weights[own])
+            mean, pairs[own[0::2]] = mean + found.mean(axis=0), found
+        return mean + level_deviations(pairs, level[0::2])
     if weights is None:
         return 0.5 * (values[0::2] + values[1::2])
     share = weights / weights.mean()
@@ -205,20 +216,15 @@ def pair_means(
     return mean + pair_means(share * (values - mean))
 
 
-def _both_levels(values: np.ndarray, weights: np.ndarray | None, level: np.ndarray) -> np.ndarray:
-    """`pair_means` of two levels, each with two pairs or more."""
-    means, pairs = [], np.empty((len(values) // 2, *values.shape[1:]))
-    for number in (0, 1):
-        own = level == number
-        found = pair_means(values[own], None if weights is None else weights[own])
-        means.append(found.mean(axis=0))
-        pairs[own[0::2]] = level_scale(len(found), len(pairs)) * (found - means[-1])
-    return means[0] + means[1] + pairs
-
-
-def level_scale(n: int, total: int) -> float:
-    """Factor of deviations of ``n`` of ``total`` numbers, to count as in the mean of the n."""
-    return float(np.sqrt(total * (total - 1.0) / (n * (n - 1.0))))
+def level_deviations(values: np.ndarray, level: np.ndarray) -> np.ndarray:
+    """Of ``values`` (n, ...) from the mean of their own level (n,), times what makes them count as
+    in the sum of the levels' means."""
+    total, found = len(level), np.empty_like(values)
+    for own in (level == 0, level > 0):
+        n, part = int(own.sum()), values[own]
+        scale = np.sqrt(total * (total - 1.0) / (n * (n - 1.0)))
+        found[own] = scale * (part - part.mean(axis=0))
+    return found
 
 
 def _parts(level: np.ndarray, n_parts: int) -> list[list[np.ndarray]]:
@@ -268,10 +274,8 @@ def average(
     ``cell``: how stiff the cell is, where it may change.
     """
     n_configs, level = len(ensemble.energies), ensemble.level
-    u, pull = ensemble.displacements.reshape(n_configs, -1), ensemble.pull(state)
-    residual = ensemble.forces.reshape(n_configs, -1) + pull
-    harmonic = 0.5 * np.einsum("ci,ci->c", u, pull)
-    excess = pair_means(ensemble.energies - harmonic, weights, level) / state.n_cells
+    u, residual = ensemble.residual(state)
+    excess = ensemble.excess(state, weights)
     volume = state.supercell.get_volume()
     virial = np.einsum("cai,caj->cij", ensemble.forces, ensemble.displacements) / volume
     stresses = symmetry.tensor(
@@ -381,15 +385,11 @@ def curvature_along(state: SschaState, ensemble: Ensemble, unit: np.ndarray) -> 
     # <d2V> of this very ensemble instead of the force constants, which come from another one
     own = -(u @ (state.precision @ direction))[:, 0] * (residual @ direction)[:, 0] / state.n_cells
     total = parts.sum(axis=0)
-    against = (
-        np.array([np.sum(part * (total - part) * response) for part in parts])
-        / (len(parts) - 1)
-        / state.n_cells
-    )
+    mixed = [np.sum(part * (total - part) * response) for part in parts]
+    against = np.array(mixed) / (len(parts) - 1) / state.n_cells
     linear = np.array([sum(own[chosen].mean() for chosen in part) for part in rows])
-    return stiffness * float(1.0 + linear.mean() + against.mean()), stiffness * float(
-        standard_error(linear + 2.0 * against)
-    )
+    error = float(standard_error(linear + 2.0 * against))
+    return stiffness * float(1.0 + linear.mean() + against.mean()), stiffness * error
 
 
 def _third_orders(

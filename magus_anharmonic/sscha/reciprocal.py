@@ -24,7 +24,7 @@ from ase import Atoms
 from ase.geometry import minkowski_reduce
 
 from magus_anharmonic.errors import SschaError
-from magus_anharmonic.sscha.ensemble import Ensemble, level_scale, static_response
+from magus_anharmonic.sscha.ensemble import Ensemble, level_deviations, static_response
 from magus_anharmonic.sscha.nonanalytic import NonAnalytic, dipole_squares
 from magus_anharmonic.sscha.state import (
     SschaState,
@@ -169,13 +169,8 @@ class Samples:
         mean: each level about its own mean, see `ensemble.pair_means`."""
         if not self.level.any():
             return values
-        found = values.copy()
-        for number in (0, 1):
-            own = self.level == number
-            factor = own.sum() / len(own)
-            deviations = factor * (values[own] - values[own].mean(axis=0))
-            found[own] = level_scale(int(own.sum()), len(own)) * deviations
-        return found
+        factors = _level_factors(self.level).reshape(-1, *(1,) * (values.ndim - 1))
+        return level_deviations(values / factors, self.level)
 
 
 def _level_factors(level: np.ndarray) -> np.ndarray:

@@ -29,7 +29,7 @@ import numpy as np
 from magus_anharmonic.errors import is_machine_error, typed_line
 from magus_anharmonic.evaluator import Evaluation, Evaluator
 from magus_anharmonic.sscha.engines import minimise
-from magus_anharmonic.sscha.ensemble import Ensemble, joined, pair_means
+from magus_anharmonic.sscha.ensemble import Ensemble, joined
 from magus_anharmonic.sscha.start import evaluated, sample_ensemble
 from magus_anharmonic.sscha.state import (
     LARGEST_AMPLITUDE_LATER,
@@ -76,9 +76,7 @@ def corrections(truth: Ensemble, surrogate: Ensemble) -> Ensemble:
 def deviation(state: SschaState, ensemble: Ensemble) -> float:
     """Standard deviation of the pair means of V - V_0, eV per primitive cell; of differences, of V
     - V_s."""
-    pull = ensemble.pull(state)
-    harmonic = 0.5 * np.einsum("ci,ci->c", ensemble.displacements.reshape(pull.shape), pull)
-    return float(pair_means(ensemble.energies - harmonic).std(ddof=1)) / state.n_cells
+    return float(ensemble.excess(state).std(ddof=1))
 
 
 MISMATCH = 2.0
