@@ -65,7 +65,7 @@ def test_equal_free_energies_or_equal_structures_alone_make_no_phase():
     falling = {"a0": standing(0.0, 1e-4, 5e-3), "a1": standing(0.0, 1e-4, 5e-3)}
     assert "a1" in verdicts(falling, THREE, alike=first_letter("state")), "both fall alike"
     assert not verdicts(falling, THREE, alike=first_letter("end")), "one may fall alone"
-    once = {name: replace(one, n_populations=1) for name, one in falling.items()}
+    once = {name: standing(0.0, 1e-4, 5e-3, n_populations=1) for name in falling}
     assert not verdicts(once, THREE, alike=first_letter("state"))
 
 
