@@ -10,6 +10,7 @@ from ase.io import read
 from magus_run import LEARNING, check_labels_by_emt, command, magus, needs_magus, ours, write_input
 
 from magus_anharmonic.io.files import read_jsonl
+from magus_anharmonic.ranking.candidate import read_ranking
 from magus_anharmonic.runs.status import status
 
 pytestmark = needs_magus
@@ -75,6 +76,40 @@ def test_the_ml_mode_learns_from_magus_s_own_calculator(work):
     assert result.returncode == 0, result.stdout[-3000:]
     check_results(work)
     check_labels_by_emt(work)
+
+
+def test_a_search_on_the_free_energy_makes_its_labels_and_certifies_its_best(work):
+    """As in the embedded host (test_free_energy_search.py): a potential is what it begins on."""
+    potential = "h3s-gpaw-small"
+    small = {"evaluator": potential, "supercell": [1, 1, 1]}
+    write_input(
+        work,
+        symbols=["S", "H"],
+        formula=[1, 3],
+        min_n_atoms=4,
+        max_n_atoms=4,
+        pressure=150,
+        volume_ratio=2.7,
+        spacegroup=[160],
+        pPri=1.0,
+        saveGood=1,
+        Fitness=["Enthalpy"],
+        MainCalculator=ours(checkpoint=potential, surface="free-energy", eps=0.1, max_step=100),
+        learning={**LEARNING, "labeler": {"calculator": "sscha", "n_configs": 20, **small}},
+        sscha={**small, "n_configs": 40, "max_candidates": 2, "hessian": 0},
+    )
+    result = magus(work, "search")
+    assert result.returncode == 0, result.stdout[-3000:]
+    folder = work / "results/anharmonic"
+    newest = read_jsonl(folder / "metrics.jsonl")[-1]["new_model"]
+    table = read_ranking(folder / "ranking.csv")
+    best = min(
+        (row for row in table if row.gibbs_predicted is not None), key=lambda r: r.rank_static
+    )
+    assert {row.predicted_by for row in table if row.gibbs_predicted is not None} == {newest}
+    assert best.free_energy.gibbs_raw is not None, "what is lowest has been certified"
+    good = read(work / "results/good.traj", ":")
+    assert {frame.info["model"] for frame in good} == {newest}
 
 
 def test_a_killed_search_goes_on_with_its_labels_and_its_seed(work):
