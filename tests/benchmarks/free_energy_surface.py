@@ -198,14 +198,19 @@ def hot():
     found, test = model("labels-300K.xyz", 13)
     energy, force, _ = errors(minus(test, found))
     keys = {"sscha": {**SSCHA, "evaluator": POTENTIAL, "temperature": 300, "max_candidates": 20}}
-    with tempfile.TemporaryDirectory() as scratch:
-        best, _, runs = search(1, free_energy_block(found), Path(scratch) / "f", **keys)
-    winner = lowest_certified(runs)
+    lowest, certified, runs = [], [], []
+    for seed in SEEDS:
+        with tempfile.TemporaryDirectory() as scratch:
+            best, _, own = search(seed, free_energy_block(found), Path(scratch) / "f", **keys)
+        winner = lowest_certified(own)
+        lowest.append(space_group(best, 0.03))
+        certified.append("none" if winner is None else winner.space_group)
+        runs += own
     return [
         Bar("300 K: F - V, RMSE, meV/atom", energy, 0, 3, f"{len(test)} labels, {force} meV/A"),
-        Bar("300 K: the lowest on F is Im-3m", space_group(best, 0.03) == IM3M, 1, 1, ""),
-        Bar("300 K: the certified best is Im-3m", winner is not None and winner.space_group == IM3M,
-            1, 1, str(of_certified(runs))),
+        Bar("300 K: seeds whose lowest on F is Im-3m", lowest.count(IM3M), 5, 5, ", ".join(lowest)),
+        Bar("300 K: seeds whose certified best is Im-3m", certified.count(IM3M), 5, 5,
+            str(of_certified(runs))),
     ]  # fmt: skip
 
 
