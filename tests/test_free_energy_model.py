@@ -383,7 +383,7 @@ def test_the_stored_labels_of_h3s_are_of_one_surface_of_the_shipped_potential(po
     assert weights_by_error(stored) is not None and not outliers(stored)
 
 
-@pytest.mark.full
+@pytest.mark.slow
 def test_thirty_labels_give_f_its_gradient_and_stress_of_sixty_held_out_ones(monkeypatch):
     """H3S at 0 K, stored labels; the held-out ones are of other seeds, 42 of other families."""
     monkeypatch.syspath_prepend(ROOT / "inputs" / "h3s-free-energy")
