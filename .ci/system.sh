@@ -33,7 +33,7 @@ find_python() {
 apt_python() {
     command -v apt-get > /dev/null || return 1
     say "installing Python's venv with apt-get"
-    { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq python3 python3-venv python3-dev; } > /dev/null 2>&1
+    { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get -o DPkg::Lock::Timeout=300 install -y -qq python3 python3-venv python3-dev; } > /dev/null 2>&1
 }
 
 has_library() { # has_library NAME HEADER LIBRARY: by pkg-config, else by compiling two lines
@@ -65,7 +65,7 @@ check_system() {
     if [ "$(id -u)" = 0 ] && command -v apt-get > /dev/null; then
         say "missing on this machine: $missing; installing with apt-get"
         log=$(mktemp)
-        if ! { apt-get update -qq && DEBIAN_FRONTEND=noninteractive $APT_LINE -qq; } > "$log" 2>&1; then
+        if ! { apt-get update -qq && DEBIAN_FRONTEND=noninteractive ${APT_LINE/apt-get/apt-get -o DPkg::Lock::Timeout=300} -qq; } > "$log" 2>&1; then
             tail -n 15 "$log" >&2
             fail "apt-get could not install them" "the line was: $APT_LINE"
         fi
