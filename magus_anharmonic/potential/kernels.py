@@ -33,7 +33,9 @@ from magus_anharmonic.processes import run_bounded
 
 logger = logging.getLogger(__name__)
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("edge_kernels.c", "edge_basis.c"))
+SOURCES = tuple(
+    Path(__file__).with_name(name) for name in ("edge_kernels.c", "edge_basis.c", "polynomial.c")
+)
 COMPILERS = ("cc", "gcc", "clang")
 _FLAGS = (
     "-O3",

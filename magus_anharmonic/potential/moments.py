@@ -1,0 +1,396 @@
+"""Moments of the neighbours of an atom, and what a polynomial of second order in them gives.
+
+The functions behind `polynomial`, whose symbols these are: A and its derivatives, the energies,
+forces and virials of a batch of structures (`sums`), and what the coefficients multiply there
+(`features`). Both are compiled (``polynomial.c``, by `kernels`): a fifth and a tenth of the time of
+torch's, which are used where there is no compiler.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from ase import Atoms
+from torch import Tensor
+
+from magus_anharmonic.errors import InputError
+from magus_anharmonic.potential.graph import Graph, build_graph, find_topology
+from magus_anharmonic.potential.guards import expected_pairs
+from magus_anharmonic.potential.kernels import address, library, pointers, structure
+
+logger = logging.getLogger(__name__)
+
+DEGREE = 3
+AT_ONCE = 40_000
+"""Pairs of a batch: what fits the cache of a processor."""
+_AGREEMENT = 1e-10
+_POWERS = [
+    (a, b, degree - a - b)
+    for degree in range(DEGREE + 1)
+    for a in range(degree, -1, -1)
+    for b in range(degree - a, -1, -1)
+]
+_DEGREES = [sum(powers) for powers in _POWERS]
+_PARTS = [
+    slice(_DEGREES.index(degree), _DEGREES.index(degree) + _DEGREES.count(degree))
+    for degree in range(DEGREE + 1)
+]
+_MULTIPLICITY = torch.tensor(
+    [
+        float(math.factorial(sum(powers)) / math.prod(map(math.factorial, powers)))
+        for powers in _POWERS
+    ],
+    dtype=torch.float64,
+)
+"""How many components of a tensor a monomial stands for."""
+_LOWER = [
+    [
+        (one, _POWERS.index((*powers[:axis], powers[axis] - 1, *powers[axis + 1 :])), powers[axis])
+        for one, powers in enumerate(_POWERS)
+        if powers[axis]
+    ]
+    for axis in range(3)
+]
+"""By axis: a monomial, its derivative's monomial, and that one's factor."""
+_PRODUCTS = [
+    next((one, low, axis) for axis in range(3) for other, low, _ in _LOWER[axis] if other == one)
+    for one in range(1, len(_POWERS))
+]
+"""A monomial, and that of one degree less times the component of which axis it is."""
+SIX = [0, 4, 8, 5, 2, 1]
+"""Of nine components of a symmetric tensor, those that differ."""
+
+
+@dataclass(frozen=True)
+class Coefficients:
+    """species : atomic numbers, sorted; cutoff : A; linear : (S, C) eV, by species of the atom, C =
+    S n; quadratic : (S, `DEGREE` + 1, C, C) eV, symmetric."""
+
+    species: Sequence[int]
+    cutoff: float
+    linear: np.ndarray
+    quadratic: np.ndarray
+
+    @property
+    def radial(self) -> int:
+        """Number of radial functions."""
+        return self.linear.shape[1] // len(self.species)
+
+
+def graphs(
+    structures: Sequence[Atoms], species: Sequence[int], cutoff: float
+) -> Iterator[tuple[list[int], Graph]]:
+    """Places of structures, and the graph of them, in batches."""
+    groups: dict[tuple[bytes, bytes], list[int]] = {}
+    for place, atoms in enumerate(structures):
+        if not set(atoms.numbers) <= set(species):
+            raise InputError(
+                f"structure {place}: the polynomial potential was fitted to the atomic numbers"
+                f" {', '.join(map(str, species))} and not to those of"
+                f" {atoms.get_chemical_formula()}"
+            )
+        groups.setdefault((atoms.numbers.tobytes(), atoms.pbc.tobytes()), []).append(place)
+    for places in groups.values():
+        topology = find_topology([structures[place] for place in places], cutoff)
+        each = topology.n_inside if topology else expected_pairs(structures[places[0]], cutoff)
+        size = max(1, int(AT_ONCE // max(1.0, each)))
+        for start in range(0, len(places), size):
+            part = places[start : start + size]
+            members = [structures[place] for place in part]
+            if topology is None:
+                graph = build_graph(members, cutoff, torch.float64, threebody_cutoff=cutoff)
+            else:
+                names = [f"structure {place}" for place in part]
+                graph = topology.graph(members, cutoff, torch.float64, "cpu", names)
+            yield part, graph
+
+
+Sums = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""Energies (n,) without the shift, forces (N, 3) and virials (n, 3, 3) of a batch, eV and A."""
+Features = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""Of one structure: what the coefficients multiply in its energy (k,), forces (3 N, k) and virial
+(6, k), eV."""
+
+
+def sums(coefficients: Coefficients, graph: Graph) -> Sums:
+    """Of a graph whose edges are sorted by their centre."""
+    functions = _checked_functions()
+    if functions is None:
+        return _torch_sums(coefficients, graph)
+    return _compiled_sums(functions, coefficients, graph)
+
+
+def features(atoms: Atoms, species: Sequence[int], cutoff: float, radial: int) -> Features:
+    """See `Features`; for ``radial`` functions."""
+    ((_, graph),) = graphs([atoms], species, cutoff)
+    functions = _checked_functions()
+    if functions is None:
+        return _torch_features(graph, species, cutoff, radial)
+    return _compiled_features(functions, graph, species, cutoff, radial)
+
+
+def _torch_sums(coefficients: Coefficients, graph: Graph) -> Sums:
+    species, cutoff, radial = coefficients.species, coefficients.cutoff, coefficients.radial
+    shells = _Shell.all_of(graph, species, cutoff)
+    bases = [_Basis(shell.vector, cutoff, radial) for shell in shells]
+    moments = torch.cat([basis.moments() for basis in bases], 1)
+    gradient, atomic = torch.empty_like(moments), torch.empty(len(moments), dtype=torch.float64)
+    for number, one in enumerate(species):
+        chosen = torch.nonzero(graph.numbers == one).view(-1)
+        own = moments.index_select(0, chosen)
+        found = torch.empty_like(own)
+        for matrix, part in zip(
+            torch.as_tensor(coefficients.quadratic[number]), _PARTS, strict=True
+        ):
+            found[..., part] = torch.matmul(matrix, own[..., part] * _MULTIPLICITY[part])
+        linear = torch.as_tensor(coefficients.linear[number])
+        of_terms = (own * found).sum((1, 2)) + own[..., 0] @ linear
+        atomic.index_copy_(0, chosen, of_terms)
+        found *= 2.0
+        found[..., 0] += linear
+        gradient.index_copy_(0, chosen, found)
+    n = len(graph.n_atoms)
+    energy = torch.zeros(n, dtype=torch.float64).index_add_(0, graph.structure, atomic)
+    forces = torch.zeros(len(moments), 3, dtype=torch.float64)
+    virial = torch.zeros(n, 3, 3, dtype=torch.float64)
+    for number, (shell, basis) in enumerate(zip(shells, bases, strict=True)):
+        pull = basis.derivative(gradient[:, number * radial : (number + 1) * radial])
+        forces += pull.sum(1)
+        forces.index_add_(0, shell.neighbour.view(-1), pull.view(-1, 3), alpha=-1.0)
+        virial.index_add_(0, graph.structure, pull.mT @ shell.vector)
+    return energy.numpy(), forces.numpy(), 0.5 * (virial + virial.mT).numpy()
+
+
+def _torch_features(graph: Graph, species: Sequence[int], cutoff: float, radial: int) -> Features:
+    shells = _Shell.all_of(graph, species, cutoff)
+    bases = [_Basis(shell.vector, cutoff, radial) for shell in shells]
+    moments = torch.cat([basis.moments() for basis in bases], 1)
+    n, width, last = len(graph.numbers), moments.shape[1], (DEGREE + 1) * moments.shape[1]
+    # (N, M, columns): what a moment is multiplied with: those of its degree, and 1 if a scalar
+    other = torch.zeros(n, len(_POWERS), last + 1, dtype=torch.float64)
+    for degree, part in enumerate(_PARTS):
+        block = slice(degree * width, (degree + 1) * width)
+        other[:, part, block] = (moments[..., part] * _MULTIPLICITY[part]).mT
+    other[:, 0, last] = 1.0
+    kind = torch.searchsorted(torch.as_tensor(species), graph.numbers)
+    energy = torch.zeros(len(species), width, last + 1, dtype=torch.float64)
+    energy.index_add_(0, kind, moments @ other)
+    energy[..., :last] *= 0.5
+    forces = torch.zeros(n, 3, *energy.shape, dtype=torch.float64)
+    virial = torch.zeros(3, 3, *energy.shape, dtype=torch.float64)
+    for number, (shell, basis) in enumerate(zip(shells, bases, strict=True)):
+        block, jacobian = slice(number * radial, (number + 1) * radial), basis.jacobian()
+        for atom in range(n):
+            slope = jacobian[atom] @ other[atom]
+            at = int(kind[atom])
+            forces[atom, :, at, block] += slope.sum(0)
+            forces[:, :, at, block].index_add_(0, shell.neighbour[atom], slope, alpha=-1.0)
+            one = shell.vector[atom].T @ slope.flatten(1)
+            virial[:, :, at, block] += one.view(3, *slope.shape[1:])
+    return _packed(energy, forces, 0.5 * (virial + virial.transpose(0, 1)))
+
+
+def _packed(energy: Tensor, forces: Tensor, virial: Tensor) -> Features:
+    """From energy (S, C, (`DEGREE` + 1) C + 1), forces (N, 3, ...) and virial (3, 3, ...), whose
+    upper half counts."""
+    every = energy, forces.flatten(0, 1), virial.flatten(0, 1)[SIX]
+    first, second, third = (_symmetric(one).numpy() for one in every)
+    return first, second, third
+
+
+def _symmetric(tensor: Tensor) -> Tensor:
+    """(..., S, C, (`DEGREE` + 1) C + 1) to (..., k): the linear terms, and of the others those with
+    p <= q."""
+    width, lead = tensor.shape[-2], tensor.shape[:-3]
+    parts = tensor[..., :-1].unflatten(-1, (-1, width)).transpose(-2, -3)
+    first, second = torch.triu_indices(width, width)
+    both = parts[..., first, second] + parts[..., second, first]
+    return torch.cat([tensor[..., -1].reshape(*lead, -1), both.reshape(*lead, -1)], -1)
+
+
+class _Basis:
+    """``radial`` functions of the distance (B, n, K) and monomials (B, M, K) of ``vector`` (B, K,
+    3)."""
+
+    def __init__(self, vector: Tensor, cutoff: float, radial: int) -> None:
+        length = torch.linalg.norm(vector, dim=2)
+        self.length, self.unit = length, vector.mT / length[:, None]
+        centres = cutoff * torch.linspace(0.2, 0.8, radial, dtype=vector.dtype)
+        sharp = 0.7 / float(centres[1] - centres[0]) ** 2
+        inside = (1.0 - (length / cutoff) ** 2).clamp_(min=0.0)[:, None]
+        away = length[:, None] - centres[:, None]
+        gauss = torch.exp(away.square().mul_(-sharp))
+        gauss *= inside
+        self.radial = gauss * inside
+        away *= self.radial
+        self.slope = gauss.mul_(length[:, None] * (-4.0 / cutoff**2)).sub_(away, alpha=2.0 * sharp)
+        self.angular = vector.new_empty(len(vector), len(_POWERS), vector.shape[1])
+        self.angular[:, 0] = 1.0
+        for one, lower, axis in _PRODUCTS:
+            torch.mul(self.angular[:, lower], self.unit[:, axis], out=self.angular[:, one])
+
+    def moments(self) -> Tensor:
+        """(B, n, M)."""
+        return self.radial @ self.angular.mT
+
+    def derivative(self, by_moments: Tensor) -> Tensor:
+        """(B, K, 3) by the vectors, of what has the derivatives ``by_moments`` (B, n, M)."""
+        by_angular = by_moments.mT @ self.radial
+        along = ((by_moments @ self.angular) * self.slope).sum(1)
+        across = torch.zeros_like(self.unit)
+        for axis, rows in enumerate(_LOWER):
+            for one, lower, factor in rows:
+                across[:, axis].addcmul_(by_angular[:, one], self.angular[:, lower], value=factor)
+        across /= self.length[:, None]
+        along -= (across * self.unit).sum(1)
+        return across.addcmul_(self.unit, along[:, None]).mT.contiguous()
+
+    def jacobian(self) -> Tensor:
+        """(B, K, 3, n, M): derivatives of the terms of the moments by the vectors."""
+        angular, unit = self.angular.mT, self.unit.mT
+        slopes = torch.zeros(*unit.shape, len(_POWERS), dtype=unit.dtype)
+        for axis, rows in enumerate(_LOWER):
+            for one, lower, factor in rows:
+                slopes[..., axis, one] = factor * angular[..., lower]
+        along = (slopes * unit[..., None]).sum(2, keepdim=True)
+        slopes = (slopes - unit[..., None] * along) / self.length[..., None, None]
+        radial, slope = self.radial.mT[:, :, None, :, None], self.slope.mT[:, :, None, :, None]
+        found = radial * slopes[..., None, :]
+        return found.addcmul_(slope * unit[..., None, None], angular[:, :, None, None])
+
+
+@dataclass(frozen=True)
+class _Shell:
+    """Neighbours of one species of B atoms, filled up to equal numbers K: neighbour (B, K) counts
+    all atoms of the batch; what fills up lies beyond the cutoff."""
+
+    neighbour: Tensor
+    vector: Tensor
+
+    @classmethod
+    def all_of(cls, graph: Graph, species: Sequence[int], cutoff: float) -> list[_Shell]:
+        """By species."""
+        shells, number = [], graph.numbers.index_select(0, graph.neighbour)
+        for one in species:
+            chosen = torch.nonzero(number == one).view(-1)
+            centre = graph.centre.index_select(0, chosen)
+            sizes = torch.bincount(centre, minlength=len(graph.numbers))
+            place = torch.arange(len(chosen)) - (sizes.cumsum(0) - sizes).index_select(0, centre)
+            shape = len(sizes), max(1, int(sizes.max()))
+            neighbour = torch.zeros(shape, dtype=torch.long)
+            vector = torch.full((*shape, 3), 2.0 * cutoff, dtype=graph.vector.dtype)
+            neighbour[centre, place] = graph.neighbour.index_select(0, chosen)
+            vector[centre, place] = graph.vector.index_select(0, chosen)
+            shells.append(cls(neighbour, vector))
+        return shells
+
+
+def _zeros(*shape: int) -> Tensor:
+    return torch.zeros(*shape, dtype=torch.float64)
+
+
+_Shape = structure(
+    "shape", **dict.fromkeys(("species", "radial"), ctypes.c_long), cutoff=ctypes.c_double
+)
+_Pairs = structure(
+    "pairs",
+    **dict.fromkeys(("n", "threads"), ctypes.c_long),
+    **pointers("atoms first neighbour kind vector"),
+)
+
+
+class _Compiled:
+    """The arguments of the functions of ``polynomial.c`` for a graph whose edges are sorted by
+    their centre."""
+
+    def __init__(self, graph: Graph, species: Sequence[int], cutoff: float, radial: int) -> None:
+        sizes = torch.bincount(graph.centre, minlength=len(graph.numbers))
+        self._arrays = [
+            _ends(torch.tensor(graph.n_atoms)),
+            _ends(sizes),
+            graph.neighbour,
+            torch.searchsorted(torch.as_tensor(species), graph.numbers),
+            graph.vector.contiguous(),
+        ]
+        self._shape = _Shape(len(species), radial, cutoff)
+        threads, addresses = torch.get_num_threads(), map(address, self._arrays)
+        self._pairs = _Pairs(len(graph.n_atoms), threads, *addresses)
+
+    def call(self, function: Callable[..., int], *arrays: Tensor) -> None:
+        structs = ctypes.byref(self._shape), ctypes.byref(self._pairs)
+        if function(*structs, *(ctypes.c_void_p(address(array)) for array in arrays)):
+            raise MemoryError("no memory for the neighbours of an atom")
+
+
+def _ends(sizes: Tensor) -> Tensor:
+    """Where parts of these sizes begin, and where the last ends."""
+    return torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
+
+
+def _compiled_sums(functions: ctypes.CDLL, coefficients: Coefficients, graph: Graph) -> Sums:
+    n, arrays = len(graph.n_atoms), (coefficients.linear, coefficients.quadratic)
+    energy, forces, virial = _zeros(n), _zeros(len(graph.numbers), 3), _zeros(n, 3, 3)
+    given = (torch.as_tensor(np.ascontiguousarray(one)) for one in arrays)
+    of = coefficients.species, coefficients.cutoff, coefficients.radial
+    _Compiled(graph, *of).call(functions.polynomial_evaluate, *given, energy, forces, virial)
+    return energy.numpy(), forces.numpy(), virial.numpy()
+
+
+def _compiled_features(
+    functions: ctypes.CDLL, graph: Graph, species: Sequence[int], cutoff: float, radial: int
+) -> Features:
+    n, width = len(species), len(species) * radial
+    shape = n, width, (DEGREE + 1) * width + 1
+    found = _zeros(*shape), _zeros(len(graph.numbers), 3, *shape), _zeros(3, 3, *shape)
+    _Compiled(graph, species, cutoff, radial).call(functions.polynomial_features, *found)
+    return _packed(*found)
+
+
+@functools.cache
+def _checked_functions() -> ctypes.CDLL | None:
+    """The compiled functions, once per process; None where there are none, or they differ from
+    torch's."""
+    functions = library()
+    if functions is None:
+        return None
+    worst = disagreement(functions)
+    if worst < _AGREEMENT:
+        return functions
+    logger.warning(
+        "the compiled polynomial differs from torch by %.1e and is not used (compiler of this"
+        " machine?)",
+        worst,
+    )
+    return None
+
+
+def disagreement(functions: ctypes.CDLL, seed: int = 0, radial: int = 5) -> float:
+    """Largest difference between the compiled functions and torch's, relative to the largest number
+    of an array, on random structures of two species; NaN counts as infinite."""
+    rng, species, cutoff = np.random.default_rng(seed), [1, 16], 3.1
+    structures = [
+        Atoms("HSH2", positions=rng.random((4, 3)) + 1.5 * np.eye(4, 3), cell=3 * np.eye(3), pbc=1)
+        for _ in range(2)
+    ]
+    both, alone = (
+        build_graph(some, cutoff, torch.float64, threebody_cutoff=cutoff)
+        for some in (structures, structures[:1])
+    )
+    width = radial * len(species)
+    linear, half = rng.normal(size=(2, width)), rng.normal(size=(2, DEGREE + 1, width, width))
+    coefficients = Coefficients(species, cutoff, linear, half + half.swapaxes(2, 3))
+    of = alone, species, cutoff, radial
+    ours = *_compiled_sums(functions, coefficients, both), *_compiled_features(functions, *of)
+    theirs = *_torch_sums(coefficients, both), *_torch_features(*of)
+    worst = 0.0
+    for one, other in zip(ours, theirs, strict=True):
+        difference = np.nan_to_num(one - other, nan=np.inf)
+        worst = max(worst, float(np.abs(difference).max() / np.abs(other).max()))
+    return worst

@@ -1,0 +1,319 @@
+/* The polynomial potential of polynomial.py: energies, forces and virials of many atoms, and what its coefficients multiply there.
+ * One atom at a time, whose functions of its neighbours stay in a core's own cache; symbols as in polynomial.py. Double precision.
+ */
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#if defined(__AVX512F__)
+#define LANES 8
+#elif defined(__AVX__)
+#define LANES 4
+#else
+#define LANES 2
+#endif
+#define M 20      /* monomials up to degree 3 */
+#define DEGREES 4 /* 0 to 3 */
+
+#ifdef _OPENMP
+#define SHARED _Pragma("omp parallel for schedule(static) num_threads(g->threads) if (g->threads > 1)")
+#else
+#define SHARED
+#endif
+
+typedef double vector __attribute__((vector_size(8 * LANES), aligned(8), may_alias));
+
+struct shape {
+    long species, radial; /* C = species * radial */
+    double cutoff;
+};
+struct pairs { /* of n structures, sorted by the centre; `atoms` (n + 1,): where those of a structure begin; `first`: pairs of an atom */
+    long n, threads;
+    const int64_t *atoms, *first, *neighbour, *kind;
+    const double *vector;
+};
+/* Of one atom, its K neighbours by species, each species filled up to whole vectors: columns of arrays with rows of K. */
+struct shell {
+    long size, *edge;          /* number of columns, and the pair of one; -1 where it fills up */
+    long *begin;               /* of the columns of a species */
+    double *unit, *length;     /* (3, K), (K,) */
+    double *angular;           /* (M, K) */
+    double *radial, *slope;    /* (radial, K), and its derivative */
+    double *pull;              /* (3, K) */
+    double *moments, *by;      /* (C, M): A, dE/dA */
+    double *memory;
+};
+
+static const int PART[DEGREES + 1] = {0, 1, 4, 10, 20};
+static const double MULTIPLICITY[M] = {1, 1, 1, 1, 1, 2, 2, 1, 2, 1, 1, 3, 3, 3, 6, 3, 1, 3, 3, 1};
+/* A monomial is that of one degree less times the component of an axis. */
+static const int LOWER[M] = {0, 0, 0, 0, 1, 2, 3, 2, 3, 3, 4, 5, 6, 7, 8, 9, 7, 8, 9, 9};
+static const int AXIS[M] = {0, 0, 1, 2, 0, 0, 0, 1, 1, 2, 0, 0, 0, 0, 0, 0, 1, 1, 1, 2};
+/* By axis: monomial, its derivative's, and that one's factor. */
+static const int SLOPES[3][10][3] = {
+    {{1, 0, 1}, {4, 1, 2}, {5, 2, 1}, {6, 3, 1}, {10, 4, 3}, {11, 5, 2}, {12, 6, 2}, {13, 7, 1}, {14, 8, 1}, {15, 9, 1}},
+    {{2, 0, 1}, {5, 1, 1}, {7, 2, 2}, {8, 3, 1}, {11, 4, 1}, {13, 5, 2}, {14, 6, 1}, {16, 7, 3}, {17, 8, 2}, {18, 9, 1}},
+    {{3, 0, 1}, {6, 1, 1}, {8, 2, 1}, {9, 3, 2}, {12, 4, 1}, {14, 5, 1}, {15, 6, 2}, {17, 7, 1}, {18, 8, 2}, {19, 9, 3}},
+};
+
+static long most_neighbours(const struct pairs *g)
+{
+    long most = 0;
+    for (long i = 0; i < g->atoms[g->n]; i++)
+        if (g->first[i + 1] - g->first[i] > most)
+            most = g->first[i + 1] - g->first[i];
+    return most;
+}
+
+/* Memory for the shells of all atoms of a batch; fails with a null `memory`. */
+static struct shell room(const struct shape *p, const struct pairs *g)
+{
+    struct shell s;
+    long k = most_neighbours(g) + p->species * LANES, width = p->species * p->radial;
+    s.memory = malloc(sizeof(double) * (k * (3 + 1 + M + 2 * p->radial + 3) + 2 * width * M) + sizeof(long) * (k + p->species + 1));
+    s.unit = s.memory, s.length = s.unit + 3 * k, s.angular = s.length + k, s.radial = s.angular + M * k;
+    s.slope = s.radial + p->radial * k, s.pull = s.slope + p->radial * k;
+    s.moments = s.pull + 3 * k, s.by = s.moments + width * M;
+    s.edge = (long *)(s.by + width * M), s.begin = s.edge + k;
+    return s;
+}
+
+/* R_n and Y_m of the neighbours of atom `i`, and A. */
+static void fill(const struct shape *p, const struct pairs *g, long i, struct shell *s)
+{
+    long k = 0;
+    for (long one = 0; one < p->species; one++) {
+        s->begin[one] = k;
+        for (long e = g->first[i]; e < g->first[i + 1]; e++)
+            if (g->kind[g->neighbour[e]] == one)
+                s->edge[k++] = e;
+        while ((k - s->begin[one]) % LANES)
+            s->edge[k++] = -1;
+    }
+    s->begin[p->species] = s->size = k;
+    const double first = 0.2 * p->cutoff, step = 0.6 * p->cutoff / (p->radial - 1), sharp = 0.7 / (step * step);
+    double *x = s->unit, *y = x + k, *z = y + k;
+    for (long c = 0; c < k; c++) {
+        const double *v = s->edge[c] < 0 ? NULL : g->vector + 3 * s->edge[c];
+        const double r = v ? sqrt(v[0] * v[0] + v[1] * v[1] + v[2] * v[2]) : 2 * p->cutoff;
+        s->length[c] = r;
+        x[c] = v ? v[0] / r : 1, y[c] = v ? v[1] / r : 0, z[c] = v ? v[2] / r : 0;
+        double inside = 1 - (r / p->cutoff) * (r / p->cutoff);
+        if (inside < 0)
+            inside = 0;
+        /* exp(-sharp (t - n step)^2) = exp(-sharp t^2) [exp(2 sharp step t)]^n exp(-0.7 n^2) */
+        double t = r - first, gauss = inside > 0 ? exp(-sharp * t * t) * inside : 0, ratio = inside > 0 ? exp(1.4 * t / step - 0.7) : 0;
+        for (long n = 0; n < p->radial; n++) {
+            s->radial[n * k + c] = gauss * inside;
+            s->slope[n * k + c] = gauss * (r * (-4 / (p->cutoff * p->cutoff)) - 2 * sharp * (t - n * step) * inside);
+            gauss *= ratio, ratio *= 0.24659696394160647; /* exp(-1.4) */
+        }
+        s->angular[c] = 1;
+    }
+    for (int m = 1; m < M; m++)
+        for (long c = 0; c < k; c++)
+            s->angular[m * k + c] = s->angular[LOWER[m] * k + c] * s->unit[AXIS[m] * k + c];
+    for (long one = 0; one < p->species; one++)
+        for (long n = 0; n < p->radial; n++)
+            for (int m = 0; m < M; m++) {
+                vector sum = {0};
+                double total = 0;
+                for (long c = s->begin[one]; c < s->begin[one + 1]; c += LANES)
+                    sum += *(const vector *)(s->angular + m * k + c) * *(const vector *)(s->radial + n * k + c);
+                for (int lane = 0; lane < LANES; lane++)
+                    total += sum[lane];
+                s->moments[(one * p->radial + n) * M + m] = total;
+            }
+}
+
+/* Energy of an atom, and dE/dA. */
+static double energy_of(const struct shape *p, const double *linear, const double *quadratic, struct shell *s)
+{
+    const long width = p->species * p->radial;
+    double energy = 0;
+    for (long one = 0; one < width; one++) {
+        double found[M] = {0};
+        for (int l = 0; l < DEGREES; l++) {
+            const double *row = quadratic + (l * width + one) * width;
+            for (long other = 0; other < width; other++)
+                for (int m = PART[l]; m < PART[l + 1]; m++)
+                    found[m] += row[other] * s->moments[other * M + m];
+        }
+        const double *own = s->moments + one * M;
+        for (int m = 0; m < M; m++) {
+            found[m] *= MULTIPLICITY[m];
+            energy += own[m] * found[m];
+            s->by[one * M + m] = 2 * found[m];
+        }
+        energy += linear[one] * own[0];
+        s->by[one * M] += linear[one];
+    }
+    return energy;
+}
+
+/* dE/d(vector) of the neighbours. */
+static void pull_of(const struct shape *p, struct shell *s)
+{
+    const long k = s->size;
+    for (long one = 0; one < p->species; one++)
+        for (long c = s->begin[one]; c < s->begin[one + 1]; c += LANES) {
+            vector angular[M], by_angular[M] = {{0}}, along = {0}, across[3] = {{0}}, unit[3];
+            for (int m = 0; m < M; m++)
+                angular[m] = *(const vector *)(s->angular + m * k + c);
+            for (int axis = 0; axis < 3; axis++)
+                unit[axis] = *(const vector *)(s->unit + axis * k + c);
+            for (long n = 0; n < p->radial; n++) {
+                const double *by = s->by + (one * p->radial + n) * M;
+                const vector radial = *(const vector *)(s->radial + n * k + c);
+                vector sum = {0};
+                for (int m = 0; m < M; m++) {
+                    by_angular[m] += by[m] * radial;
+                    sum += by[m] * angular[m];
+                }
+                along += sum * *(const vector *)(s->slope + n * k + c);
+            }
+            for (int axis = 0; axis < 3; axis++) {
+                for (int j = 0; j < 10; j++)
+                    across[axis] += (double)SLOPES[axis][j][2] * by_angular[SLOPES[axis][j][0]] * angular[SLOPES[axis][j][1]];
+                across[axis] /= *(const vector *)(s->length + c);
+                along -= across[axis] * unit[axis];
+            }
+            for (int axis = 0; axis < 3; axis++)
+                *(vector *)(s->pull + axis * k + c) = across[axis] + along * unit[axis];
+        }
+}
+
+/* Adds to forces (N, 3) and virial (3, 3) of one structure; its energy. */
+static double structure_of(const struct shape *p, const struct pairs *g, long in, const double *linear, const double *quadratic,
+                           struct shell *s, double *forces, double *virial)
+{
+    const long width = p->species * p->radial;
+    double energy = 0;
+    for (long i = g->atoms[in]; i < g->atoms[in + 1]; i++) {
+        const long at = g->kind[i];
+        fill(p, g, i, s);
+        energy += energy_of(p, linear + at * width, quadratic + at * DEGREES * width * width, s);
+        pull_of(p, s);
+        for (long c = 0; c < s->size; c++) {
+            if (s->edge[c] < 0)
+                continue;
+            const double *v = g->vector + 3 * s->edge[c];
+            const long j = g->neighbour[s->edge[c]];
+            for (int axis = 0; axis < 3; axis++) {
+                const double pull = s->pull[axis * s->size + c];
+                forces[3 * i + axis] += pull;
+                forces[3 * j + axis] -= pull;
+                for (int other = 0; other < 3; other++)
+                    virial[3 * axis + other] += pull * v[other];
+            }
+        }
+    }
+    return energy;
+}
+
+/* energy (n,); adds to forces (N, 3) and virial (n, 3, 3); linear (species, C), quadratic (species, 4, C, C). */
+int polynomial_evaluate(const struct shape *p, const struct pairs *g, const double *linear, const double *quadratic, double *energy,
+                        double *forces, double *virial)
+{
+    int failed = 0;
+    SHARED
+    for (long in = 0; in < g->n; in++) {
+        struct shell s = room(p, g);
+        if (s.memory)
+            energy[in] = structure_of(p, g, in, linear, quadratic, &s, forces, virial + 9 * in);
+        else
+            failed = 1;
+        free(s.memory);
+    }
+    return failed;
+}
+
+/* For a neighbour (column c) and the `weights` (4 C + 1, of which the last is that of the linear terms), what the coefficients of
+ * its species' radial functions multiply in dE/d(vector): found (3, radial, width). by (M, C): A times its multiplicity. */
+static void columns(const struct shape *p, const struct shell *s, long c, const double *by, double *found)
+{
+    const long k = s->size, C = p->species * p->radial, width = DEGREES * C + 1;
+    double own[width], turned[3][width], slopes[3][M] = {{0}}, along[M];
+    for (int axis = 0; axis < 3; axis++)
+        for (int j = 0; j < 10; j++)
+            slopes[axis][SLOPES[axis][j][0]] += SLOPES[axis][j][2] * s->angular[SLOPES[axis][j][1] * k + c];
+    for (int m = 0; m < M; m++) {
+        along[m] = 0;
+        for (int axis = 0; axis < 3; axis++)
+            along[m] += slopes[axis][m] * s->unit[axis * k + c];
+        for (int axis = 0; axis < 3; axis++)
+            slopes[axis][m] = (slopes[axis][m] - s->unit[axis * k + c] * along[m]) / s->length[c];
+    }
+    memset(own, 0, sizeof own);
+    memset(turned, 0, sizeof turned);
+    for (int l = 0; l < DEGREES; l++)
+        for (int m = PART[l]; m < PART[l + 1]; m++) {
+            const double angular = s->angular[m * k + c], x = slopes[0][m], y = slopes[1][m], z = slopes[2][m];
+            for (long q = 0; q < C; q++) {
+                own[l * C + q] += angular * by[m * C + q];
+                turned[0][l * C + q] += x * by[m * C + q];
+                turned[1][l * C + q] += y * by[m * C + q];
+                turned[2][l * C + q] += z * by[m * C + q];
+            }
+        }
+    own[width - 1] = 1;
+    for (int axis = 0; axis < 3; axis++)
+        for (long n = 0; n < p->radial; n++) {
+            const double radial = s->radial[n * k + c], slope = s->slope[n * k + c] * s->unit[axis * k + c];
+            double *row = found + (axis * p->radial + n) * width;
+            for (long q = 0; q < width; q++)
+                row[q] = radial * turned[axis][q] + slope * own[q];
+        }
+}
+
+/* Adds to energy (S, C, 4 C + 1), forces (N, 3, S, C, 4 C + 1) and the upper half of virial (3, 3, S, C, 4 C + 1) of one structure; S
+ * species. */
+int polynomial_features(const struct shape *p, const struct pairs *g, double *energy, double *forces, double *virial)
+{
+    const long C = p->species * p->radial, width = DEGREES * C + 1, block = C * width, whole = p->species * block;
+    struct shell s = room(p, g);
+    double *found = malloc(sizeof(double) * (3 * p->radial * width + M * C));
+    if (!s.memory || !found) {
+        free(s.memory), free(found);
+        return 1;
+    }
+    double *by = found + 3 * p->radial * width;
+    for (long i = 0; i < g->atoms[1]; i++) {
+        const long at = g->kind[i] * block, part = p->radial * width;
+        fill(p, g, i, &s);
+        for (long q = 0; q < C; q++)
+            for (int m = 0; m < M; m++)
+                by[m * C + q] = MULTIPLICITY[m] * s.moments[q * M + m];
+        for (long one = 0; one < C; one++) {
+            double *row = energy + at + one * width;
+            for (int l = 0; l < DEGREES; l++)
+                for (int m = PART[l]; m < PART[l + 1]; m++)
+                    for (long q = 0; q < C; q++)
+                        row[l * C + q] += 0.5 * s.moments[one * M + m] * by[m * C + q];
+            row[width - 1] += s.moments[one * M];
+        }
+        for (long one = 0; one < p->species; one++)
+            for (long c = s.begin[one]; c < s.begin[one + 1]; c++) {
+                if (s.edge[c] < 0)
+                    break;
+                const double *v = g->vector + 3 * s.edge[c];
+                columns(p, &s, c, by, found);
+                for (int axis = 0; axis < 3; axis++) {
+                    const double *pull = found + axis * part;
+                    double *mine = forces + (3 * i + axis) * whole + at + one * part;
+                    double *other = forces + (3 * g->neighbour[s.edge[c]] + axis) * whole + at + one * part;
+                    double *strain = virial + 3 * axis * whole + at + one * part;
+                    for (long q = 0; q < part; q++) {
+                        mine[q] += pull[q];
+                        other[q] -= pull[q];
+                    }
+                    for (int second = axis; second < 3; second++)
+                        for (long q = 0; q < part; q++)
+                            strain[second * whole + q] += v[second] * pull[q];
+                }
+            }
+    }
+    free(s.memory), free(found);
+    return 0;
+}
