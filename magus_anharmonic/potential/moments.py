@@ -115,8 +115,8 @@ def graphs(
 Sums = tuple[np.ndarray, np.ndarray, np.ndarray]
 """Energies (n,) without the shift, forces (N, 3) and virials (n, 3, 3) of a batch, eV and A."""
 Features = tuple[np.ndarray, np.ndarray, np.ndarray]
-"""Of one structure: what the coefficients multiply in its energy (k,), forces (3 N, k) and virial
-(6, k), eV."""
+"""What the coefficients multiply in energies (n, k), forces (n, 3 N, k) and virials (n, 6, k) of
+n structures of N atoms, eV."""
 
 
 def sums(coefficients: Coefficients, graph: Graph) -> Sums:
@@ -127,13 +127,20 @@ def sums(coefficients: Coefficients, graph: Graph) -> Sums:
     return _compiled_sums(functions, coefficients, graph)
 
 
-def features(atoms: Atoms, species: Sequence[int], cutoff: float, radial: int) -> Features:
+def features(
+    structures: Sequence[Atoms], species: Sequence[int], cutoff: float, radial: int
+) -> Features:
     """See `Features`; for ``radial`` functions."""
-    ((_, graph),) = graphs([atoms], species, cutoff)
-    functions = _checked_functions()
-    if functions is None:
-        return _torch_features(graph, species, cutoff, radial)
-    return _compiled_features(functions, graph, species, cutoff, radial)
+    functions, order, parts = _checked_functions(), [], []
+    for places, graph in graphs(structures, species, cutoff):
+        order += places
+        if functions is None:
+            parts.append(_torch_features(graph, species, cutoff, radial))
+        else:
+            parts.append(_compiled_features(functions, graph, species, cutoff, radial))
+    back = np.argsort(order)
+    energy, forces, virial = (np.concatenate(part)[back] for part in zip(*parts, strict=True))
+    return energy, forces, virial
 
 
 def _torch_sums(coefficients: Coefficients, graph: Graph) -> Sums:
@@ -180,11 +187,11 @@ def _torch_features(graph: Graph, species: Sequence[int], cutoff: float, radial:
         other[:, part, block] = (moments[..., part] * _MULTIPLICITY[part]).mT
     other[:, 0, last] = 1.0
     kind = torch.searchsorted(torch.as_tensor(species), graph.numbers)
-    energy = torch.zeros(len(species), width, last + 1, dtype=torch.float64)
-    energy.index_add_(0, kind, moments @ other)
+    energy, forces, virial = _room(graph, len(species), width)
+    energy.view(-1, width, last + 1).index_add_(
+        0, graph.structure * len(species) + kind, moments @ other
+    )
     energy[..., :last] *= 0.5
-    forces = torch.zeros(n, 3, *energy.shape, dtype=torch.float64)
-    virial = torch.zeros(3, 3, *energy.shape, dtype=torch.float64)
     for number, (shell, basis) in enumerate(zip(shells, bases, strict=True)):
         block, jacobian = slice(number * radial, (number + 1) * radial), basis.jacobian()
         for atom in range(n):
@@ -193,14 +200,21 @@ def _torch_features(graph: Graph, species: Sequence[int], cutoff: float, radial:
             forces[atom, :, at, block] += slope.sum(0)
             forces[:, :, at, block].index_add_(0, shell.neighbour[atom], slope, alpha=-1.0)
             one = shell.vector[atom].T @ slope.flatten(1)
-            virial[:, :, at, block] += one.view(3, *slope.shape[1:])
-    return _packed(energy, forces, 0.5 * (virial + virial.transpose(0, 1)))
+            virial[int(graph.structure[atom]), :, :, at, block] += one.view(3, *slope.shape[1:])
+    return _packed(energy, forces, 0.5 * (virial + virial.transpose(1, 2)))
+
+
+def _room(graph: Graph, n_species: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Zeros for the terms of energies (n, S, C, (`DEGREE` + 1) C + 1), forces (n N, 3, ...) and
+    virials (n, 3, 3, ...)."""
+    n, shape = len(graph.n_atoms), (n_species, width, (DEGREE + 1) * width + 1)
+    return _zeros(n, *shape), _zeros(len(graph.numbers), 3, *shape), _zeros(n, 3, 3, *shape)
 
 
 def _packed(energy: Tensor, forces: Tensor, virial: Tensor) -> Features:
-    """From energy (S, C, (`DEGREE` + 1) C + 1), forces (N, 3, ...) and virial (3, 3, ...), whose
-    upper half counts."""
-    every = energy, forces.flatten(0, 1), virial.flatten(0, 1)[SIX]
+    """Of what has the shapes of `_room`; the upper half of the virial counts."""
+    n = len(energy)
+    every = energy, forces.view(n, -1, *energy.shape[1:]), virial.flatten(1, 2)[:, SIX]
     first, second, third = (_symmetric(one).numpy() for one in every)
     return first, second, third
 
@@ -346,9 +360,7 @@ def _compiled_sums(functions: ctypes.CDLL, coefficients: Coefficients, graph: Gr
 def _compiled_features(
     functions: ctypes.CDLL, graph: Graph, species: Sequence[int], cutoff: float, radial: int
 ) -> Features:
-    n, width = len(species), len(species) * radial
-    shape = n, width, (DEGREE + 1) * width + 1
-    found = _zeros(*shape), _zeros(len(graph.numbers), 3, *shape), _zeros(3, 3, *shape)
+    found = _room(graph, len(species), len(species) * radial)
     _Compiled(graph, species, cutoff, radial).call(functions.polynomial_features, *found)
     return _packed(*found)
 
@@ -379,16 +391,13 @@ def disagreement(functions: ctypes.CDLL, seed: int = 0, radial: int = 5) -> floa
         Atoms("HSH2", positions=rng.random((4, 3)) + 1.5 * np.eye(4, 3), cell=3 * np.eye(3), pbc=1)
         for _ in range(2)
     ]
-    both, alone = (
-        build_graph(some, cutoff, torch.float64, threebody_cutoff=cutoff)
-        for some in (structures, structures[:1])
-    )
+    graph = build_graph(structures, cutoff, torch.float64, threebody_cutoff=cutoff)
     width = radial * len(species)
     linear, half = rng.normal(size=(2, width)), rng.normal(size=(2, DEGREE + 1, width, width))
     coefficients = Coefficients(species, cutoff, linear, half + half.swapaxes(2, 3))
-    of = alone, species, cutoff, radial
-    ours = *_compiled_sums(functions, coefficients, both), *_compiled_features(functions, *of)
-    theirs = *_torch_sums(coefficients, both), *_torch_features(*of)
+    of = graph, species, cutoff, radial
+    ours = *_compiled_sums(functions, coefficients, graph), *_compiled_features(functions, *of)
+    theirs = *_torch_sums(coefficients, graph), *_torch_features(*of)
     worst = 0.0
     for one, other in zip(ours, theirs, strict=True):
         difference = np.nan_to_num(one - other, nan=np.inf)

@@ -267,42 +267,35 @@ static void columns(const struct shape *p, const struct shell *s, long c, const 
         }
 }
 
-/* Adds to energy (S, C, 4 C + 1), forces (N, 3, S, C, 4 C + 1) and the upper half of virial (3, 3, S, C, 4 C + 1) of one structure; S
- * species. */
-int polynomial_features(const struct shape *p, const struct pairs *g, double *energy, double *forces, double *virial)
+/* Adds to energy (S, C, 4 C + 1), forces (all N, 3, S, C, 4 C + 1) and the upper half of virial (3, 3, S, C, 4 C + 1) of one structure;
+ * S species. `found` and `by`: room for `columns`. */
+static void features_of(const struct shape *p, const struct pairs *g, long in, struct shell *s, double *found, double *by, double *energy,
+                        double *forces, double *virial)
 {
     const long C = p->species * p->radial, width = DEGREES * C + 1, block = C * width, whole = p->species * block;
-    struct shell s = room(p, g);
-    double *found = malloc(sizeof(double) * (3 * p->radial * width + M * C));
-    if (!s.memory || !found) {
-        free(s.memory), free(found);
-        return 1;
-    }
-    double *by = found + 3 * p->radial * width;
-    for (long i = 0; i < g->atoms[1]; i++) {
-        const long at = g->kind[i] * block, part = p->radial * width;
-        fill(p, g, i, &s);
+    const long part = p->radial * width;
+    for (long i = g->atoms[in]; i < g->atoms[in + 1]; i++) {
+        const long at = g->kind[i] * block;
+        fill(p, g, i, s);
         for (long q = 0; q < C; q++)
             for (int m = 0; m < M; m++)
-                by[m * C + q] = MULTIPLICITY[m] * s.moments[q * M + m];
+                by[m * C + q] = MULTIPLICITY[m] * s->moments[q * M + m];
         for (long one = 0; one < C; one++) {
             double *row = energy + at + one * width;
             for (int l = 0; l < DEGREES; l++)
                 for (int m = PART[l]; m < PART[l + 1]; m++)
                     for (long q = 0; q < C; q++)
-                        row[l * C + q] += 0.5 * s.moments[one * M + m] * by[m * C + q];
-            row[width - 1] += s.moments[one * M];
+                        row[l * C + q] += 0.5 * s->moments[one * M + m] * by[m * C + q];
+            row[width - 1] += s->moments[one * M];
         }
         for (long one = 0; one < p->species; one++)
-            for (long c = s.begin[one]; c < s.begin[one + 1]; c++) {
-                if (s.edge[c] < 0)
-                    break;
-                const double *v = g->vector + 3 * s.edge[c];
-                columns(p, &s, c, by, found);
+            for (long c = s->begin[one]; c < s->begin[one + 1] && s->edge[c] >= 0; c++) {
+                const double *v = g->vector + 3 * s->edge[c];
+                columns(p, s, c, by, found);
                 for (int axis = 0; axis < 3; axis++) {
                     const double *pull = found + axis * part;
                     double *mine = forces + (3 * i + axis) * whole + at + one * part;
-                    double *other = forces + (3 * g->neighbour[s.edge[c]] + axis) * whole + at + one * part;
+                    double *other = forces + (3 * g->neighbour[s->edge[c]] + axis) * whole + at + one * part;
                     double *strain = virial + 3 * axis * whole + at + one * part;
                     for (long q = 0; q < part; q++) {
                         mine[q] += pull[q];
@@ -314,6 +307,22 @@ int polynomial_features(const struct shape *p, const struct pairs *g, double *en
                 }
             }
     }
-    free(s.memory), free(found);
-    return 0;
+}
+
+/* Adds to energy (n, S, C, 4 C + 1), forces (N, 3, S, C, 4 C + 1) and the upper half of virial (n, 3, 3, S, C, 4 C + 1). */
+int polynomial_features(const struct shape *p, const struct pairs *g, double *energy, double *forces, double *virial)
+{
+    const long C = p->species * p->radial, width = DEGREES * C + 1, whole = p->species * C * width;
+    int failed = 0;
+    SHARED
+    for (long in = 0; in < g->n; in++) {
+        struct shell s = room(p, g);
+        double *found = malloc(sizeof(double) * (3 * p->radial * width + M * C));
+        if (s.memory && found)
+            features_of(p, g, in, &s, found, found + 3 * p->radial * width, energy + in * whole, forces, virial + 9 * in * whole);
+        else
+            failed = 1;
+        free(s.memory), free(found);
+    }
+    return failed;
 }

@@ -109,21 +109,17 @@ def fit(structures: Sequence[Atoms], found: Evaluation) -> PolynomialPotential:
         (one for one in RADIAL if n_coefficients(len(species), one) * ROWS <= n_rows), RADIAL[-1]
     )
     energies = np.asarray(found.energy, dtype=float)
-    rows, targets, by_energy = [], [], []
-    for place, atoms in enumerate(structures):
-        energy, forces, virial = features(atoms, species, cutoff, radial)
-        by_energy.append(energy)
-        rows.append(forces)
-        targets.append(np.asarray(found.forces[place], dtype=float).ravel())
-        if has_stress(found):
-            rows.append(virial / math.sqrt(n))
-            stress = found.stress[place].ravel()[SIX]
-            targets.append(stress * atoms.get_volume() / math.sqrt(n))
-    mean, level = np.mean(by_energy, axis=0), energies.mean()
+    by_energy, forces, virials = features(structures, species, cutoff, radial)
+    mean, level = by_energy.mean(axis=0), energies.mean()
     weight = ENERGY_WEIGHT / math.sqrt(n)
-    matrix = np.concatenate([weight * (np.array(by_energy) - mean), *rows])
-    target = np.concatenate([weight * (energies - level), *targets])
-    coefficients = ridge(matrix, target)
+    rows = [weight * (by_energy - mean), forces.reshape(-1, len(mean))]
+    targets = [weight * (energies - level), np.array(found.forces, dtype=float).ravel()]
+    if has_stress(found):
+        volumes = np.array([atoms.get_volume() for atoms in structures]) / math.sqrt(n)
+        rows.append(virials.reshape(-1, len(mean)) / math.sqrt(n))
+        stresses = np.array(found.stress, dtype=float).reshape(-1, 9)[:, SIX]
+        targets.append((stresses * volumes[:, None]).ravel())
+    coefficients = ridge(np.concatenate(rows), np.concatenate(targets))
     linear, quadratic = _unpacked(coefficients, len(species), radial)
     return PolynomialPotential(
         species, cutoff, float(level - mean @ coefficients) / n, linear, quadratic

@@ -39,6 +39,7 @@ from magus_anharmonic.sscha.task import (
     Task,
     finished_result,
     gibbs_energy,
+    open_issues,
     pressure_of,
     unconverged,
 )
@@ -430,13 +431,21 @@ class SschaRun:
         reason = "; ".join(filter(None, (reason, limit if progress.limited else "")))
         if few and not reason:
             reason = f"a population of {few} configurations only"
-        self._phase = Answer() if reason else self._identity(self.averages, ensemble)
+        # of two levels the first that is near the minimum is asked, which no other agrees with yet
+        near = ensemble.two_level and not (few or progress.limited or self._open())
+        self._phase = self._identity(self.averages, ensemble) if near or not reason else Answer()
         progress.open, progress.group = self._phase.both, self._phase.group or progress.group
         progress.reason = reason or self._phase.reason
         progress.moved |= isinstance(self._phase.step, Higher)
         progress.cell = None if self._cell is None else [self._cell.matrix, self._cell.covariance]
         self.folder.write_progress(progress)
         return row
+
+    def _open(self) -> list[str]:
+        """`open_issues` of the last population."""
+        assert self.averages is not None
+        error = self.progress.gibbs[-1][1]
+        return open_issues(self.averages, error, len(self.state.atoms), self.task)
 
     def _identity(self, averages: Averages, ensemble: Ensemble) -> Answer:
         """What a relaxed run knows of the phase that it is in."""

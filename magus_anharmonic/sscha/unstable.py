@@ -131,6 +131,13 @@ def supported_group(
     return SupportedGroup(best.group, best.first, tuple(steps))
 
 
+def _operations(atoms: Atoms, tolerance: float) -> dict[str, np.ndarray] | None:
+    found: dict[str, np.ndarray] | None = spglib_or_none(
+        spglib.get_symmetry, spglib_cell(atoms), symprec=tolerance
+    )
+    return found
+
+
 def move_onto(atoms: Atoms, tolerance: float) -> tuple[int, np.ndarray, float]:
     """Number of operations at ``tolerance``, moves (n, 3) in A of the atoms onto that symmetry, and
     the largest strain of the cell.
@@ -138,8 +145,8 @@ def move_onto(atoms: Atoms, tolerance: float) -> tuple[int, np.ndarray, float]:
     A shift of the whole crystal is no move: the mean over the atoms is taken out operation by
     operation.
     """
-    found = spglib_or_none(spglib.get_symmetry, spglib_cell(atoms), symprec=tolerance)
-    if not found:
+    found = _operations(atoms, tolerance)
+    if found is None:
         return 1, np.zeros((len(atoms), 3)), 0.0
     cell = atoms.cell.array
     moves, average = np.zeros((len(atoms), 3)), np.zeros((3, 3))
@@ -183,12 +190,17 @@ def higher_symmetries(
 ) -> list[Higher]:
     """From the nearest to the furthest; those that a fixed cell, or atoms of the same kind in one
     place, rule out are left out."""
-    own = move_onto(state.atoms, EXACT)[0]
+
+    def n_operations(tolerance: float) -> int:
+        operations = _operations(state.atoms, tolerance)
+        return 1 if operations is None else len(operations["rotations"])
+
+    own = n_operations(EXACT)
     found: list[Higher] = []
     for tolerance in TOLERANCES[TOLERANCES <= LOOSEST]:
-        count, toward, strain = move_onto(state.atoms, float(tolerance))
-        if count <= max(own, found[-1].n_operations if found else 0):
+        if n_operations(float(tolerance)) <= max(own, found[-1].n_operations if found else 0):
             continue
+        count, toward, strain = move_onto(state.atoms, float(tolerance))
         if np.linalg.norm(toward, axis=1).max() > LOOSEST or (cell is None and strain > SAME_CELL):
             continue
         atoms = moved_onto(state.atoms, float(tolerance))
