@@ -21,8 +21,14 @@ from ase import Atoms
 from torch import Tensor
 
 from magus_anharmonic.errors import InputError
-from magus_anharmonic.potential.graph import Graph, build_graph, find_topology
-from magus_anharmonic.potential.guards import expected_pairs
+from magus_anharmonic.potential.graph import (
+    Graph,
+    Topology,
+    check,
+    displacements,
+    find_neighbours,
+    find_topology,
+)
 from magus_anharmonic.potential.kernels import address, library, pointers, structure
 
 logger = logging.getLogger(__name__)
@@ -31,6 +37,8 @@ DEGREE = 3
 AT_ONCE = 40_000
 """Pairs of a batch: what fits the cache of a processor."""
 _AGREEMENT = 1e-10
+_COINCIDENT = 2
+"""What the compiled functions return where atoms coincide."""
 _POWERS = [
     (a, b, degree - a - b)
     for degree in range(DEGREE + 1)
@@ -84,10 +92,24 @@ class Coefficients:
         return self.linear.shape[1] // len(self.species)
 
 
-def graphs(
-    structures: Sequence[Atoms], species: Sequence[int], cutoff: float
-) -> Iterator[tuple[list[int], Graph]]:
-    """Places of structures, and the graph of them, in batches."""
+@dataclass(frozen=True)
+class Batch:
+    """Structures that share the neighbours of a ``topology``, and their ``places`` in the list that
+    they are of."""
+
+    places: list[int]
+    structures: list[Atoms]
+    topology: Topology
+
+    def graph(self) -> Graph:
+        """Raises ``InputError`` where atoms coincide."""
+        cutoff, names = self.topology.cutoff, [f"structure {place}" for place in self.places]
+        return self.topology.graph(self.structures, cutoff, torch.float64, "cpu", names)
+
+
+def batches(structures: Sequence[Atoms], species: Sequence[int], cutoff: float) -> Iterator[Batch]:
+    """Raises ``InputError`` for other species, coincident atoms and cells too skewed to be
+    searched."""
     groups: dict[tuple[bytes, bytes], list[int]] = {}
     for place, atoms in enumerate(structures):
         if not set(atoms.numbers) <= set(species):
@@ -99,32 +121,33 @@ def graphs(
         groups.setdefault((atoms.numbers.tobytes(), atoms.pbc.tobytes()), []).append(place)
     for places in groups.values():
         topology = find_topology([structures[place] for place in places], cutoff)
-        each = topology.n_inside if topology else expected_pairs(structures[places[0]], cutoff)
-        size = max(1, int(AT_ONCE // max(1.0, each)))
+        size = max(1, AT_ONCE // max(1, topology.n_inside)) if topology else 1
         for start in range(0, len(places), size):
             part = places[start : start + size]
             members = [structures[place] for place in part]
-            if topology is None:
-                graph = build_graph(members, cutoff, torch.float64, threebody_cutoff=cutoff)
-            else:
-                names = [f"structure {place}" for place in part]
-                graph = topology.graph(members, cutoff, torch.float64, "cpu", names)
-            yield part, graph
+            yield Batch(part, members, topology or _alone(members[0], cutoff, part[0]))
+
+
+def _alone(atoms: Atoms, cutoff: float, place: int) -> Topology:
+    check(atoms, name := f"structure {place}")
+    found = find_neighbours(atoms, cutoff, name)
+    arrays = map(torch.as_tensor, (found.centre, found.neighbour, found.vector))
+    return Topology(atoms, cutoff, *arrays, len(found.length))
 
 
 Sums = tuple[np.ndarray, np.ndarray, np.ndarray]
-"""Energies (n,) without the shift, forces (N, 3) and virials (n, 3, 3) of a batch, eV and A."""
+"""Energies (n,) without the shift, forces (n, N, 3) and virials (n, 3, 3) of a batch, eV and A."""
 Features = tuple[np.ndarray, np.ndarray, np.ndarray]
 """What the coefficients multiply in energies (n, k), forces (n, 3 N, k) and virials (n, 6, k) of
 n structures of N atoms, eV."""
 
 
-def sums(coefficients: Coefficients, graph: Graph) -> Sums:
-    """Of a graph whose edges are sorted by their centre."""
+def sums(coefficients: Coefficients, batch: Batch) -> Sums:
+    """Raises ``InputError`` where atoms coincide."""
     functions = _checked_functions()
     if functions is None:
-        return _torch_sums(coefficients, graph)
-    return _compiled_sums(functions, coefficients, graph)
+        return _torch_sums(coefficients, batch)
+    return _compiled_sums(functions, coefficients, batch)
 
 
 def features(
@@ -132,18 +155,19 @@ def features(
 ) -> Features:
     """See `Features`; for ``radial`` functions."""
     functions, order, parts = _checked_functions(), [], []
-    for places, graph in graphs(structures, species, cutoff):
-        order += places
+    for batch in batches(structures, species, cutoff):
+        order += batch.places
         if functions is None:
-            parts.append(_torch_features(graph, species, cutoff, radial))
+            parts.append(_torch_features(batch, species, radial))
         else:
-            parts.append(_compiled_features(functions, graph, species, cutoff, radial))
+            parts.append(_compiled_features(functions, batch, species, radial))
     back = np.argsort(order)
     energy, forces, virial = (np.concatenate(part)[back] for part in zip(*parts, strict=True))
     return energy, forces, virial
 
 
-def _torch_sums(coefficients: Coefficients, graph: Graph) -> Sums:
+def _torch_sums(coefficients: Coefficients, batch: Batch) -> Sums:
+    graph = batch.graph()
     species, cutoff, radial = coefficients.species, coefficients.cutoff, coefficients.radial
     shells = _Shell.all_of(graph, species, cutoff)
     bases = [_Basis(shell.vector, cutoff, radial) for shell in shells]
@@ -172,10 +196,11 @@ def _torch_sums(coefficients: Coefficients, graph: Graph) -> Sums:
         forces += pull.sum(1)
         forces.index_add_(0, shell.neighbour.view(-1), pull.view(-1, 3), alpha=-1.0)
         virial.index_add_(0, graph.structure, pull.mT @ shell.vector)
-    return energy.numpy(), forces.numpy(), 0.5 * (virial + virial.mT).numpy()
+    return energy.numpy(), forces.view(n, -1, 3).numpy(), 0.5 * (virial + virial.mT).numpy()
 
 
-def _torch_features(graph: Graph, species: Sequence[int], cutoff: float, radial: int) -> Features:
+def _torch_features(batch: Batch, species: Sequence[int], radial: int) -> Features:
+    graph, cutoff = batch.graph(), batch.topology.cutoff
     shells = _Shell.all_of(graph, species, cutoff)
     bases = [_Basis(shell.vector, cutoff, radial) for shell in shells]
     moments = torch.cat([basis.moments() for basis in bases], 1)
@@ -187,7 +212,8 @@ def _torch_features(graph: Graph, species: Sequence[int], cutoff: float, radial:
         other[:, part, block] = (moments[..., part] * _MULTIPLICITY[part]).mT
     other[:, 0, last] = 1.0
     kind = torch.searchsorted(torch.as_tensor(species), graph.numbers)
-    energy, forces, virial = _room(graph, len(species), width)
+    size = len(batch.structures), len(batch.structures[0])
+    energy, forces, virial = _room(*size, len(species), width)
     energy.view(-1, width, last + 1).index_add_(
         0, graph.structure * len(species) + kind, moments @ other
     )
@@ -204,11 +230,11 @@ def _torch_features(graph: Graph, species: Sequence[int], cutoff: float, radial:
     return _packed(energy, forces, 0.5 * (virial + virial.transpose(1, 2)))
 
 
-def _room(graph: Graph, n_species: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
+def _room(n: int, n_atoms: int, n_species: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
     """Zeros for the terms of energies (n, S, C, (`DEGREE` + 1) C + 1), forces (n N, 3, ...) and
     virials (n, 3, 3, ...)."""
-    n, shape = len(graph.n_atoms), (n_species, width, (DEGREE + 1) * width + 1)
-    return _zeros(n, *shape), _zeros(len(graph.numbers), 3, *shape), _zeros(n, 3, 3, *shape)
+    shape = n_species, width, (DEGREE + 1) * width + 1
+    return _zeros(n, *shape), _zeros(n * n_atoms, 3, *shape), _zeros(n, 3, 3, *shape)
 
 
 def _packed(energy: Tensor, forces: Tensor, virial: Tensor) -> Features:
@@ -315,53 +341,51 @@ _Shape = structure(
 )
 _Pairs = structure(
     "pairs",
-    **dict.fromkeys(("n", "threads"), ctypes.c_long),
-    **pointers("atoms first neighbour kind vector"),
+    **dict.fromkeys(("n", "n_atoms", "threads"), ctypes.c_long),
+    **pointers("first neighbour kind vector strain moved"),
 )
 
 
-class _Compiled:
-    """The arguments of the functions of ``polynomial.c`` for a graph whose edges are sorted by
-    their centre."""
-
-    def __init__(self, graph: Graph, species: Sequence[int], cutoff: float, radial: int) -> None:
-        sizes = torch.bincount(graph.centre, minlength=len(graph.numbers))
-        self._arrays = [
-            _ends(torch.tensor(graph.n_atoms)),
-            _ends(sizes),
-            graph.neighbour,
-            torch.searchsorted(torch.as_tensor(species), graph.numbers),
-            graph.vector.contiguous(),
-        ]
-        self._shape = _Shape(len(species), radial, cutoff)
-        threads, addresses = torch.get_num_threads(), map(address, self._arrays)
-        self._pairs = _Pairs(len(graph.n_atoms), threads, *addresses)
-
-    def call(self, function: Callable[..., int], *arrays: Tensor) -> None:
-        structs = ctypes.byref(self._shape), ctypes.byref(self._pairs)
-        if function(*structs, *(ctypes.c_void_p(address(array)) for array in arrays)):
-            raise MemoryError("no memory for the neighbours of an atom")
-
-
-def _ends(sizes: Tensor) -> Tensor:
-    """Where parts of these sizes begin, and where the last ends."""
-    return torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
+def _call(
+    function: Callable[..., int], batch: Batch, species: Sequence[int], radial: int, *arrays: Tensor
+) -> None:
+    """A function of ``polynomial.c`` on a batch, with ``arrays`` after its structs."""
+    topology, kinds = batch.topology, np.searchsorted(species, batch.topology.reference.numbers)
+    sizes = torch.bincount(topology.centre, minlength=len(kinds))
+    strain, moved = displacements(topology.reference, batch.structures)
+    kept = [
+        torch.cat([sizes.new_zeros(1), sizes.cumsum(0)]),
+        topology.neighbour,
+        *map(torch.as_tensor, (kinds, topology.vector.contiguous())),
+        *map(torch.as_tensor, map(np.ascontiguousarray, (strain, moved))),
+    ]
+    counts = len(batch.structures), len(kinds), torch.get_num_threads()
+    shape = _Shape(len(species), radial, topology.cutoff)
+    pairs = _Pairs(*counts, *map(address, kept))
+    given = (ctypes.c_void_p(address(array)) for array in arrays)
+    failed = function(ctypes.byref(shape), ctypes.byref(pairs), *given)
+    if failed == _COINCIDENT:
+        batch.graph()
+    if failed:
+        raise MemoryError("no memory for the neighbours of an atom")
 
 
-def _compiled_sums(functions: ctypes.CDLL, coefficients: Coefficients, graph: Graph) -> Sums:
-    n, arrays = len(graph.n_atoms), (coefficients.linear, coefficients.quadratic)
-    energy, forces, virial = _zeros(n), _zeros(len(graph.numbers), 3), _zeros(n, 3, 3)
+def _compiled_sums(functions: ctypes.CDLL, coefficients: Coefficients, batch: Batch) -> Sums:
+    n, arrays = len(batch.structures), (coefficients.linear, coefficients.quadratic)
+    found = _zeros(n), _zeros(n, len(batch.structures[0]), 3), _zeros(n, 3, 3)
     given = (torch.as_tensor(np.ascontiguousarray(one)) for one in arrays)
-    of = coefficients.species, coefficients.cutoff, coefficients.radial
-    _Compiled(graph, *of).call(functions.polynomial_evaluate, *given, energy, forces, virial)
-    return energy.numpy(), forces.numpy(), virial.numpy()
+    of = coefficients.species, coefficients.radial
+    _call(functions.polynomial_evaluate, batch, *of, *given, *found)
+    energy, forces, virial = (one.numpy() for one in found)
+    return energy, forces, virial
 
 
 def _compiled_features(
-    functions: ctypes.CDLL, graph: Graph, species: Sequence[int], cutoff: float, radial: int
+    functions: ctypes.CDLL, batch: Batch, species: Sequence[int], radial: int
 ) -> Features:
-    found = _room(graph, len(species), len(species) * radial)
-    _Compiled(graph, species, cutoff, radial).call(functions.polynomial_features, *found)
+    shape = len(batch.structures), len(batch.structures[0])
+    found = _room(*shape, len(species), len(species) * radial)
+    _call(functions.polynomial_features, batch, species, radial, *found)
     return _packed(*found)
 
 
@@ -391,13 +415,14 @@ def disagreement(functions: ctypes.CDLL, seed: int = 0, radial: int = 5) -> floa
         Atoms("HSH2", positions=rng.random((4, 3)) + 1.5 * np.eye(4, 3), cell=3 * np.eye(3), pbc=1)
         for _ in range(2)
     ]
-    graph = build_graph(structures, cutoff, torch.float64, threebody_cutoff=cutoff)
+    topology = find_topology(structures, cutoff) or _alone(structures[0], cutoff, 0)
+    batch = Batch([0, 1], structures, topology)
     width = radial * len(species)
     linear, half = rng.normal(size=(2, width)), rng.normal(size=(2, DEGREE + 1, width, width))
     coefficients = Coefficients(species, cutoff, linear, half + half.swapaxes(2, 3))
-    of = graph, species, cutoff, radial
-    ours = *_compiled_sums(functions, coefficients, graph), *_compiled_features(functions, *of)
-    theirs = *_torch_sums(coefficients, graph), *_torch_features(*of)
+    of = batch, species, radial
+    ours = *_compiled_sums(functions, coefficients, batch), *_compiled_features(functions, *of)
+    theirs = *_torch_sums(coefficients, batch), *_torch_features(*of)
     worst = 0.0
     for one, other in zip(ours, theirs, strict=True):
         difference = np.nan_to_num(one - other, nan=np.inf)

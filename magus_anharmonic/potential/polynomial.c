@@ -28,15 +28,19 @@ struct shape {
     long species, radial; /* C = species * radial */
     double cutoff;
 };
-struct pairs { /* of n structures, sorted by the centre; `atoms` (n + 1,): where those of a structure begin; `first`: pairs of an atom */
-    long n, threads;
-    const int64_t *atoms, *first, *neighbour, *kind;
-    const double *vector;
+struct pairs { /* of a reference with n_atoms; `first` (n_atoms + 1,): where those of a centre begin; of n configurations, as graph.py
+                  has them, `strain` (n, 3, 3) and `moved` (n, n_atoms, 3): v = strain v_0 + moved_j - moved_i */
+    long n, n_atoms, threads;
+    const int64_t *first, *neighbour, *kind;
+    const double *vector, *strain, *moved;
 };
+#define COINCIDENT 1e-3
 /* Of one atom, its K neighbours by species, each species filled up to whole vectors: columns of arrays with rows of K. */
 struct shell {
-    long size, *edge;          /* number of columns, and the pair of one; -1 where it fills up */
+    long size, *edge;          /* number of columns, and the neighbour of one; -1 where it fills up */
+    int coincident;            /* a neighbour closer than COINCIDENT */
     long *begin;               /* of the columns of a species */
+    double *vector;            /* (K, 3) */
     double *unit, *length;     /* (3, K), (K,) */
     double *angular;           /* (M, K) */
     double *radial, *slope;    /* (radial, K), and its derivative */
@@ -60,7 +64,7 @@ static const int SLOPES[3][10][3] = {
 static long most_neighbours(const struct pairs *g)
 {
     long most = 0;
-    for (long i = 0; i < g->atoms[g->n]; i++)
+    for (long i = 0; i < g->n_atoms; i++)
         if (g->first[i + 1] - g->first[i] > most)
             most = g->first[i + 1] - g->first[i];
     return most;
@@ -69,10 +73,10 @@ static long most_neighbours(const struct pairs *g)
 /* Memory for the shells of all atoms of a batch; fails with a null `memory`. */
 static struct shell room(const struct shape *p, const struct pairs *g)
 {
-    struct shell s;
-    long k = most_neighbours(g) + p->species * LANES, width = p->species * p->radial;
-    s.memory = malloc(sizeof(double) * (k * (3 + 1 + M + 2 * p->radial + 3) + 2 * width * M) + sizeof(long) * (k + p->species + 1));
-    s.unit = s.memory, s.length = s.unit + 3 * k, s.angular = s.length + k, s.radial = s.angular + M * k;
+    struct shell s = {0};
+    long k = most_neighbours(g) + p->species * LANES + 1, width = p->species * p->radial;
+    s.memory = malloc(sizeof(double) * (k * (3 + 3 + 1 + M + 2 * p->radial + 3) + 2 * width * M) + sizeof(long) * (k + p->species + 1));
+    s.vector = s.memory, s.unit = s.vector + 3 * k, s.length = s.unit + 3 * k, s.angular = s.length + k, s.radial = s.angular + M * k;
     s.slope = s.radial + p->radial * k, s.pull = s.slope + p->radial * k;
     s.moments = s.pull + 3 * k, s.by = s.moments + width * M;
     s.edge = (long *)(s.by + width * M), s.begin = s.edge + k;
@@ -80,25 +84,36 @@ static struct shell room(const struct shape *p, const struct pairs *g)
 }
 
 /* R_n and Y_m of the neighbours of atom `i`, and A. */
-static void fill(const struct shape *p, const struct pairs *g, long i, struct shell *s)
+static void fill(const struct shape *p, const struct pairs *g, long in, long i, struct shell *s)
 {
+    const double *strain = g->strain + 9 * in, *moved = g->moved + 3 * in * g->n_atoms, *mine = moved + 3 * i;
+    double *v = s->vector;
     long k = 0;
     for (long one = 0; one < p->species; one++) {
         s->begin[one] = k;
-        for (long e = g->first[i]; e < g->first[i + 1]; e++)
-            if (g->kind[g->neighbour[e]] == one)
-                s->edge[k++] = e;
-        while ((k - s->begin[one]) % LANES)
-            s->edge[k++] = -1;
+        for (long e = g->first[i]; e < g->first[i + 1]; e++) {
+            const long j = g->neighbour[e];
+            if (g->kind[j] != one)
+                continue;
+            const double *from = g->vector + 3 * e, *other = moved + 3 * j;
+            for (int axis = 0; axis < 3; axis++)
+                v[3 * k + axis] = strain[3 * axis] * from[0] + strain[3 * axis + 1] * from[1] + strain[3 * axis + 2] * from[2] +
+                                  other[axis] - mine[axis];
+            s->length[k] = sqrt(v[3 * k] * v[3 * k] + v[3 * k + 1] * v[3 * k + 1] + v[3 * k + 2] * v[3 * k + 2]);
+            s->coincident |= s->length[k] < COINCIDENT;
+            s->edge[k] = j;
+            k += s->length[k] <= p->cutoff;
+        }
+        for (; (k - s->begin[one]) % LANES; k++)
+            s->edge[k] = -1, s->length[k] = 2 * p->cutoff;
     }
     s->begin[p->species] = s->size = k;
     const double first = 0.2 * p->cutoff, step = 0.6 * p->cutoff / (p->radial - 1), sharp = 0.7 / (step * step);
     double *x = s->unit, *y = x + k, *z = y + k;
     for (long c = 0; c < k; c++) {
-        const double *v = s->edge[c] < 0 ? NULL : g->vector + 3 * s->edge[c];
-        const double r = v ? sqrt(v[0] * v[0] + v[1] * v[1] + v[2] * v[2]) : 2 * p->cutoff;
-        s->length[c] = r;
-        x[c] = v ? v[0] / r : 1, y[c] = v ? v[1] / r : 0, z[c] = v ? v[2] / r : 0;
+        const double r = s->length[c];
+        const int real = s->edge[c] >= 0;
+        x[c] = real ? v[3 * c] / r : 1, y[c] = real ? v[3 * c + 1] / r : 0, z[c] = real ? v[3 * c + 2] / r : 0;
         double inside = 1 - (r / p->cutoff) * (r / p->cutoff);
         if (inside < 0)
             inside = 0;
@@ -190,16 +205,16 @@ static double structure_of(const struct shape *p, const struct pairs *g, long in
 {
     const long width = p->species * p->radial;
     double energy = 0;
-    for (long i = g->atoms[in]; i < g->atoms[in + 1]; i++) {
+    for (long i = 0; i < g->n_atoms; i++) {
         const long at = g->kind[i];
-        fill(p, g, i, s);
+        fill(p, g, in, i, s);
         energy += energy_of(p, linear + at * width, quadratic + at * DEGREES * width * width, s);
         pull_of(p, s);
         for (long c = 0; c < s->size; c++) {
             if (s->edge[c] < 0)
                 continue;
-            const double *v = g->vector + 3 * s->edge[c];
-            const long j = g->neighbour[s->edge[c]];
+            const double *v = s->vector + 3 * c;
+            const long j = s->edge[c];
             for (int axis = 0; axis < 3; axis++) {
                 const double pull = s->pull[axis * s->size + c];
                 forces[3 * i + axis] += pull;
@@ -212,7 +227,7 @@ static double structure_of(const struct shape *p, const struct pairs *g, long in
     return energy;
 }
 
-/* energy (n,); adds to forces (N, 3) and virial (n, 3, 3); linear (species, C), quadratic (species, 4, C, C). */
+/* energy (n,); adds to forces (n, N, 3) and virial (n, 3, 3); 2 where atoms coincide; linear (species, C), quadratic (species, 4, C, C). */
 int polynomial_evaluate(const struct shape *p, const struct pairs *g, const double *linear, const double *quadratic, double *energy,
                         double *forces, double *virial)
 {
@@ -221,9 +236,9 @@ int polynomial_evaluate(const struct shape *p, const struct pairs *g, const doub
     for (long in = 0; in < g->n; in++) {
         struct shell s = room(p, g);
         if (s.memory)
-            energy[in] = structure_of(p, g, in, linear, quadratic, &s, forces, virial + 9 * in);
-        else
-            failed = 1;
+            energy[in] = structure_of(p, g, in, linear, quadratic, &s, forces + 3 * in * g->n_atoms, virial + 9 * in);
+        if (!s.memory || s.coincident)
+            failed = s.memory ? 2 : 1;
         free(s.memory);
     }
     return failed;
@@ -267,16 +282,16 @@ static void columns(const struct shape *p, const struct shell *s, long c, const 
         }
 }
 
-/* Adds to energy (S, C, 4 C + 1), forces (all N, 3, S, C, 4 C + 1) and the upper half of virial (3, 3, S, C, 4 C + 1) of one structure;
+/* Adds to energy (S, C, 4 C + 1), forces (N, 3, S, C, 4 C + 1) and the upper half of virial (3, 3, S, C, 4 C + 1) of one structure;
  * S species. `found` and `by`: room for `columns`. */
 static void features_of(const struct shape *p, const struct pairs *g, long in, struct shell *s, double *found, double *by, double *energy,
                         double *forces, double *virial)
 {
     const long C = p->species * p->radial, width = DEGREES * C + 1, block = C * width, whole = p->species * block;
     const long part = p->radial * width;
-    for (long i = g->atoms[in]; i < g->atoms[in + 1]; i++) {
+    for (long i = 0; i < g->n_atoms; i++) {
         const long at = g->kind[i] * block;
-        fill(p, g, i, s);
+        fill(p, g, in, i, s);
         for (long q = 0; q < C; q++)
             for (int m = 0; m < M; m++)
                 by[m * C + q] = MULTIPLICITY[m] * s->moments[q * M + m];
@@ -290,12 +305,12 @@ static void features_of(const struct shape *p, const struct pairs *g, long in, s
         }
         for (long one = 0; one < p->species; one++)
             for (long c = s->begin[one]; c < s->begin[one + 1] && s->edge[c] >= 0; c++) {
-                const double *v = g->vector + 3 * s->edge[c];
+                const double *v = s->vector + 3 * c;
                 columns(p, s, c, by, found);
                 for (int axis = 0; axis < 3; axis++) {
                     const double *pull = found + axis * part;
                     double *mine = forces + (3 * i + axis) * whole + at + one * part;
-                    double *other = forces + (3 * g->neighbour[s->edge[c]] + axis) * whole + at + one * part;
+                    double *other = forces + (3 * s->edge[c] + axis) * whole + at + one * part;
                     double *strain = virial + 3 * axis * whole + at + one * part;
                     for (long q = 0; q < part; q++) {
                         mine[q] += pull[q];
@@ -309,7 +324,7 @@ static void features_of(const struct shape *p, const struct pairs *g, long in, s
     }
 }
 
-/* Adds to energy (n, S, C, 4 C + 1), forces (N, 3, S, C, 4 C + 1) and the upper half of virial (n, 3, 3, S, C, 4 C + 1). */
+/* Adds to energy (n, S, C, 4 C + 1), forces (n, N, 3, S, C, 4 C + 1) and the upper half of virial (n, 3, 3, S, C, 4 C + 1). */
 int polynomial_features(const struct shape *p, const struct pairs *g, double *energy, double *forces, double *virial)
 {
     const long C = p->species * p->radial, width = DEGREES * C + 1, whole = p->species * C * width;
@@ -319,9 +334,10 @@ int polynomial_features(const struct shape *p, const struct pairs *g, double *en
         struct shell s = room(p, g);
         double *found = malloc(sizeof(double) * (3 * p->radial * width + M * C));
         if (s.memory && found)
-            features_of(p, g, in, &s, found, found + 3 * p->radial * width, energy + in * whole, forces, virial + 9 * in * whole);
-        else
-            failed = 1;
+            features_of(p, g, in, &s, found, found + 3 * p->radial * width, energy + in * whole, forces + 3 * in * g->n_atoms * whole,
+                        virial + 9 * in * whole);
+        if (!s.memory || !found || s.coincident)
+            failed = s.memory && found ? 2 : 1;
         free(s.memory), free(found);
     }
     return failed;

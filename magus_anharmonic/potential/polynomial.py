@@ -33,7 +33,8 @@ from ase import Atoms
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.evaluator import Evaluation, has_stress
 from magus_anharmonic.io.digests import digest
-from magus_anharmonic.potential.moments import DEGREE, SIX, Coefficients, features, graphs, sums
+from magus_anharmonic.potential.guards import cell_volume
+from magus_anharmonic.potential.moments import DEGREE, SIX, Coefficients, batches, features, sums
 
 RADIAL = (7, 5)
 """Numbers of radial functions: the first for which there are `ROWS` numbers for each coefficient,
@@ -83,12 +84,12 @@ class PolynomialPotential:
         energy, stress = np.zeros(len(structures)), np.zeros((len(structures), 3, 3))
         forces = [np.zeros((len(atoms), 3)) for atoms in structures]
         coefficients = Coefficients(self.species, self.cutoff, self.linear, self.quadratic)
-        for places, graph in graphs(structures, self.species, self.cutoff):
-            terms, pull, virial = sums(coefficients, graph)
-            energy[places] = terms + self.shift * np.array(graph.n_atoms)
-            volume = graph.volume.numpy()[:, None, None]
-            stress[places] = virial / volume
-            for place, one in zip(places, np.split(pull, np.cumsum(graph.n_atoms)), strict=False):
+        for batch in batches(structures, self.species, self.cutoff):
+            terms, pull, virial = sums(coefficients, batch)
+            energy[batch.places] = terms + self.shift * pull.shape[1]
+            volumes = np.array([cell_volume(atoms) for atoms in batch.structures])
+            stress[batch.places] = virial / volumes[:, None, None]
+            for place, one in zip(batch.places, pull, strict=True):
                 forces[place] = one
         return Evaluation(energy, forces, stress)
 
