@@ -2,8 +2,8 @@
 
 The functions behind `polynomial`, whose symbols these are: A and its derivatives, the energies,
 forces and virials of a batch of structures (`sums`), and what the coefficients multiply there
-(`features`). Both are compiled (``polynomial.c``, by `kernels`): a fifth and a tenth of the time of
-torch's, which are used where there is no compiler.
+(`features`). Both are compiled (``polynomial.c``, by `kernels`): a fifth of the time of torch's
+forms, which are used where there is no compiler.
 """
 
 from __future__ import annotations
