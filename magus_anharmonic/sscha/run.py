@@ -43,7 +43,7 @@ from magus_anharmonic.sscha.task import (
     pressure_of,
     unconverged,
 )
-from magus_anharmonic.sscha.two_levels import LEARN, Learner, Sample, Sampler
+from magus_anharmonic.sscha.two_levels import FEWEST, Learner, Sample, Sampler
 from magus_anharmonic.sscha.unstable import (
     EXACT,
     Answer,
@@ -290,7 +290,7 @@ class SschaRun:
         same state."""
         last = self._populations[-1][1]
         active = self._learner is not None and self._learner.active and self.n_populations > 1
-        return active and not last.two_level and len(last.energies) <= LEARN
+        return active and not last.two_level and len(last.energies) <= FEWEST
 
     def _further(self, learner: Learner) -> None:
         """Go on where the sample was used up, at this cell, on the surrogate alone."""

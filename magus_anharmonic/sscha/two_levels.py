@@ -47,11 +47,9 @@ COST = 0.1
 """Cost of a surrogate over that of the truth, unless it has a ``relative_cost`` of its own."""
 HELPS = 0.8
 """Of the cost of the truth alone for the same error: the most that two levels may cost."""
-FEWEST = 12
-"""Configurations of the truth in a population of two levels, at least: six pairs tell a standard
-deviation to a third of it (which the error bar counts in), and the forces' to a sixth."""
-LEARN = 20
-"""The same of a population that a surrogate is to learn from first."""
+FEWEST = 20
+"""Configurations of the truth in a population of two levels, at least: ten pairs tell a standard
+deviation to a quarter of it."""
 FEWEST_MORE = 4
 """The same of one that is added to another of its state."""
 FAILURES = 3
@@ -62,7 +60,7 @@ FEWEST_LARGE = 200
 AMPLE = 1.5
 """Pairs of the surrogate over those that the tolerance asks for: ten pairs of the truth, which it
 is told by, know their scatter to a quarter."""
-SOON = 2 * LEARN
+SOON = 2 * FEWEST
 """Configurations of the truth in a population, above which a surrogate first learns from those at
 hand: the configurations of a new state make it better than the same number corrects it."""
 
@@ -311,7 +309,7 @@ class Learner:
         goal: float | None,
     ) -> Sample:
         """A population of the state whose first one is number ``first``, and the truth in it: of
-        two levels where the surrogate helps, else of ``n_configs`` of the truth; of `LEARN` of it
+        two levels where the surrogate helps, else of ``n_configs`` of the truth; of `FEWEST` of it
         where the surrogate is to learn from them first.
 
         ``fresh`` : draws the truth; ``last`` : see `SschaRun._sample`; ``goal`` : of
@@ -329,10 +327,9 @@ class Learner:
                 return first_sample(sampler, truth, n_configs, goal, SOON if again else n_configs)
         except SurrogateFailed as error:
             log.info("%s: without the surrogate: %s", sampler.what, error)
-        wanted = min(LEARN, n_configs) if again and self.truths else n_configs
         if truth is None:
-            truth = fresh(wanted)
-        elif (missing := wanted - len(truth.energies)) > 0:
+            truth = fresh(min(FEWEST, n_configs) if again and self.truths else n_configs)
+        if not again and (missing := n_configs - len(truth.energies)) > 0:
             truth = joined([truth, sampler.of_truth(missing, 1)])
         return truth, truth
 
