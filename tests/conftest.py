@@ -16,6 +16,9 @@ os.environ.setdefault("DASK_LOGGING__DISTRIBUTED", "critical")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# the machine does not lose its power while the tests run: waiting for the disk is a third of some
+os.fsync = lambda descriptor: None
+
 
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory):
