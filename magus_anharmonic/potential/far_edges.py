@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import ctypes
+import logging
 from dataclasses import dataclass
 from itertools import pairwise
 from types import SimpleNamespace
@@ -23,12 +24,15 @@ from magus_anharmonic.potential.graph import Graph
 from magus_anharmonic.potential.kernels import address, library, pointers, structure
 from magus_anharmonic.potential.layers import edge_network
 
+logger = logging.getLogger(__name__)
+
 POWERS = 6
 INTERVALS = (8, 16, 32, 64)
 TOLERANCE = 1e-9
 """Of the largest value, between the nodes; of the slopes it leaves about 1e-6 per Angstrom."""
 MOST_SPECIES = 6
 """More have too many pairs for the cache."""
+_AGREEMENT = 1e-5
 
 _Far = structure(
     "far",
@@ -40,7 +44,7 @@ _Far = structure(
 
 @dataclass(frozen=True)
 class Table:
-    """coefficients (S, S, intervals, POWERS, 2 u) for lengths from ``start`` in steps of ``width``;
+    """coefficients (S^2, intervals, POWERS, 2 u) for lengths from ``start`` in steps of ``width``;
     kind (95,): place of an atomic number among the S species."""
 
     species: frozenset[int]
@@ -70,6 +74,13 @@ class FarEdges:
             known = made[1].species
         wanted = species | known if len(species | known) <= MOST_SPECIES else species
         table = make(self._module, sorted(wanted))
+        if table is not None and (wrong := disagreement(self._module, table)) > _AGREEMENT:
+            logger.warning(
+                "interpolated edges differ from the model by %.1e and are not used (compiler of"
+                " this machine?)",
+                wrong,
+            )
+            table = None
         self._made = weights, table
         return table
 
@@ -131,6 +142,10 @@ def make(module: nn.Module, species: list[int]) -> Table | None:
     )
 
 
+def _n_intervals(table: Table) -> int:
+    return int(table.coefficients.shape[1])
+
+
 class Interpolation:
     """The far edges of a graph."""
 
@@ -141,9 +156,8 @@ class Interpolation:
             graph.vector[near:], table.coefficients,
         ]  # fmt: skip
         self.n_edges = len(graph.centre) - near
-        count = table.coefficients.shape[-3]
         self._struct = _Far(
-            units, self.n_edges, count, len(table.species), table.start, table.width,
+            units, self.n_edges, _n_intervals(table), len(table.species), table.start, table.width,
             *map(address, self._arrays),
         )  # fmt: skip
         self._native = library()
@@ -161,3 +175,38 @@ class Interpolation:
         by_length = torch.empty(self.n_edges, dtype=torch.float64)
         self._call("far_backward", by_edge, by_atom, by_length)
         return by_length
+
+
+def disagreement(module: nn.Module, table: Table, per_pair: int = 23) -> float:
+    """Largest difference between what the compiled functions take from ``table`` and the module in
+    float64, relative to the largest number of an array; NaN counts as infinite."""
+    double, generator = copy.deepcopy(module).double(), torch.Generator().manual_seed(0)
+    numbers = torch.tensor(sorted(table.species))
+    pairs = torch.cartesian_prod(numbers, numbers).view(-1, 2).repeat_interleave(per_pair, 0)
+    places, far = torch.rand(len(pairs), generator=generator), table.width * _n_intervals(table)
+    length = (table.start + far * places).double().requires_grad_(True)
+    with torch.enable_grad():
+        values = first_block(double, *pairs.unbind(1), length)
+        by = torch.randn(values.shape, generator=generator)
+        (slopes,) = torch.autograd.grad((values * by).sum(), length)
+    units = values.shape[1] // 2
+    # every edge has two atoms of its own
+    nothing = torch.empty(0, dtype=torch.long)
+    vector = length.detach().float()[:, None] * torch.tensor([1.0, 0.0, 0.0])
+    centre = 2 * torch.arange(len(pairs))
+    graph = Graph(
+        centre, centre + 1, vector, 0, nothing, pairs.reshape(-1), nothing, torch.ones(1),
+        (2 * len(pairs),),
+    )  # fmt: skip
+    compiled = Interpolation(table, graph, units)
+    edge, atom = (torch.empty(len(pairs), units), torch.zeros(2 * len(pairs), units).double())
+    compiled.forward(edge, atom)
+    by_edge, by_atom = by[:, :units].contiguous(), torch.zeros(2 * len(pairs), units)
+    by_atom[centre] = by[:, units:]
+    ours = edge, atom[centre], compiled.backward(by_edge, by_atom)
+    values = values.detach()
+    theirs = values[:, :units], values[:, units:], slopes
+    return max(
+        float(torch.nan_to_num(one - other, torch.inf).abs().max() / other.abs().max())
+        for one, other in zip(ours, theirs, strict=True)
+    )

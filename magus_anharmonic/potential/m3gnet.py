@@ -17,8 +17,8 @@ from magus_anharmonic.potential.edge_basis import (
     edge_basis,
     forces_and_virial,
 )
-from magus_anharmonic.potential.graph import Graph
 from magus_anharmonic.potential.far_edges import FarEdges
+from magus_anharmonic.potential.graph import Graph
 from magus_anharmonic.potential.inference import Inference, Workspace
 from magus_anharmonic.potential.layers import edge_network
 
