@@ -9,7 +9,7 @@ COVERAGE ?= 85
 PYTEST_ARGS ?=
 SOAK_MINUTES ?= 120
 # compiled modules are kept, or every process that a test starts compiles the package anew: a second each
-PYTEST := env -u PYTHONPATH -u PYTHONDONTWRITEBYTECODE OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:cacheprovider -n $(JOBS) $(PYTEST_ARGS)
+PYTEST := env -u PYTHONPATH -u PYTHONDONTWRITEBYTECODE OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:cacheprovider -n $(JOBS) --dist loadgroup $(PYTEST_ARGS)
 
 help:
 	@echo "make demo       set up .venv and run the H3S quick start in demo/"

@@ -361,7 +361,7 @@ def test_from_structures_of_several_compositions_to_the_hull_of_their_free_energ
     }
     for name, atoms in structures.items():
         atoms.write(tmp_path / f"{name}.vasp", direct=True)
-    sscha = {"supercell": {"min_length": 5.0}, "n_configs": 100, "max_populations": 6}
+    sscha = {"supercell": {"min_length": 5.0}, "n_configs": 40, "max_populations": 6}
     keys = {
         "phases": {name: f"{name}.vasp" for name in structures},
         "pressures": [0],
