@@ -40,8 +40,8 @@ from magus_anharmonic.structures import (
 DEUTERIUM = {"H": 2.014}
 ONE_PER_CENT = {"H": 1.01 * PAIR.get_masses()[0]}
 CRYSTAL = crystal((3.0,) * 3, 1.0, 0.2, -0.3, 1.0)
-FEW, MORE, MANY = (2, 2, 2), (3, 3, 2), (3, 3, 3)
-"""21, 51 and 78 modes of hydrogen: ESS/N of H -> D is 0.39, 0.1 and 0.03."""
+FEW, MANY = (2, 2, 2), (3, 3, 3)
+"""21 and 78 modes of hydrogen: ESS/N of H -> D is 0.39 and 0.03."""
 
 
 def heavier(state, factor):
@@ -168,13 +168,13 @@ def test_deuterium_of_many_modes_needs_at_most_two_new_populations(tmp_path, cap
 
 
 def test_deuterium_of_many_modes_costs_no_evaluation_with_a_surrogate(tmp_path):
-    """Some 16 of 160 configurations count: too few for V - V_0, enough for V less the polynomial."""
-    lattice(tmp_path / "H", supercell=MORE, n_configs=200)
-    keys = {"supercell": MORE, "n_configs": 200, "masses": DEUTERIUM}
+    """Some 14 of 260 configurations count: too few for V - V_0, enough for V less the polynomial."""
+    lattice(tmp_path / "H", supercell=MANY, n_configs=300)
+    keys = {"supercell": MANY, "n_configs": 300, "masses": DEUTERIUM}
     given = {"evaluator": Refused(), "start": tmp_path / "H", "surrogate": "polynomial"}
     found = lattice(tmp_path / "D", **keys, **given)
     assert found.n_evaluations == 0 < found.n_surrogate and "correct the surrogate" in found.reason
-    own = lattice(**keys, seed=1)
+    own = lattice(**{**keys, "n_configs": 200}, seed=1)
     assert own.n_evaluations > 200 and found.converged and own.converged
     error = np.hypot(found.gibbs_error, own.gibbs_error)
     assert found.gibbs_raw == pytest.approx(own.gibbs_raw, abs=4.0 * error)
@@ -186,11 +186,11 @@ def test_deuterium_of_many_modes_costs_no_evaluation_with_a_surrogate(tmp_path):
 def test_too_few_configurations_or_a_surrogate_of_something_else_lead_to_new_ones(tmp_path, caplog):
     """Not to another free energy."""
     caplog.set_level(logging.INFO, logger="magus_anharmonic.sscha")
-    keys = {"supercell": MORE, "masses": DEUTERIUM, "start": tmp_path / "H", "max_populations": 1}
-    lattice(tmp_path / "H", supercell=MORE, n_configs=100)
+    keys = {"supercell": MANY, "masses": DEUTERIUM, "start": tmp_path / "H", "max_populations": 1}
+    lattice(tmp_path / "H", supercell=MANY, n_configs=100)
     assert lattice(**keys, surrogate="polynomial").n_evaluations >= 100
     assert "of 60 configurations count, 10 are needed" in caplog.text
-    lattice(tmp_path / "more", supercell=MORE, n_configs=200)
+    lattice(tmp_path / "more", supercell=MANY, n_configs=300)
     keys["start"] = tmp_path / "more"
     another = Crystals([crystal((3.0,) * 3, 1.5, 0.2, -0.3, 1.0)], "stiffer")
     assert lattice(**keys, surrogate=another).n_evaluations > 0

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from magus_anharmonic.sscha.result import (
     read_start_file,
 )
 from magus_anharmonic.sscha.start import supercell_of, symmetry_of, with_masses
-from magus_anharmonic.sscha.state import SschaState
+from magus_anharmonic.sscha.state import LARGEST_AMPLITUDE_LATER, SschaState, floor_modes
 from magus_anharmonic.sscha.symmetry import Symmetry
 from magus_anharmonic.sscha.task import Task, finished_result, gibbs_energy, open_issues
 from magus_anharmonic.sscha.two_levels import (
@@ -37,7 +38,7 @@ from magus_anharmonic.sscha.two_levels import (
     Sampler,
     SurrogateFailed,
     corrections,
-    minimised_on,
+    guarded,
 )
 from magus_anharmonic.units import ev_to_mev
 
@@ -50,11 +51,11 @@ FITTED = 2 * FEWEST
 """Configurations that a surrogate is fitted to; the others correct it."""
 FEWEST_EFFECTIVE = 10.0
 """Of how many configurations those that correct a surrogate must be worth."""
-LARGE = 4
+LARGE = 2
 """Configurations of the surrogate over ``n_configs``: they cost next to nothing."""
-MINIMISATIONS = 8
-"""Most minimisations on the surrogate, one after another: a state far from its minimum has another
-stress."""
+MINIMISATIONS = 4
+"""Samples of the surrogate, half as large, that lead to the state, pooled: a state that is not at
+its minimum has another stress."""
 NEW_DRAWS = 8317
 """Separates the random numbers of the surrogate's configurations from those of the run's."""
 
@@ -208,37 +209,36 @@ def _on_two_levels(task: Task, found: _Source, symmetry: Symmetry) -> _Sample:
     """The state that a surrogate leads to, and its own configurations, corrected by those of the
     source; one that is fitted learns from the first `FITTED` of these, which correct nothing.
     Raises ``SurrogateFailed``."""
-    ensemble, own = found.ensemble, found.own
+    ensemble, own, state = found.ensemble, found.own, found.start.state
     if ensemble.two_level or len(ensemble.energies) < 2 * FITTED:
         raise SurrogateFailed(f"no {2 * FITTED} configurations of the truth to learn from")
     assert task.surrogate is not None
     fitted = FITTED if task.surrogate.fit is not None else 0
     chosen = np.arange(len(ensemble.energies)) < fitted
+    rest = ensemble.part(~chosen)
     surrogate = Learner(task.surrogate, {1: (own, ensemble.part(chosen))}).before(2)
     assert surrogate is not None
-    sampler, n_surrogate = Sampler(found.start.state, surrogate, [], "", surrogate), 0
-    size, least = LARGE * task.settings.n_configs, task.settings.min_effective_sample
-    for number in range(MINIMISATIONS):
-        sampler = replace(sampler, seed=[task.seed, NEW_DRAWS, number])
-        state, used, done = minimised_on(sampler, symmetry, size, least)
-        sampler, n_surrogate = replace(sampler, state=state), n_surrogate + used
-        if done:
-            break
-    rest = ensemble.part(~chosen)
-    effective = overlap(own, state)
-    count = f"{effective * len(rest.energies):.0f} of {len(rest.energies)} configurations count"
-    if effective * len(rest.energies) < FEWEST_EFFECTIVE:
+    sampler = Sampler(state, surrogate, [task.seed, NEW_DRAWS], "", surrogate)
+    size, pool, least = LARGE * task.settings.n_configs, [], task.settings.min_effective_sample
+    for stream in range(MINIMISATIONS):
+        pool.append((sampler.state, sampler.of_surrogate(size // 2, stream)))
+        moved = guarded(partial(minimise, pool, symmetry, min_effective_sample=least)).state
+        sampler = replace(sampler, state=floor_modes(moved, symmetry, LARGEST_AMPLITUDE_LATER))
+    state = sampler.state
+    effective = overlap(own, state) * len(rest.energies)
+    count = f"{effective:.0f} of {len(rest.energies)} configurations count"
+    if effective < FEWEST_EFFECTIVE:
         raise SurrogateFailed(f"{count}, {FEWEST_EFFECTIVE:.0f} are needed")
     about, weights = reweighted(own, rest, state)
     level = corrections(about, sampler.at(about.displacements))
-    large = sampler.of_surrogate(size, 2)
+    large = sampler.of_surrogate(size, MINIMISATIONS)
     return _Sample(
         state,
         joined([large, level]),
         np.concatenate([np.ones(len(large.energies)), weights]),
-        effective,
+        effective / len(rest.energies),
         f"{count}, and correct the surrogate {task.surrogate.name}",
-        n_surrogate + len(large.energies) + len(rest.energies),
+        MINIMISATIONS * (size // 2) + len(large.energies) + len(rest.energies),
     )
 
 
