@@ -125,16 +125,6 @@ def test_the_free_energy_is_an_upper_bound_of_the_diagonalised_one(k, gap, tempe
     assert -3.0 * result.gibbs_error < result.gibbs_raw - exact < gap + 3.0 * result.gibbs_error
 
 
-def test_errors_of_independent_runs_cover_the_exact_value():
-    calculator = QuarticPair()
-    masses = PAIR.get_masses()
-    exact = calculator.scha_free_energy(masses.prod() / masses.sum(), 0.0) / 2.0
-    runs = [quartic(evaluator=calculator, seed=seed, n_configs=100) for seed in range(10)]
-    pulls = np.array([(run.gibbs_raw - exact) / run.gibbs_error for run in runs])
-    assert np.abs(pulls).max() < 4.5
-    assert abs(pulls.mean()) < 1.3
-
-
 def test_variable_cell_meets_the_pressure_and_all_numbers_are_of_one_state(compressed):
     result, folder = compressed
     assert result.converged and result.reason == ""
