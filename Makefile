@@ -8,7 +8,8 @@ JOBS ?= $(shell n=$$(env -u OMP_NUM_THREADS nproc 2> /dev/null || echo 2); [ $$n
 COVERAGE ?= 85
 PYTEST_ARGS ?=
 SOAK_MINUTES ?= 120
-PYTEST := env -u PYTHONPATH OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:cacheprovider -n $(JOBS) $(PYTEST_ARGS)
+# compiled modules are kept, or every process that a test starts compiles the package anew: a second each
+PYTEST := env -u PYTHONPATH -u PYTHONDONTWRITEBYTECODE OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:cacheprovider -n $(JOBS) --dist loadgroup $(PYTEST_ARGS)
 
 help:
 	@echo "make demo       set up .venv and run the H3S quick start in demo/"

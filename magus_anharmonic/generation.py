@@ -155,17 +155,17 @@ def quantum_seeds(candidates: Sequence[Candidate]) -> list[Atoms]:
     """
     from magus_anharmonic.ranking.jobs import info_of
     from magus_anharmonic.ranking.matcher import Fingerprint, same_phase
-    from magus_anharmonic.sscha.symmetry import symmetric_primitive
+    from magus_anharmonic.ranking.phases import primitive_fingerprint
 
     present = {c.seed_of for c in candidates if c.ranked and c.seed_of == c.run_id}
     new = [c for c in candidates if c.phase_ranked and c.run_id not in present]
     statics = [Fingerprint(c.structure) for c in candidates if c.members] if new else []
     seeds = []
     for candidate in new:
-        atoms = symmetric_primitive(candidate.centroids, candidate.tolerance)
-        fingerprint = Fingerprint(atoms, candidate.tolerance)
+        fingerprint = primitive_fingerprint(candidate.centroids, candidate.tolerance)
         if any(same_phase(fingerprint, other) for other in statics):
             continue
+        atoms = fingerprint.atoms.copy()
         atoms.info.update(
             info_of(candidate.free_energy),
             candidate_id=candidate.id,

@@ -16,6 +16,30 @@ os.environ.setdefault("DASK_LOGGING__DISTRIBUTED", "critical")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# the machine does not lose its power while the tests run: waiting for the disk is a third of some
+os.fsync = lambda descriptor: None
+
+TOGETHER = {
+    "test_exact_crystals",
+    "test_finetune",
+    "test_free_energy_model",
+    "test_labelers",
+    "test_learning",
+    "test_nonanalytic",
+    "test_phase_diagram",
+    "test_search",
+    "test_sscha_free_energy",
+    "test_uncertainty",
+}
+"""Files whose tests share searches, runs or trainings: one process has all of one file."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.path.stem in TOGETHER:
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+
 
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory):

@@ -14,11 +14,20 @@ from ase import Atoms
 from ase.build import bulk
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mattersim.forcefield.m3gnet.m3gnet import M3Gnet
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from magus_anharmonic.errors import InputError, MachineError, MagusAnharmonicError, is_out_of_memory
-from magus_anharmonic.potential import checkpoint, edge_basis, evaluate, kernels, load, loading
+from magus_anharmonic.potential import (
+    checkpoint,
+    edge_basis,
+    evaluate,
+    far_edges,
+    kernels,
+    load,
+    loading,
+)
 from magus_anharmonic.potential.evaluate import Potential
 from magus_anharmonic.potential.graph import build_graph, find_topology
 from magus_anharmonic.potential.inference import Workspace
@@ -369,6 +378,37 @@ def test_the_compiled_edge_basis_is_torchs():
     form = functools.partial(edge_basis.NativeBasis, functions=compiled)
     for seed in range(5):
         assert edge_basis.disagreement(form, seed) < 3e-6
+
+
+@pytest.mark.parametrize("units", [16, 64])
+def test_interpolated_edges_are_the_models(units):
+    if kernels.library() is None:
+        pytest.skip("no C compiler")
+    torch.manual_seed(units)
+    module = M3Gnet(num_blocks=2, units=units, device="cpu")
+    for species in ([1], [1, 16], [3, 8, 57, 92]):
+        table = far_edges.make(module, species)
+        assert far_edges.disagreement(module, table) < 3e-6
+    table.coefficients[0, 0] *= 1.0001
+    assert far_edges.disagreement(module, table) > far_edges._AGREEMENT
+
+
+def test_edges_are_interpolated_anew_when_weights_or_species_change(h3s):
+    if kernels.library() is None:
+        pytest.skip("no C compiler")
+    torch.manual_seed(0)
+    model = FactorisedM3GNet(M3Gnet(num_blocks=2, units=16, device="cpu"))
+    graph = build_graph([h3s()])
+    before = model.evaluate(graph)[0]
+    table = model._far.of(graph)
+    assert table is model._far.of(graph)
+    assert model._far.of(build_graph([bulk("Cu")])).species == {1, 16, 29}
+    # as the moving average of a training writes weights: no version of a tensor tells
+    for value in model.module.graph_conv[0].gated_mlp_atom.parameters():
+        value.data.mul_(1.1)
+    exact = model.energy(graph, graph.vector).detach()
+    np.testing.assert_allclose(model.evaluate(graph)[0], exact, rtol=1e-6)
+    assert not np.allclose(before, exact, rtol=1e-4)
 
 
 def test_compiled_layers_give_the_same_numbers_whatever_the_number_of_threads():

@@ -53,19 +53,20 @@ def energy_errors(model, reference, n, rng):
 
 def test_fewer_labels_than_random_choice_for_the_same_error_of_the_difference():
     """Two analytic phases: spread over 300 experiments of G_2 - G_1, from labels chosen here and at
-    random from both ensembles."""
+    random from both ensembles; each experiment takes its labels out of 4,000 of either."""
     rng = np.random.default_rng(11)
     both, n_labels = phases(), 40
-    spreads = [float(np.std(energy_errors(*phase, 400, rng))) for phase in both]
+    many = [energy_errors(*phase, 4000, rng).reshape(-1, 2) for phase in both]
+    spreads = [float(np.std(errors)) for errors in many]
     shares = allocate(spreads, [0.5, 0.5], n_labels // 2)
     ours, random = [], []
     for _ in range(300):
         means = [
-            energy_errors(*phase, 2 * share, rng).mean()
-            for phase, share in zip(both, shares, strict=True)
+            errors[rng.choice(len(errors), share, replace=False)].mean()
+            for errors, share in zip(many, shares, strict=True)
         ]
         ours.append(means[1] - means[0])
-        pool = [energy_errors(*phase, 2 * n_labels, rng) for phase in both]
+        pool = [errors[rng.choice(len(errors), n_labels)].ravel() for errors in many]
         drawn = rng.permutation(4 * n_labels)[:n_labels]
         means = [
             pool[0][drawn[drawn < 2 * n_labels]].mean(),
@@ -78,7 +79,8 @@ def test_fewer_labels_than_random_choice_for_the_same_error_of_the_difference():
         for m, r in both
     ]
     assert np.mean(ours) == pytest.approx(
-        (exact[1] - exact[0]) / 6, abs=4 * np.std(ours) / np.sqrt(300)
+        (exact[1] - exact[0]) / 6,
+        abs=4 * np.hypot(*[np.std(errors) for errors in many]) / np.sqrt(2000),
     )
     # the squared error goes with 1/n: this is the number of labels that random choice needs over
     # ours

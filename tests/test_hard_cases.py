@@ -273,7 +273,7 @@ def test_the_ratio_is_that_of_the_sampled_displacements(temperature):
     result = free_energy(
         atoms, calculator, 0.0, temperature, supercell=(2, 2, 2), cell="fixed", n_configs=20
     )
-    ensemble = evaluated(result.state, as_evaluator(calculator), 2000, seed=1)
+    ensemble = evaluated(result.state, as_evaluator(calculator), 500, seed=1)
     rms = np.sqrt((ensemble.displacements**2).sum(axis=2).mean())
     assert lindemann_ratios(result.state)[0] == pytest.approx(
         [rms / (CLOSE_PACKING * 3.0)], rel=0.03

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from kill_harness import Ended, Server, labels, outcome, prepare
+from test_free_energy_search import INPUT as ON_FREE_ENERGY
 
 pytestmark = [
     pytest.mark.full,  # in the fast suite test_golden kills a search in each part
@@ -163,6 +164,29 @@ def test_six_kills(server, reference, tmp_path):
     ]
     folder = prepare(tmp_path / "search")
     assert kill_again_and_again(server, folder, kills) >= 5
+    assert_same(outcome(folder), reference)
+
+
+def test_a_search_on_the_free_energy_goes_on_where_it_was_killed(server, tmp_path):
+    """In its labels, its training, a certifying run of SSCHA and its table."""
+    whole = prepare(tmp_path / "whole", **ON_FREE_ENERGY)
+    ended = server.search(whole)
+    assert ended.code == 0, ended.text
+    reference = Reference(ended, outcome(whole))
+    assert reference.found["labels"] and reference.found["free energies"]
+    parts = (
+        ("labels/pending/gen001", 1),
+        ("checkpoints/gen1.pth", 0),
+        ("labels/pending/gen002", 0),
+        ("population_002.npz", 0),
+        ("ranking.csv", 0),
+    )
+    kills = [
+        ([name for name in reference.steps if name.startswith("rename") and part in name][n], one)
+        for (part, n), one in zip(parts, 2 * SIGNALS, strict=False)
+    ]
+    folder = prepare(tmp_path / "search", **ON_FREE_ENERGY)
+    assert kill_again_and_again(server, folder, kills) >= 4
     assert_same(outcome(folder), reference)
 
 

@@ -14,6 +14,7 @@ from test_sscha_free_energy import PAIR, exact_pair, quartic
 
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.evaluator import as_evaluator
+from magus_anharmonic.labelers.sscha import FixedCentroids
 from magus_anharmonic.ranking.matcher import Fingerprint, same
 from magus_anharmonic.ranking.structures import rank_structures
 from magus_anharmonic.search.population import symmetrised
@@ -22,7 +23,7 @@ from magus_anharmonic.settings import AseCalculatorSettings, parse_settings
 from magus_anharmonic.sscha import free_energy
 from magus_anharmonic.sscha.engines import Pool
 from magus_anharmonic.sscha.ensemble import average
-from magus_anharmonic.sscha.gibbs import overlap
+from magus_anharmonic.sscha.isotopes import overlap
 from magus_anharmonic.sscha.qe_files import state_from_dyn, write_dyn
 from magus_anharmonic.sscha.result import final_ensemble
 from magus_anharmonic.sscha.state import SschaState
@@ -164,6 +165,49 @@ def test_deuterium_of_many_modes_needs_at_most_two_new_populations(tmp_path, cap
     assert found.converged and 1 <= found.n_populations <= 2
     response = 12
     assert found.n_evaluations == 100 * found.n_populations + response, "no harmonic start"
+
+
+def test_deuterium_of_many_modes_costs_no_evaluation_with_a_surrogate(tmp_path):
+    """Some 14 of 260 configurations count: too few for V - V_0, enough for V less the polynomial."""
+    lattice(tmp_path / "H", supercell=MANY, n_configs=300)
+    keys = {"supercell": MANY, "n_configs": 300, "masses": DEUTERIUM}
+    given = {"evaluator": Refused(), "start": tmp_path / "H", "surrogate": "polynomial"}
+    found = lattice(tmp_path / "D", **keys, **given)
+    assert found.n_evaluations == 0 < found.n_surrogate and "correct the surrogate" in found.reason
+    own = lattice(**{**keys, "n_configs": 200}, seed=1)
+    assert own.n_evaluations > 200 and found.converged and own.converged
+    error = np.hypot(found.gibbs_error, own.gibbs_error)
+    assert found.gibbs_raw == pytest.approx(own.gibbs_raw, abs=4.0 * error)
+    assert found.stress == pytest.approx(own.stress, abs=4.0 * np.abs(own.stress_error).max())
+    again = lattice(tmp_path / "D", **keys, **given)
+    assert again.gibbs == found.gibbs, "and is there when it is asked for again"
+
+
+def test_too_few_configurations_or_a_surrogate_of_something_else_lead_to_new_ones(tmp_path, caplog):
+    """Not to another free energy."""
+    caplog.set_level(logging.INFO, logger="magus_anharmonic.sscha")
+    keys = {"supercell": MANY, "masses": DEUTERIUM, "start": tmp_path / "H", "max_populations": 1}
+    lattice(tmp_path / "H", supercell=MANY, n_configs=100)
+    assert lattice(**keys, surrogate="polynomial").n_evaluations >= 100
+    assert "of 60 configurations count, 10 are needed" in caplog.text
+    lattice(tmp_path / "more", supercell=MANY, n_configs=300)
+    keys["start"] = tmp_path / "more"
+    another = Crystals([crystal((3.0,) * 3, 1.5, 0.2, -0.3, 1.0)], "stiffer")
+    assert lattice(**keys, surrogate=another).n_evaluations > 0
+
+
+def test_a_label_of_deuterium_comes_from_that_of_hydrogen_whose_run_is_kept(tmp_path):
+    arguments = {"temperature": 0.0, "supercell": [2, 2, 1], "n_configs": 200, "seed": 0}
+    light = FixedCentroids(Crystals([CRYSTAL]), arguments, tmp_path)
+    light.calculate(CRYSTAL.atoms)
+    heavy = FixedCentroids(Refused(), {**arguments, "masses": DEUTERIUM}, tmp_path)
+    heavy.calculate(CRYSTAL.atoms)
+    assert heavy.label_info["n_evaluations"] == 0 < light.label_info["n_evaluations"]
+    assert heavy.results["energy"] < light.results["energy"]
+    alone = FixedCentroids(Crystals([CRYSTAL]), {**arguments, "masses": DEUTERIUM})
+    alone.calculate(CRYSTAL.atoms)
+    error = np.hypot(*(one.label_info["label_energy_error"] for one in (heavy, alone)))
+    assert heavy.results["energy"] == pytest.approx(alone.results["energy"], abs=4.0 * error)
 
 
 def test_what_is_another_besides_the_masses_is_not_reweighted(tmp_path):

@@ -2,6 +2,9 @@
 
     python label.py N_TRAIN N_TEST [0K|300K|D3S]
 
+Labels of D3S come from runs of H3S with more configurations (`KEPT`): reweighted, and
+corrected for a polynomial, where enough of them count; else they have a run of their own.
+
 Goes on where it was: ``labels.xyz`` (``labels-300K.xyz``, ``labels-D3S.xyz``) keeps every label the
 moment it is made, ``failed.txt`` why one has none. Structures are four-atom cells between 90 and
 170 GPa, none of them a minimum: about Im-3m, along the way to R3m, and rattled; those of the test
@@ -17,6 +20,7 @@ from ase import Atoms
 from ase.io import read, write
 
 from magus_anharmonic.labelers import get_labeler
+from magus_anharmonic.labelers.base import Failure, Label
 from magus_anharmonic.learning.dataset import labelled
 from magus_anharmonic.settings import LabelerSettings
 
@@ -25,9 +29,11 @@ ARGUMENTS = {"evaluator": "h3s-gpaw-small", "supercell": [2, 2, 2], "n_configs":
 SURFACES = {
     "0K": ({"temperature": 0.0}, "labels.xyz"),
     "300K": ({"temperature": 300.0}, "labels-300K.xyz"),
-    "D3S": ({"temperature": 0.0, "masses": {"H": 2.014}}, "labels-D3S.xyz"),
+    "D3S": ({"masses": {"H": 2.014}, "surrogate": "polynomial"}, "labels-D3S.xyz"),
 }
 """Arguments of the labeler, and the file of the labels."""
+KEPT = {"n_configs": 400, "runs": str(HERE / "scratch" / "runs")}
+"""Arguments of the runs of H3S that labels of D3S come from, and of these."""
 KINDS = ("im-3m", "r3m", "rattled")
 VOLUMES = (13.9, 16.0)
 """A^3 of the cell."""
@@ -69,19 +75,28 @@ def main(n_train: int, n_test: int, surface: str = "0K") -> None:
     done |= {words[1] for words in reasons if words[0] == surface}
     wanted = [("train", i, i / n_train) for i in range(n_train)]
     wanted += [("test", i, i / n_test) for i in range(n_test)]
-    settings = LabelerSettings(calculator="sscha", arguments=ARGUMENTS | own)
+    if "masses" in own:
+        own = own | KEPT
+    for side, number, _ in sorted(wanted, key=lambda entry: entry[2]):
+        atoms = structure(side, number)
+        if atoms.info["id"] in done:
+            continue
+        if "masses" in own:
+            label_of(atoms, ARGUMENTS | KEPT)
+        found = label_of(atoms, ARGUMENTS | own)
+        if found.ok:
+            frame = labelled(atoms, found, seconds=round(found.seconds, 1))
+            write(labels, frame, format="extxyz", append=True)
+        else:
+            with failed.open("a") as file:
+                file.write(f"{surface} {atoms.info['id']} {found.reason}\n")
+
+
+def label_of(atoms: Atoms, arguments: dict) -> Label | Failure:
+    """By the labeler with these arguments."""
+    settings = LabelerSettings(calculator="sscha", arguments=arguments)
     with get_labeler(settings, HERE / "scratch") as labeler:
-        for side, number, _ in sorted(wanted, key=lambda entry: entry[2]):
-            atoms = structure(side, number)
-            if atoms.info["id"] in done:
-                continue
-            found = labeler.label([atoms])[0]
-            if found.ok:
-                frame = labelled(atoms, found, seconds=round(found.seconds, 1))
-                write(labels, frame, format="extxyz", append=True)
-            else:
-                with failed.open("a") as file:
-                    file.write(f"{surface} {atoms.info['id']} {found.reason}\n")
+        return labeler.label([atoms])[0]
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from magus_anharmonic.energy_surface import (
 )
 from magus_anharmonic.errors import DamagedFile, InputError, LabelerError
 from magus_anharmonic.evaluator import Evaluator
+from magus_anharmonic.io.digests import digest
 from magus_anharmonic.io.files import read_whole
 from magus_anharmonic.labelers.base import Code, Label, Recipe
 from magus_anharmonic.settings import LabelerSettings, SschaSettings, parse
@@ -43,16 +44,19 @@ from magus_anharmonic.structures import structure_id
 ARGUMENTS = "learning.labeler.arguments"
 MODEL = "model"
 """Name of the potential's id among the files of a recipe: part of the settings hash."""
+RUNS = "runs"
+"""Argument: the folder in which the runs of labels are kept."""
 OWN = ("masses", "seed")
 """Arguments besides the keys of ``sscha`` that a run has."""
 
 
 class SschaLabels(Code):
     """Labels from SSCHA at fixed centroids: ``evaluator`` (a checkpoint), ``temperature`` (K),
-    ``masses`` (amu by symbol), ``seed``, and the keys of ``sscha`` that change a run."""
+    ``masses`` (amu by symbol), ``seed``, ``runs`` (a folder that keeps them), and the keys of
+    ``sscha`` that change a run."""
 
     defaults = {"temperature": 0.0, "supercell": [2, 2, 2], "n_configs": 200, "seed": 0}
-    execution_keys = frozenset({"evaluator", "device"})
+    execution_keys = frozenset({"evaluator", "device", RUNS})
 
     def available(self, execution: Mapping[str, Any] | None = None) -> tuple[bool, str]:
         return True, "SSCHA is part of this package"
@@ -78,7 +82,11 @@ class SschaLabels(Code):
                 f"{ARGUMENTS}.evaluator: {recipe.execution['evaluator']} holds model"
                 f" {model.model_id} now, and {recipe.files[MODEL]} when the labels began"
             )
-        return FixedCentroids(model, recipe.arguments)
+        runs = recipe.execution.get(RUNS)
+        return FixedCentroids(model, recipe.arguments, None if runs is None else Path(runs))
+
+    def writes_to(self, recipe: Recipe) -> list[Path]:
+        return [Path(recipe.execution[RUNS])] if RUNS in recipe.execution else []
 
     def surface(self, recipe: Recipe) -> FreeEnergySurface:
         return surface_of(recipe.arguments, recipe.files[MODEL])
@@ -95,7 +103,7 @@ def run_settings(arguments: Mapping[str, Any]) -> SschaSettings:
     given = {name: value for name, value in arguments.items() if name not in OWN}
     if unknown := sorted(set(given) - {"temperature", *SschaSettings().of_a_run()}):
         raise InputError(
-            f"{ARGUMENTS}.{unknown[0]}: is no key of SSCHA labels; known: evaluator, device,"
+            f"{ARGUMENTS}.{unknown[0]}: is no key of SSCHA labels; known: evaluator, device, runs,"
             f" temperature, {', '.join([*OWN, *SschaSettings().of_a_run()])}"
         )
     if isinstance(arguments["temperature"], list):
@@ -139,13 +147,19 @@ def _potential(execution: Mapping[str, Any]) -> Any:
 
 
 class FixedCentroids(Calculator):
-    """ASE calculator of F at fixed centroids; ``label_info`` has what a label says besides."""
+    """ASE calculator of F at fixed centroids; ``label_info`` has what a label says besides.
+
+    ``runs`` : keeps the SSCHA runs, by structure. One of the same structure with other masses there
+    is reweighted where that is enough (`isotopes`), and else the start.
+    """
 
     implemented_properties = ["energy", "forces", "stress"]
 
-    def __init__(self, evaluator: Evaluator, arguments: Mapping[str, Any]) -> None:
+    def __init__(
+        self, evaluator: Evaluator, arguments: Mapping[str, Any], runs: Path | None = None
+    ) -> None:
         super().__init__()
-        self.evaluator, self.arguments = evaluator, arguments
+        self.evaluator, self.arguments, self.runs = evaluator, arguments, runs
         self.label_info: dict[str, Any] = {}
 
     def calculate(
@@ -161,18 +175,39 @@ class FixedCentroids(Calculator):
         # a draw of its own for every structure: what one for all got wrong would be learned
         key = [int(self.arguments["seed"]), int(structure_id(self.atoms), 16)]
         own = np.random.default_rng(key)
+        directory, start = self._folders()
         result = free_energy(
             self.atoms,
             self.evaluator,
             temperature=settings.temperatures[0],
             masses=self.arguments.get("masses"),
             seed=int(own.integers(2**31)),
+            directory=directory,
+            start=start,
+            any_start=True,
             **settings.of_a_run(),
         )
         if not result.converged:
             raise LabelerError(f"SSCHA at fixed centroids {result.status}: {result.reason}")
         surface = surface_of(self.arguments, self.evaluator.model_id, result.centroids)
         self.results, self.label_info = of_result(result, surface)
+
+    def _folders(self) -> tuple[Path | None, Path | None]:
+        """The folder of the run, and that of one of the same structure, temperature and model."""
+        if self.runs is None:
+            return None, None
+        assert self.atoms is not None
+        natural = self.atoms.copy()
+        natural.set_masses("defaults")
+        mine = self.runs / structure_id(natural)
+        own = mine / str(digest(self.arguments, masses_of(self.atoms), self.evaluator.model_id))
+        temperature = run_settings(self.arguments).temperatures[0]
+        for folder in sorted(path.parent for path in mine.glob("*/result.json")):
+            other = SschaResult.read(folder)
+            same = other.model_id == self.evaluator.model_id and other.temperature == temperature
+            if folder != own and other.converged and same:
+                return own, folder
+        return own, None
 
 
 def of_result(

@@ -28,8 +28,12 @@ from magus_anharmonic.phase_diagram.points import (
 from magus_anharmonic.runs.record import check_results_version, write_run_record
 from magus_anharmonic.settings.phase_diagram import PhaseDiagramSettings, PhaseSettings
 from magus_anharmonic.sscha.ensemble import entropy_with_error
-from magus_anharmonic.sscha.gibbs import reweighted_ensemble
-from magus_anharmonic.sscha.result import SschaResult, final_ensemble, read_start_file
+from magus_anharmonic.sscha.result import (
+    SschaResult,
+    final_ensemble,
+    read_start_file,
+    reweighted_ensemble,
+)
 from magus_anharmonic.structures import isotopes as isotopes_of
 from magus_anharmonic.structures import space_group, stripped, symbol_of
 from magus_anharmonic.units import GPa, ev_per_a3_to_gpa
@@ -127,9 +131,7 @@ def run_grid(
                 masses=_masses(settings.isotopes[isotopes], atoms),
                 **options,
             )
-            point = point_of(
-                name, isotopes, result, folder, atoms, settings.sscha.symprec, source=start
-            )
+            point = point_of(name, isotopes, result, folder, atoms, settings.sscha.symprec)
             points.append(point)
             if point.usable or point.bound:
                 found[isotopes, i, j] = folder, result
@@ -188,15 +190,12 @@ def point_of(
     folder: Path | None,
     atoms: Atoms | None = None,
     symprec: float = 0.05,
-    source: Path | SschaResult | None = None,
 ) -> GibbsPoint:
     """G, V and S with their errors from one run; V at the target pressure by the bulk modulus, S as
     `entropy_with_error`.
 
     ``atoms``: the structure of the phase; its space group tells whether the run still is the phase
         (None: that of the run's start).
-    ``source``: the run that it started from, whose configurations are its own where it was
-        reweighted.
     """
     own = space_group(atoms, symprec) if atoms is not None else result.space_group_start
     status, reason = result.status, result.reason
@@ -207,9 +206,7 @@ def point_of(
             + (f"; {reason}" if reason else ""),
         )
     volume, volume_error = _volume(result, folder)
-    s, s_error = _entropy(
-        result, folder, source if isinstance(source, Path) and result.n_populations == 0 else None
-    )
+    s, s_error = _entropy(result, folder)
     left = abs(result.predicted_decrease or 0.0) if status == "unconverged" else 0.0
     energy = replace(
         result.numbers, status=status, reason=reason, volume=volume, predicted_decrease=left
@@ -257,7 +254,7 @@ def _bulk_modulus(folder: Path | None) -> float | None:
     return bulk if bulk > 1.0 else None
 
 
-def _entropy(result: SschaResult, folder: Path | None, source: Path | None) -> tuple[float, float]:
+def _entropy(result: SschaResult, folder: Path | None) -> tuple[float, float]:
     """Entropy and error, eV/K per atom; NaN without force constants, and without the configurations
     that give the error."""
     if result.force_constants is None:
@@ -265,9 +262,8 @@ def _entropy(result: SschaResult, folder: Path | None, source: Path | None) -> t
     state = result.state
     if state.temperature == 0:
         return 0.0, 0.0
-    if source is not None:
-        found = reweighted_ensemble(source, state)
-        return (math.nan, math.nan) if found is None else entropy_with_error(state, *found)
+    if folder is not None and (found := reweighted_ensemble(folder)) is not None:
+        return entropy_with_error(state, *found)
     ensemble = None if folder is None else final_ensemble(folder, result)
     return (math.nan, math.nan) if ensemble is None else entropy_with_error(state, ensemble)
 

@@ -213,9 +213,10 @@ static void bond_backward(const struct functions *f, const double *radial, const
     for (int c = 0; c < 3; c++) gradient[c] = by_r * unit[c] + (by_unit[c] - along * unit[c]) / r;
 }
 
-/* Forces (N, 3) and virial (n, 3, 3), both zero before, from the gradients by e0 and B. Not 0 when memory ran out. */
+/* Forces (N, 3) and virial (n, 3, 3), both zero before, from the gradients by e0, B and, unless null, the lengths beyond the near
+ * ones. Not 0 when memory ran out. */
 int basis_backward(const struct bonds *g, const struct functions *f, const struct kept *k, const float *by_e0,
-                   const float *by_threebody, double *forces, double *virial)
+                   const float *by_threebody, const double *by_length, double *forces, double *virial)
 {
     long threads = g->threads;
     double *by_density = calloc(64 * g->n_atoms + 1, sizeof(double)), *gradient = malloc((3 * g->n_edges + 1) * sizeof(double));
@@ -236,7 +237,7 @@ int basis_backward(const struct bonds *g, const struct functions *f, const struc
             bond_backward(f, k->radial + 32 * e, k->density + 64 * g->centre[e], by_density + 64 * g->centre[e],
                           by_threebody + 16 * e, unit, r, by_r, gradient + 3 * e);
         else
-            for (int c = 0; c < 3; c++) gradient[3 * e + c] = by_r * unit[c];
+            for (int c = 0; c < 3; c++) gradient[3 * e + c] = (by_r + (by_length ? by_length[e - g->near] : 0)) * unit[c];
     }
     for (long e = 0; e < (failed ? 0 : g->n_edges); e++)
         for (int c = 0; c < 3; c++) {

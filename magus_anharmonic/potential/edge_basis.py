@@ -215,9 +215,15 @@ class TorchBasis:
             self._values = edge_basis(module, graph, self._vector)
         self.radial, self.threebody = (value.detach().contiguous() for value in self._values)
 
-    def backward(self, by_radial: Tensor, by_threebody: Tensor) -> tuple[Tensor, Tensor]:
-        """Forces (N, 3) and virial (n, 3, 3) from the gradients by e0 and B."""
+    def backward(
+        self, by_radial: Tensor, by_threebody: Tensor, by_length: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Forces (N, 3) and virial (n, 3, 3) from the gradients by e0, B and, float64, the lengths
+        of the edges beyond the three-body cutoff."""
         (gradient,) = torch.autograd.grad(self._values, self._vector, (by_radial, by_threebody))
+        if by_length is not None:
+            unit = torch.nn.functional.normalize(self._vector.detach()[self._graph.n_near :])
+            gradient[self._graph.n_near :] += by_length[:, None] * unit
         return forces_and_virial(self._graph, gradient)
 
 
@@ -262,7 +268,7 @@ class NativeBasis(TorchBasis):
         self.radial, self.threebody = torch.empty(n_edges, 4), torch.empty(graph.n_near, 16)
         self._call("basis_forward", self.radial, self.threebody)
 
-    def _call(self, name: str, *arrays: Tensor) -> int:
+    def _call(self, name: str, *arrays: Tensor | None) -> int:
         structs = self._bonds, self._functions, self._struct
         return int(
             getattr(self._native, name)(
@@ -270,10 +276,12 @@ class NativeBasis(TorchBasis):
             )
         )
 
-    def backward(self, by_radial: Tensor, by_threebody: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(
+        self, by_radial: Tensor, by_threebody: Tensor, by_length: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         forces = torch.zeros(len(self._graph.numbers), 3, dtype=torch.float64)
         virial = torch.zeros(len(self._graph.n_atoms), 3, 3, dtype=torch.float64)
-        if self._call("basis_backward", by_radial, by_threebody, forces, virial):
+        if self._call("basis_backward", by_radial, by_threebody, by_length, forces, virial):
             raise MemoryError("no memory for the gradients of the edge basis")
         return forces, virial
 
@@ -340,10 +348,11 @@ def disagreement(form: Callable[[Any, Graph], TorchBasis], seed: int = 0) -> flo
     module = _stock_functions()
     gradients = (torch.randn(*shape, generator=generator) for shape in ((40, 4), (25, 16)))
     by_radial, by_threebody = gradients
+    by_length = torch.randn(15, generator=generator).double()
     results = []
     for one in (form, TorchBasis):
         basis = one(module, graph)
-        found = basis.backward(by_radial, by_threebody)
+        found = basis.backward(by_radial, by_threebody, by_length)
         results.append([basis.radial, basis.threebody, *found])
     worst = 0.0
     for ours, theirs in zip(*results, strict=True):

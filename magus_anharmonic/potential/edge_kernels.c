@@ -10,6 +10,9 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#ifdef __AVX__
+#include <immintrin.h>
+#endif
 
 /* Columns of a packed matrix lie in panels of 16: [panel][row][16]. */
 #define PANEL 16
@@ -30,6 +33,10 @@
 #define MOST_PIECES 16
 
 typedef float vector __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef int32_t integers __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+#define AT(array) (*(vector *)(array))
+#define GET(array) (*(const vector *)(array))
+#define ALL(c) for (long c = 0; c < u; c += LANES)
 
 struct network { /* of [v_i, v_j, e_ij], both branches side by side; packed */
     const float *bond, *bond_back, *second, *second_bias, *second_back;
@@ -87,25 +94,31 @@ static void product(long rows, long inner, long columns, const float *a, long st
     }
 }
 
-/* 1 + exp(-x), to about one unit in the last place: 2^n times a polynomial for 2^f, |f| <= 1/2; comparisons let NaN through.
- * Beyond 40 nothing is left of a sigmoid's difference from 0 or 1, and within, the product of two stays finite. */
-static inline float denominator(float x)
+/* x between -40 and 40, or NaN. Beyond, nothing is left of a sigmoid's difference from 0 or 1; within, the product of two stays
+ * finite. */
+static inline vector clamped(vector x)
+{
+    const vector high = (vector){0} + 40.0f, low = -high;
+#if defined(__AVX512F__)
+    return (vector)_mm512_max_ps((__m512)low, _mm512_min_ps((__m512)high, (__m512)x));
+#elif defined(__AVX__)
+    return (vector)_mm256_max_ps((__m256)low, _mm256_min_ps((__m256)high, (__m256)x));
+#else
+    integers above = x > high, below = x < low;
+    return (vector)((above & (integers)high) | (below & (integers)low) | (~(above | below) & (integers)x));
+#endif
+}
+
+/* 1 + exp(-x), to about one unit in the last place: 2^n times a polynomial for 2^f, |f| <= 1/2. */
+static inline vector denominator(vector x)
 {
     const float shift = 12582912.0f; /* 1.5 * 2^23: a sum with it is rounded to a whole number, in its lowest bits */
-    x = x > 40.0f ? 40.0f : x;
-    x = x < -40.0f ? -40.0f : x;
-    union { float f; uint32_t i; } whole = {x * -1.44269502162933350f + shift}, power;
-    float f = x * -1.44269502162933350f - (whole.f - shift);
-    f = f - x * 1.9259629911e-8f;
-    float y = 0.00132764713f;
-    y = y * f + 0.00967554096f;
-    y = y * f + 0.0555071309f;
-    y = y * f + 0.240221202f;
-    y = y * f + 0.693146944f;
-    y = y * f + 1.0f;
-    power.f = y;
-    power.i += whole.i << 23;
-    return 1.0f + power.f;
+    x = clamped(x);
+    vector whole = x * -1.44269502162933350f + shift;
+    vector f = x * -1.44269502162933350f - (whole - shift) - x * 1.9259629911e-8f, f2 = f * f;
+    vector y = (0.00132764713f * f + 0.00967554096f) * f2 + (0.0555071309f * f + 0.240221202f);
+    y = y * f2 + (0.693146944f * f + 1.0f);
+    return 1.0f + (vector)((integers)y + ((integers)whole << 23));
 }
 
 /* Numbers that an edge keeps for the backward pass, in the order edge network, atom network, three-body network: slope of the
@@ -122,21 +135,20 @@ static void first_forward(long rows, long width, const int64_t *centre, const in
     for (long r = 0; r < rows; r++) {
         const float *a = own + centre[r] * width, *b = other + neighbour[r] * width;
         float *h = hidden + r * width, *slope = kept + r * step;
-#pragma omp simd
-        for (long c = 0; c < width; c++) {
-            float x = h[c] + a[c] + b[c], s = 1.0f / denominator(x), active = x * s;
-            h[c] = active;
-            slope[c] = s + active * (1.0f - s);
+        for (long c = 0; c < width; c += LANES) {
+            vector x = GET(h + c) + GET(a + c) + GET(b + c), s = 1.0f / denominator(x), active = x * s;
+            AT(h + c) = active;
+            AT(slope + c) = s + active * (1.0f - s);
         }
     }
 }
 
 /* silu(inner) sigmoid(gate) as `both`, and its derivatives. */
-#define GATED(inner, gate) \
-    float di = denominator(inner), dg = denominator(gate), reciprocal = 1.0f / (di * dg); \
-    float si = reciprocal * dg, sg = reciprocal * di, active = (inner) * si, both = active * sg; \
-    float by_inner = sg * (si + active * (1.0f - si)), by_gate = both * (1.0f - sg)
-#define RAW (s[0] * w0[c] + s[1] * w1[c] + s[2] * w2[c] + s[3] * w3[c])
+#define GATED(inner_array, gate_array) \
+    vector inner = GET(inner_array), gate = GET(gate_array), di = denominator(inner), dg = denominator(gate); \
+    vector reciprocal = 1.0f / (di * dg), si = reciprocal * dg, sg = reciprocal * di, active = inner * si, both = active * sg; \
+    vector by_inner = sg * (si + active * (1.0f - si)), by_gate = both * (1.0f - sg)
+#define RAW (s[0] * GET(w0 + c) + s[1] * GET(w1 + c) + s[2] * GET(w2 + c) + s[3] * GET(w3 + c))
 #define BESIDE const float *w0 = beside, *w1 = beside + u, *w2 = beside + 2 * u, *w3 = beside + 3 * u
 
 static void edge_forward(long rows, long u, const float *basis, const float *beside, const float *y, float *edge, float *kept,
@@ -146,14 +158,13 @@ static void edge_forward(long rows, long u, const float *basis, const float *bes
     for (long r = 0; r < rows; r++) {
         const float *s = basis + 4 * r, *in = y + 2 * u * r, *out = in + u;
         float *e = edge + u * r, *k = kept + r * step;
-#pragma omp simd
-        for (long c = 0; c < u; c++) {
-            float weight = RAW;
-            GATED(in[c], out[c]);
-            e[c] += weight * both;
-            k[c] = weight * by_inner;
-            k[u + c] = weight * by_gate;
-            k[2 * u + c] = both;
+        ALL(c) {
+            vector weight = RAW;
+            GATED(in + c, out + c);
+            AT(e + c) += weight * both;
+            AT(k + c) = weight * by_inner;
+            AT(k + u + c) = weight * by_gate;
+            AT(k + 2 * u + c) = both;
         }
     }
 }
@@ -167,14 +178,14 @@ static void atom_forward(long rows, long u, const float *basis, const float *bes
         const float *s = basis + 4 * r, *in = y + 2 * u * r, *out = in + u;
         float *k = kept + r * step;
         double *v = atom + u * centre[r];
-#pragma omp simd
-        for (long c = 0; c < u; c++) {
-            float raw = RAW, sr = 1.0f / denominator(raw), weight = raw * sr;
-            GATED(in[c], out[c]);
-            v[c] += weight * both;
-            k[c] = weight * by_inner;
-            k[u + c] = weight * by_gate;
-            k[2 * u + c] = both * (sr + weight * (1.0f - sr));
+        ALL(c) {
+            vector raw = RAW, sr = 1.0f / denominator(raw), weight = raw * sr;
+            GATED(in + c, out + c);
+            vector message = weight * both;
+            for (int lane = 0; lane < LANES; lane++) v[c + lane] += message[lane];
+            AT(k + c) = weight * by_inner;
+            AT(k + u + c) = weight * by_gate;
+            AT(k + 2 * u + c) = both * (sr + weight * (1.0f - sr));
         }
     }
 }
@@ -184,26 +195,33 @@ static void three_forward(long rows, long u, const float *y, float *edge, float 
     for (long r = 0; r < rows; r++) {
         const float *in = y + 2 * u * r, *out = in + u;
         float *e = edge + u * r, *k = kept + r * step;
-#pragma omp simd
-        for (long c = 0; c < u; c++) {
-            GATED(in[c], out[c]);
-            e[c] += both;
-            k[c] = by_inner;
-            k[u + c] = by_gate;
+        ALL(c) {
+            GATED(in + c, out + c);
+            AT(e + c) += both;
+            AT(k + c) = by_inner;
+            AT(k + u + c) = by_gate;
         }
     }
 }
 
+static inline float sum_of(vector x)
+{
+    for (int half = LANES / 2; half; half /= 2)
+        for (int lane = 0; lane < half; lane++) x[lane] += x[lane + half];
+    return x[0];
+}
+
+#define NO_SUMS vector sum0 = {0}, sum1 = {0}, sum2 = {0}, sum3 = {0}
 #define SUM_BESIDE(by) \
-    sum0 += (by) * w0[c]; \
-    sum1 += (by) * w1[c]; \
-    sum2 += (by) * w2[c]; \
-    sum3 += (by) * w3[c]
+    sum0 += (by) * GET(w0 + c); \
+    sum1 += (by) * GET(w1 + c); \
+    sum2 += (by) * GET(w2 + c); \
+    sum3 += (by) * GET(w3 + c)
 #define ADD_SUMS(target) \
-    (target)[0] += sum0; \
-    (target)[1] += sum1; \
-    (target)[2] += sum2; \
-    (target)[3] += sum3
+    (target)[0] += sum_of(sum0); \
+    (target)[1] += sum_of(sum1); \
+    (target)[2] += sum_of(sum2); \
+    (target)[3] += sum_of(sum3)
 
 /* by_y from the gradient by the output: row r, or row index[r]; by_basis grows. */
 static void second_backward(long rows, long u, const float *kept, long step, const float *beside, const float *gradient,
@@ -213,12 +231,11 @@ static void second_backward(long rows, long u, const float *kept, long step, con
     for (long r = 0; r < rows; r++) {
         const float *k = kept + r * step, *g = gradient + u * (index ? index[r] : r);
         float *in = by_y + 2 * u * r, *out = in + u;
-        float sum0 = 0, sum1 = 0, sum2 = 0, sum3 = 0;
-#pragma omp simd reduction(+ : sum0, sum1, sum2, sum3)
-        for (long c = 0; c < u; c++) {
-            in[c] = g[c] * k[c];
-            out[c] = g[c] * k[u + c];
-            float by_raw = g[c] * k[2 * u + c];
+        NO_SUMS;
+        ALL(c) {
+            vector by = GET(g + c), by_raw = by * GET(k + 2 * u + c);
+            AT(in + c) = by * GET(k + c);
+            AT(out + c) = by * GET(k + u + c);
             SUM_BESIDE(by_raw);
         }
         ADD_SUMS(by_basis + 4 * r);
@@ -230,14 +247,12 @@ static void first_backward(long rows, long width, const int64_t *centre, const i
 {
     for (long r = 0; r < rows; r++) {
         const float *slope = kept + r * step;
-        float *g = by_hidden + r * width, *a = own + centre[r] * width, *b = other + neighbour[r] * width;
-#pragma omp simd
-        for (long c = 0; c < width; c++) {
-            g[c] *= slope[c];
-            a[c] += g[c];
-        }
-#pragma omp simd
-        for (long c = 0; c < width; c++) b[c] += g[c];
+        float *g = by_hidden + r * width;
+        for (long c = 0; c < width; c += LANES) AT(g + c) *= GET(slope + c);
+        if (!own) continue;
+        float *a = own + centre[r] * width, *b = other + neighbour[r] * width;
+        for (long c = 0; c < width; c += LANES) AT(a + c) += GET(g + c);
+        for (long c = 0; c < width; c += LANES) AT(b + c) += GET(g + c);
     }
 }
 
@@ -261,7 +276,7 @@ static void network_backward(const struct graph *g, const struct network *w, con
     for (long half = 0; half < width; half += u)
         product(rows, u, u, s.y + half, width, w->second_back + half * u, 0, 0, s.hidden + half, width);
     first_backward(rows, width, g->centre + start, g->neighbour + start, kept, step, s.hidden, by_tables,
-                   by_tables + g->n_atoms * width);
+                   by_tables ? by_tables + g->n_atoms * width : 0);
     product(rows, width, u, s.hidden, width, w->bond_back, 0, 1, by_edge + u * start, u);
 }
 
@@ -292,15 +307,15 @@ static void block_forward(const struct graph *g, const struct layer *w, const st
     atom_forward(rows, u, basis, w->atom.beside, s.y, g->centre + start, atom, kept + 7 * u, step);
 }
 
-/* sums: gradients by the gates (N, 16), then by the tables. */
+/* sums: gradients by the gates (N, 16), then by the tables; null where v is constant. */
 static void block_backward(const struct graph *g, const struct layer *w, const struct pass *p, long start, long rows, float *sums,
                            struct scratch s)
 {
     long u = g->units, step = (start < g->near ? 12 : 10) * u, network = 4 * g->n_atoms * u;
-    float *e = p->edge + u * start, *by_tables = sums + 16 * g->n_atoms;
+    float *e = p->edge + u * start, *by_tables = sums ? sums + 16 * g->n_atoms : 0;
     const float *kept = p->kept + kept_of(g, start);
     network_backward(g, &w->atom, kept + 5 * u, step, start, rows, p->by_atom, g->centre + start, p->edge, p->by_basis,
-                     by_tables + network, s);
+                     by_tables ? by_tables + network : 0, s);
     network_backward(g, &w->edge, kept, step, start, rows, e, 0, p->edge, p->by_basis, by_tables, s);
     if (start >= g->near) return;
     for (long r = 0; r < rows; r++) {
@@ -317,7 +332,7 @@ static void block_backward(const struct graph *g, const struct layer *w, const s
         long i = g->centre[start + r];
         for (long c = 0; c < 16; c++) {
             p->by_threebody[16 * (start + r) + c] += s.product[16 * r + c] * p->gates[16 * i + c];
-            sums[16 * i + c] += s.product[16 * r + c] * g->threebody[16 * (start + r) + c];
+            if (sums) sums[16 * i + c] += s.product[16 * r + c] * g->threebody[16 * (start + r) + c];
         }
     }
 }
@@ -337,17 +352,17 @@ static void piece(const struct graph *g, const struct layer *w, const struct pas
     }
 }
 
-/* Forward where `atom` is given: its messages are added to atom (N, u); else backward, to sums (N, 16 + 8 u), which is zero.
+/* Forward where `atom` is given: its messages are added to atom (N, u); else backward, to sums (N, 16 + 8 u), zero before, or null.
  * Not 0 when memory ran out. */
 int layer_pass(const struct graph *g, const struct layer *w, const struct pass *p, double *atom, float *sums, long threads)
 {
     long size = (g->n_edges + MOST_PIECES - 1) / MOST_PIECES;
     size = size < LEAST_PIECE ? LEAST_PIECE : size;
     long pieces = (g->n_edges + size - 1) / size;
-    long length = g->n_atoms * (atom ? g->units : 16 + 8 * g->units), bytes = length * (atom ? sizeof(double) : sizeof(float));
+    long length = atom ? g->n_atoms * g->units : sums ? g->n_atoms * (16 + 8 * g->units) : 0, bytes = length * (atom ? sizeof(double) : sizeof(float));
     threads = threads > pieces ? pieces : threads;
     long block = ROWS * (4 * g->units + 16);
-    char *own = pieces > 1 ? malloc(threads * bytes) : 0;
+    char *own = pieces > 1 ? malloc(threads * bytes + 1) : 0;
     float *memory = pieces ? malloc(threads * block * sizeof(float)) : 0;
     int failed = pieces && (!memory || (pieces > 1 && !own));
     for (long wave = 0; wave < pieces && !failed; wave += threads) {
@@ -361,7 +376,7 @@ int layer_pass(const struct graph *g, const struct layer *w, const struct pass *
             char *target = pieces > 1 ? own + t * bytes : (char *)(atom ? (void *)atom : (void *)sums);
             long first = (wave + t) * size, last = first + size < g->n_edges ? first + size : g->n_edges;
             if (pieces > 1) memset(target, 0, bytes);
-            piece(g, w, p, first, last, atom ? (double *)target : 0, atom ? 0 : (float *)target, s);
+            piece(g, w, p, first, last, atom ? (double *)target : 0, sums ? (float *)target : 0, s);
         }
         for (long t = 0; pieces > 1 && t < count; t++)
             for (long c = 0; c < length; c++) {
@@ -391,10 +406,9 @@ void encode(const struct graph *g, const float *beside, float *edge, long thread
     for (long r = 0; r < g->n_edges; r++) {
         const float *s = g->basis + 4 * r;
         float *e = edge + u * r;
-#pragma omp simd
-        for (long c = 0; c < u; c++) {
-            float raw = RAW;
-            e[c] = raw / denominator(raw);
+        ALL(c) {
+            vector raw = RAW;
+            AT(e + c) = raw / denominator(raw);
         }
     }
 }
@@ -407,10 +421,10 @@ void encode_backward(const struct graph *g, const float *beside, const float *gr
     SHARED
     for (long r = 0; r < g->n_edges; r++) {
         const float *s = g->basis + 4 * r, *by = gradient + u * r;
-        float sum0 = 0, sum1 = 0, sum2 = 0, sum3 = 0;
-#pragma omp simd reduction(+ : sum0, sum1, sum2, sum3)
-        for (long c = 0; c < u; c++) {
-            float raw = RAW, sigmoid = 1.0f / denominator(raw), by_raw = by[c] * sigmoid * (1.0f + raw * (1.0f - sigmoid));
+        NO_SUMS;
+        ALL(c) {
+            vector raw = RAW, sigmoid = 1.0f / denominator(raw);
+            vector by_raw = GET(by + c) * sigmoid * (1.0f + raw * (1.0f - sigmoid));
             SUM_BESIDE(by_raw);
         }
         ADD_SUMS(by_basis + 4 * r);

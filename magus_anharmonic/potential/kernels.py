@@ -34,7 +34,8 @@ from magus_anharmonic.processes import run_bounded
 logger = logging.getLogger(__name__)
 
 SOURCES = tuple(
-    Path(__file__).with_name(name) for name in ("edge_kernels.c", "edge_basis.c", "polynomial.c")
+    Path(__file__).with_name(f"{name}.c")
+    for name in ("edge_kernels", "edge_basis", "far_edges", "polynomial")
 )
 COMPILERS = ("cc", "gcc", "clang")
 _FLAGS = (
@@ -156,10 +157,8 @@ class NativeLayers(TorchLayers):
         if failed:
             raise MemoryError("no memory for the sums over the edges of an atom")
 
-    def encode(self, beside: Tensor) -> Tensor:
-        edge = beside.new_empty(self._graph.n_edges, self._graph.units)
+    def encode(self, beside: Tensor, edge: Tensor) -> None:
         self._native.encode(ctypes.byref(self._graph), *_arguments(beside, edge))
-        return edge
 
     def encode_backward(self, beside: Tensor, by_edge: Tensor, by_radial: Tensor) -> None:
         arrays = _arguments(beside, by_edge, by_radial)
@@ -179,10 +178,13 @@ class NativeLayers(TorchLayers):
         by_edge: Tensor,
         by_radial: Tensor,
         by_threebody: Tensor,
-    ) -> tuple[Tensor, Tensor]:
+        constant: bool = False,
+    ) -> tuple[Tensor, Tensor] | None:
         n_atoms, units = by_atom.shape
-        sums = gates.new_zeros(n_atoms * (16 + 8 * units))
+        sums = None if constant else gates.new_zeros(n_atoms * (16 + 8 * units))
         self._run(layer, gates, None, by_atom, by_edge, kept, by_radial, by_threebody, sums=sums)
+        if sums is None:
+            return None
         by_gates, by_tables = sums.split([16 * n_atoms, 8 * units * n_atoms])
         return by_gates.view(-1, 16), by_tables.view(4, n_atoms, 2 * units)
 
@@ -325,7 +327,8 @@ def exercise(
     edge[0, ::2], edge[-1, ::2] = -60.0, 60.0
     gates, tables, result = layer.gates(atom), layer.tables(atom), atom.double()
     kept, beside = torch.empty(passes.n_kept(graph, units)), random(4, units)
-    first = passes.encode(beside)
+    first = torch.empty(n_edges, units)
+    passes.encode(beside, first)
     passes.forward(layer, kept, gates, tables, edge, result)
     by_atom, by_edge = random(n_atoms, units), random(n_edges, units)
     by_radial, by_threebody = random(n_edges, 4), random(n_near, 16)

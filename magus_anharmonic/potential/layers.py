@@ -19,7 +19,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import silu
+from torch.nn.functional import linear, silu
 
 from magus_anharmonic.potential.graph import Graph
 
@@ -129,9 +129,10 @@ class TorchLayers:
         *views, three = (view.view(-1, width) for view in kept[: sum(sizes)].split(sizes))
         return [(views[0], views[1]), (views[2], views[3])], three
 
-    def encode(self, beside: Tensor) -> Tensor:
-        """First edge features (E, u)."""
-        return silu(self.radial @ beside, inplace=True)
+    def encode(self, beside: Tensor, edge: Tensor) -> None:
+        """edge_ (E, u) becomes the first edge features."""
+        torch.mm(self.radial, beside, out=edge)
+        silu(edge, inplace=True)
 
     def encode_backward(self, beside: Tensor, by_edge: Tensor, by_radial: Tensor) -> None:
         """by_radial_ grows by the gradient through the first edge features."""
@@ -181,9 +182,10 @@ class TorchLayers:
         by_edge: Tensor,
         by_radial: Tensor,
         by_threebody: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        """Gradients by gates and tables from that by v (N, u); those by e, e0 and B (``by_edge_``,
-        ``by_radial_``, ``by_threebody_``) change in place."""
+        constant: bool = False,
+    ) -> tuple[Tensor, Tensor] | None:
+        """Gradients by gates and tables from that by v (N, u), None of a ``constant`` v; those by
+        e, e0 and B (``by_edge_``, ``by_radial_``, ``by_threebody_``) change in place."""
         networks, three = self._views(kept)
         by_gates = torch.zeros_like(gates)
         by_tables = gates.new_zeros(4, len(gates), 2 * self.units)
@@ -212,7 +214,24 @@ class TorchLayers:
                 by_product = by_y @ layer.three
                 by_threebody[rows].addcmul_(by_product, gates.index_select(0, centre))
                 add_rows(by_gates, centre, by_product.mul_(self.threebody[rows]))
-        return by_gates, by_tables
+        return None if constant else (by_gates, by_tables)
+
+
+def edge_network(network: nn.Module, atom: Tensor, edge: Tensor, graph: Graph) -> Tensor:
+    """MatterSim's GatedMLP of [v_i, v_j, e_ij], differentiable; the first layer is split, so that
+    the parts of v_i and v_j are per-atom products."""
+    branches = []
+    for branch in (network.g, network.sigma):
+        first = branch[0].linear
+        own, other, bond = first.weight.split(edge.shape[1], 1)
+        hidden = linear(edge, bond, first.bias)
+        hidden = (
+            hidden
+            + linear(atom, own).index_select(0, graph.centre)
+            + linear(atom, other).index_select(0, graph.neighbour)
+        )
+        branches.append(branch[1:](silu(hidden)))
+    return branches[0] * branches[1]
 
 
 def _gated(y: Tensor) -> Tensor:

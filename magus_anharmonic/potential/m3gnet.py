@@ -10,11 +10,17 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear, silu
 
-from magus_anharmonic.potential.edge_basis import basis_for, edge_basis, forces_and_virial
+from magus_anharmonic.potential.edge_basis import (
+    TorchBasis,
+    basis_for,
+    edge_basis,
+    forces_and_virial,
+)
+from magus_anharmonic.potential.far_edges import FarEdges
 from magus_anharmonic.potential.graph import Graph
 from magus_anharmonic.potential.inference import Inference, Workspace
+from magus_anharmonic.potential.layers import edge_network
 
 
 def _gated(network: nn.Module, values: Tensor) -> Tensor:
@@ -33,7 +39,7 @@ class FactorisedM3GNet(nn.Module):
         self.units: int = arguments["units"]
         self.cutoff: float = float(arguments["cutoff"])
         self.threebody_cutoff: float = float(arguments["threebody_cutoff"])
-        self._workspace = Workspace()
+        self._workspace, self._far = Workspace(), FarEdges(module)
 
     def forward(self, graph: Graph, create_graph: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """Energy (n,) eV in float64, forces (N, 3) eV/A, stress (n, 3, 3) eV/A^3 in ASE's sign.
@@ -52,21 +58,22 @@ class FactorisedM3GNet(nn.Module):
         """Atom features (N, u) after the last block, before the readout; the forward pass alone."""
         with torch.no_grad():
             basis = basis_for(self.module, graph)
-            inference = Inference(
-                self.module, graph, basis.radial, basis.threebody, self._workspace
-            )
+            inference = self._inference(graph, basis)
             atom = inference.forward()
             self._workspace.give(inference.memory)
         return atom
+
+    def _inference(self, graph: Graph, basis: TorchBasis) -> Inference:
+        return Inference(
+            self.module, graph, basis.radial, basis.threebody, self._workspace, self._far
+        )
 
     def evaluate(self, graph: Graph) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """As `forward`, and the atom features (N, u) before the readout: what `uncertainty` needs,
         at no further cost. Nothing can be differentiated again."""
         with torch.no_grad():
             basis = basis_for(self.module, graph)
-            inference = Inference(
-                self.module, graph, basis.radial, basis.threebody, self._workspace
-            )
+            inference = self._inference(graph, basis)
             atom = inference.forward()
         with torch.enable_grad():
             atom.requires_grad_(True)
@@ -88,12 +95,12 @@ class FactorisedM3GNet(nn.Module):
             gate = block.three_body.atom_mlp(atom)
             update = _gated(block.three_body.edge_gate_mlp, gate.index_select(0, near) * threebody)
             edge = torch.cat([edge[: graph.n_near] + update, edge[graph.n_near :]])
-            edge = edge + self._edge_network(
+            edge = edge + edge_network(
                 block.gated_mlp_edge, atom, edge, graph
             ) * block.edge_layer_edge(radial)
-            message = self._edge_network(
-                block.gated_mlp_atom, atom, edge, graph
-            ) * block.edge_layer_atom(radial)
+            message = edge_network(block.gated_mlp_atom, atom, edge, graph) * block.edge_layer_atom(
+                radial
+            )
             atom = atom.index_add(0, centre, message)
         return self._readout(graph, atom)
 
@@ -111,19 +118,3 @@ class FactorisedM3GNet(nn.Module):
         atomic = self.atomic_energies(graph, atom)
         total = torch.zeros(len(graph.n_atoms), dtype=torch.float64, device=atomic.device)
         return total.index_add(0, graph.structure, atomic)
-
-    def _edge_network(self, network: nn.Module, atom: Tensor, edge: Tensor, graph: Graph) -> Tensor:
-        """GatedMLP of [v_i, v_j, e_ij]; the first layer is split, so that the parts of v_i and v_j
-        are per-atom products."""
-        branches = []
-        for branch in (network.g, network.sigma):
-            first = branch[0].linear
-            own, other, bond = first.weight.split(self.units, 1)
-            hidden = linear(edge, bond, first.bias)
-            hidden = (
-                hidden
-                + linear(atom, own).index_select(0, graph.centre)
-                + linear(atom, other).index_select(0, graph.neighbour)
-            )
-            branches.append(branch[1:](silu(hidden)))
-        return branches[0] * branches[1]

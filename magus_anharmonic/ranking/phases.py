@@ -31,6 +31,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -325,7 +326,7 @@ GIBBS_TOLERANCE = 5e-3
 def reduced_centroids(record: Run) -> Atoms | None:
     """The primitive cell of a result whose symmetry made it smaller than the cell that was run,
     else None."""
-    smaller = symmetric_primitive(record.phase, record.tolerance)
+    smaller = primitive_fingerprint(record.phase, record.tolerance).atoms.copy()
     return smaller if len(smaller) < len(record.phase) else None
 
 
@@ -335,7 +336,25 @@ def same_primitive(a: Atoms, b: Atoms) -> bool:
 
 
 def primitive_fingerprint(atoms: Atoms, tolerance: float) -> Fingerprint:
-    """Of the primitive cell that ``atoms`` have at the tolerance (A) of their symmetry."""
+    """Of the primitive cell that ``atoms`` have at the tolerance (A) of their symmetry; worked out
+    once, as every table of a ranking asks for those of all its runs."""
+    masses = atoms.get_masses() if atoms.has("masses") else np.zeros(0)
+    parts = atoms.numbers, atoms.positions, atoms.cell.array, masses
+    return _known_fingerprint(tolerance, *(part.tobytes() for part in parts))
+
+
+@lru_cache(maxsize=1024)
+def _known_fingerprint(
+    tolerance: float, numbers: bytes, positions: bytes, cell: bytes, masses: bytes
+) -> Fingerprint:
+    atoms = Atoms(
+        numbers=np.frombuffer(numbers, dtype=int),
+        positions=np.frombuffer(positions).reshape(-1, 3),
+        cell=np.frombuffer(cell).reshape(3, 3),
+        pbc=True,
+    )
+    if masses:
+        atoms.set_masses(np.frombuffer(masses))
     return Fingerprint(symmetric_primitive(atoms, tolerance), tolerance)
 
 

@@ -239,7 +239,12 @@ def _group(number: int) -> Group:
 def _one_lattice_crystal() -> type[Any]:
     """PyXtal's random crystal, tried in the given lattice alone: the caller draws a new lattice,
     PyXtal would try 40."""
+    from pyxtal import operations
     from pyxtal.crystal import random_crystal
+
+    # it makes the table of all elements anew (94 x 94 in Python) at each look at images, also where
+    # a distance is given
+    operations.Tol_matrix = functools.cache(operations.Tol_matrix)
 
     class OneLatticeCrystal(random_crystal):
         def set_crystal(self) -> None:

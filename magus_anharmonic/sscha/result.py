@@ -189,6 +189,7 @@ OF_THE_START = {"start", "configurations"}
 
 
 PROGRESS = "progress.json"
+REWEIGHTED = "reweighted.npz"
 """Where a run stands after its last population, see `RunFolder.write_progress`."""
 
 
@@ -349,6 +350,11 @@ class RunFolder:
         if self.kept:
             self._write(f"truth_{number:03d}.npz", state, **vars(truth))
 
+    def write_reweighted(self, state: SschaState, ensemble: Ensemble, weights: np.ndarray) -> None:
+        """What a run without populations of its own averaged its state over."""
+        if self.kept:
+            self._write(REWEIGHTED, state, weights=weights, **vars(ensemble))
+
     def read_pooled(
         self, numbers: list[int], state: SschaState
     ) -> tuple[SschaState, Ensemble] | None:
@@ -420,6 +426,15 @@ def read_start_file(path: Path) -> Start:
         if "response_stress" in stored:
             response = StaticResponse(stored["response_stress"], stored["response_forces"])
         return Start(_state(stored), response, int(stored["n_evaluations"]))
+
+
+def reweighted_ensemble(run: Path) -> tuple[Ensemble, np.ndarray] | None:
+    """What `isotopes.reweighted_result` averaged over: displacements about the centroids of the
+    result, and weights (n,); None where the run is none of those. Raises ``DamagedFile``."""
+    path = run / REWEIGHTED
+    if not path.is_file():
+        return None
+    return read_population_file(path)[1], np.asarray(load_arrays(path)["weights"], dtype=float)
 
 
 def final_ensemble(run: Path, result: SschaResult) -> Ensemble | None:

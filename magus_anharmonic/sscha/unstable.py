@@ -131,30 +131,23 @@ def supported_group(
     return SupportedGroup(best.group, best.first, tuple(steps))
 
 
-def _operations(atoms: Atoms, tolerance: float) -> dict[str, np.ndarray] | None:
-    found: dict[str, np.ndarray] | None = spglib_or_none(
-        spglib.get_symmetry, spglib_cell(atoms), symprec=tolerance
-    )
-    return found
-
-
-def move_onto(atoms: Atoms, tolerance: float) -> tuple[int, np.ndarray, float]:
+def move_onto(atoms: Atoms, tolerance: float, above: int = 0) -> tuple[int, np.ndarray, float]:
     """Number of operations at ``tolerance``, moves (n, 3) in A of the atoms onto that symmetry, and
-    the largest strain of the cell.
+    the largest strain of the cell; both nothing where there are not more than ``above``.
 
     A shift of the whole crystal is no move: the mean over the atoms is taken out operation by
     operation.
     """
-    found = _operations(atoms, tolerance)
-    if found is None:
-        return 1, np.zeros((len(atoms), 3)), 0.0
+    found = spglib_or_none(spglib.get_symmetry, spglib_cell(atoms), symprec=tolerance)
+    count = len(found["rotations"]) if found else 1
+    if not found or count <= above:
+        return count, np.zeros((len(atoms), 3)), 0.0
     cell = atoms.cell.array
     moves, average = np.zeros((len(atoms), 3)), np.zeros((3, 3))
     for rotation, translation in zip(found["rotations"], found["translations"], strict=True):
         target, _, off = images(atoms, rotation, translation)
         moves[target] += off - off.mean(axis=0)
         average += rotation.T @ cell @ cell.T @ rotation
-    count = len(found["rotations"])
     inverse = np.linalg.inv(cell)
     strain = 0.5 * (inverse @ (average / count) @ inverse.T - np.eye(3))
     return count, moves / count @ cell, float(np.abs(strain).max())
@@ -171,6 +164,9 @@ QUESTIONS = 4
 """Most populations that decide between two phases."""
 SAME_CELL = 1e-5
 """Strain that rounding leaves."""
+MOST_ROTATIONS = 48
+"""Of any crystal: those of m-3m. Translations within a cell divide the number of atoms of each
+element."""
 
 
 @dataclass(frozen=True)
@@ -190,17 +186,16 @@ def higher_symmetries(
 ) -> list[Higher]:
     """From the nearest to the furthest; those that a fixed cell, or atoms of the same kind in one
     place, rule out are left out."""
-
-    def n_operations(tolerance: float) -> int:
-        operations = _operations(state.atoms, tolerance)
-        return 1 if operations is None else len(operations["rotations"])
-
-    own = n_operations(EXACT)
+    own = move_onto(state.atoms, EXACT)[0]
+    n_translations = np.gcd.reduce(np.unique(state.atoms.numbers, return_counts=True)[1])
+    if own == MOST_ROTATIONS * n_translations:
+        return []
     found: list[Higher] = []
     for tolerance in TOLERANCES[TOLERANCES <= LOOSEST]:
-        if n_operations(float(tolerance)) <= max(own, found[-1].n_operations if found else 0):
+        known = max(own, found[-1].n_operations if found else 0)
+        count, toward, strain = move_onto(state.atoms, float(tolerance), known)
+        if count <= known:
             continue
-        count, toward, strain = move_onto(state.atoms, float(tolerance))
         if np.linalg.norm(toward, axis=1).max() > LOOSEST or (cell is None and strain > SAME_CELL):
             continue
         atoms = moved_onto(state.atoms, float(tolerance))
