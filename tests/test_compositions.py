@@ -196,7 +196,7 @@ def test_structures_without_energy_come_last_and_failures_at_their_estimate_amon
     assert min(range(8), key=lambda i: values[i]) == 4 and np.isfinite(values).all()
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     st.lists(
         st.tuples(INFO, st.sampled_from(["H3S", "H2S", "S", "H", "LaH10", "LaS", "La", "LaH2S"])),

@@ -118,7 +118,7 @@ def test_heavy_isotopes_cost_two_new_populations_and_none_where_the_light_ones_c
     supercell, fewest, most, tmp_path
 ):
     """ESS/N of 24 modes is above 0.2, of 81 below; what comes out is what a run from nothing
-    gives."""
+    gives (at one of the pressures)."""
     settings, structures = of_isotopes(tmp_path, supercell)
     points = run_grid(settings, structures, Crystals([SOFT]), tmp_path / "sscha")
     assert [(p.isotopes, p.status) for p in points] == [("LiH", "converged")] * 2 + [
@@ -131,24 +131,24 @@ def test_heavy_isotopes_cost_two_new_populations_and_none_where_the_light_ones_c
         assert fewest <= n_populations <= most and heavy.free_energy.n_evaluations == (
             60 * n_populations + response if most else 0
         )
-        anew = free_energy(
-            SOFT.atoms,
-            Crystals([SOFT]),
-            heavy.pressure_GPa,
-            300.0,
-            (supercell,) * 3,
-            n_configs=60,
-            masses={"H": 2.014},
-            seed=9,
-            reference_spacing=0.1,
-        )
-        assert heavy.gibbs == pytest.approx(
-            anew.gibbs, abs=4.0 * math.hypot(heavy.error, anew.gibbs_error) + 2e-4
-        )
-        other = point_of("soft", "LiD", anew, None, SOFT.atoms)
-        assert heavy.gibbs < light.gibbs - 0.01 and other.status == "converged"
+        assert heavy.gibbs < light.gibbs - 0.01
         assert heavy.entropy > light.entropy and heavy.entropy_error > 0
-        assert heavy.entropy == pytest.approx(entropy(anew.state), abs=5.0 * heavy.entropy_error)
+    anew = free_energy(
+        SOFT.atoms,
+        Crystals([SOFT]),
+        heavy.pressure_GPa,
+        300.0,
+        (supercell,) * 3,
+        n_configs=60,
+        masses={"H": 2.014},
+        seed=9,
+        reference_spacing=0.1,
+    )
+    assert heavy.gibbs == pytest.approx(
+        anew.gibbs, abs=4.0 * math.hypot(heavy.error, anew.gibbs_error) + 2e-4
+    )
+    assert point_of("soft", "LiD", anew, None, SOFT.atoms).status == "converged"
+    assert heavy.entropy == pytest.approx(entropy(anew.state), abs=5.0 * heavy.entropy_error)
 
 
 def test_isotopes_that_do_not_converge_are_an_upper_bound_and_say_so(tmp_path):

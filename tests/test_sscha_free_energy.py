@@ -125,16 +125,6 @@ def test_the_free_energy_is_an_upper_bound_of_the_diagonalised_one(k, gap, tempe
     assert -3.0 * result.gibbs_error < result.gibbs_raw - exact < gap + 3.0 * result.gibbs_error
 
 
-def test_errors_of_independent_runs_cover_the_exact_value():
-    calculator = QuarticPair()
-    masses = PAIR.get_masses()
-    exact = calculator.scha_free_energy(masses.prod() / masses.sum(), 0.0) / 2.0
-    runs = [quartic(evaluator=calculator, seed=seed, n_configs=100) for seed in range(10)]
-    pulls = np.array([(run.gibbs_raw - exact) / run.gibbs_error for run in runs])
-    assert np.abs(pulls).max() < 4.5
-    assert abs(pulls.mean()) < 1.3
-
-
 def test_variable_cell_meets_the_pressure_and_all_numbers_are_of_one_state(compressed):
     result, folder = compressed
     assert result.converged and result.reason == ""
@@ -293,8 +283,8 @@ def test_a_folder_that_holds_the_run_of_another_potential_is_computed_anew_and_t
 ):
     argon = bulk("Ar", "fcc", a=5.2)
     found = {}
-    for directory in (tmp_path / "run", None):
-        for epsilon in (0.0104, 0.0208, 0.0104):
+    for directory, strengths in ((tmp_path / "run", (0.0104, 0.0208, 0.0104)), (None, (0.0208,))):
+        for epsilon in strengths:
             model = LennardJones(sigma=3.4, epsilon=epsilon, rc=9.0, smooth=True)
             options = dict(
                 supercell=(2, 2, 2),
@@ -532,21 +522,21 @@ def test_a_run_that_is_taken_up_after_every_population_is_the_run_in_one_go(tmp_
     from magus_anharmonic.sscha.run import SschaRun
     from magus_anharmonic.sscha.task import Task
 
-    settings = SschaSettings(supercell=(2, 2, 2), n_configs=60, max_populations=5)
+    settings = SschaSettings(supercell=(2, 2, 2), n_configs=60, max_populations=3)
     source = as_evaluator(EMT())
     task = Task(ALUMINIUM, 20.0, 300.0, settings, 0, None, None, source.model_id)
     whole = SschaRun(task, source, RunFolder(tmp_path / "whole", task.identity()))
-    for _ in range(5):
+    for _ in range(3):
         whole.advance()
     calls = []
     minimise = engines.minimise
     monkeypatch.setattr(
         engines, "minimise", lambda *args, **options: calls.append(1) or minimise(*args, **options)
     )
-    for _ in range(5):
+    for _ in range(3):
         run = SschaRun(task, source, RunFolder(tmp_path / "pieces", task.identity()))
         row = run.advance()
-    assert len(calls) <= 4, "no minimisation is done twice"
+    assert len(calls) <= 2, "no minimisation is done twice"
     assert not list(tmp_path.rglob("*.damaged*"))
     assert row == whole.progress.rows[-1] and run.progress.rows == whole.progress.rows
     assert run.finish().as_dict() | {"seconds": 0} == whole.finish().as_dict() | {"seconds": 0}
@@ -567,7 +557,7 @@ def test_a_start_with_modes_near_zero_does_as_well_on_either_side_of_it():
     symmetry, modes = Symmetry(state.atoms, state.supercell_matrix), state.modes
     vectors = modes.vectors * np.sqrt(np.repeat(state.supercell.get_masses(), 3))[:, None]
     lowest, found = np.isclose(modes.hbar_omega, modes.hbar_omega[0], rtol=1e-3), []
-    for wavenumber in (0.5, -0.5, 1e-3, -1e-3, 3.0, -3.0):
+    for wavenumber in (0.5, -0.5, 1e-3, -3.0):
         hbar_omega = np.where(lowest, wavenumber * invcm, modes.hbar_omega)
         change = (np.sign(hbar_omega) * hbar_omega**2 - modes.hbar_omega**2) / HBAR**2
         softened = symmetry.force_constants(

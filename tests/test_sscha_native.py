@@ -237,15 +237,12 @@ def test_a_sample_that_collapses_with_every_step_is_an_error_with_a_reason():
         )
 
 
-@pytest.mark.parametrize(
-    ("cubic", "n"),
-    [(False, 24), *(pytest.param(cubic, 200, marks=pytest.mark.full) for cubic in (False, True))],
-)
-def test_the_true_value_lies_within_one_sigma_in_two_runs_of_three(cubic, n):
-    """Whole runs, each from a poor start; and what the ensemble of the minimisation would have
-    said: too low."""
-    model = AnharmonicCell(cubic)
-    exact, best = model.minimum(0.0)
+@pytest.mark.full
+@pytest.mark.parametrize("cubic", [False, True])
+def test_the_true_value_lies_within_one_sigma_in_two_runs_of_three(cubic):
+    """Whole runs, each from a poor start; in the fast suite test_exact_crystals has eight crystals."""
+    model, n = AnharmonicCell(cubic), 200
+    exact, _ = model.minimum(0.0)
     options = dict(
         cell="fixed",
         supercell=(1, 1, 1),
@@ -258,10 +255,15 @@ def test_the_true_value_lies_within_one_sigma_in_two_runs_of_three(cubic, n):
     assert all(run.converged for run in runs)
     low, high = binom.interval(0.98, n, 0.683)
     assert low <= np.sum(np.abs(pulls) < 1.0) <= high
-    if not cubic:
-        own = np.array([_own_ensemble(model, best, exact, seed) for seed in range(3 * n // 10)])
-        assert own.mean() < -1.0
-        assert np.mean(np.abs(own) < 1.0) < 0.5
+
+
+def test_the_ensemble_of_the_minimisation_would_have_said_too_low_a_value():
+    """Why a run ends with a sample that no minimisation has seen."""
+    model = AnharmonicCell()
+    exact, best = model.minimum(0.0)
+    own = np.array([_own_ensemble(model, best, exact, seed) for seed in range(7)])
+    assert own.mean() < -1.0
+    assert np.mean(np.abs(own) < 1.0) < 0.5
 
 
 def _own_ensemble(model, state, exact, seed):

@@ -143,7 +143,7 @@ def test_free_energy_and_its_decrease_are_unbiased_and_their_errors_are_those_of
     model = AnharmonicCell()
     state = model.start(0.0)
     symmetry = Symmetry(state.atoms, state.supercell_matrix)
-    exact = np.array(numbers(state, evaluated(state, model, 20000, 99), symmetry)[:3])
+    exact = np.array(numbers(state, evaluated(state, model, 5000, 99), symmetry)[:3])
     exact[0] = model.free_energy(state)
     found = np.array(
         [
