@@ -432,7 +432,8 @@ class SschaRun:
         if few and not reason:
             reason = f"a population of {few} configurations only"
         # of two levels the first that is near the minimum is asked, which no other agrees with yet
-        near = ensemble.two_level and not (few or progress.limited or self._open())
+        of = self.averages, progress.gibbs[-1][1], len(self.state.atoms), self.task
+        near = ensemble.two_level and not (few or progress.limited or open_issues(*of))
         self._phase = self._identity(self.averages, ensemble) if near or not reason else Answer()
         progress.open, progress.group = self._phase.both, self._phase.group or progress.group
         progress.reason = reason or self._phase.reason
@@ -440,12 +441,6 @@ class SschaRun:
         progress.cell = None if self._cell is None else [self._cell.matrix, self._cell.covariance]
         self.folder.write_progress(progress)
         return row
-
-    def _open(self) -> list[str]:
-        """`open_issues` of the last population."""
-        assert self.averages is not None
-        error = self.progress.gibbs[-1][1]
-        return open_issues(self.averages, error, len(self.state.atoms), self.task)
 
     def _identity(self, averages: Averages, ensemble: Ensemble) -> Answer:
         """What a relaxed run knows of the phase that it is in."""
