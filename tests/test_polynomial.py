@@ -4,12 +4,14 @@ import pickle
 
 import numpy as np
 import pytest
+import torch
 from ase import Atoms
 from ase.build import bulk
 from ase.calculators.emt import EMT
 
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.evaluator import CalculatorEvaluator, Evaluation
+from magus_anharmonic.potential import kernels, moments
 from magus_anharmonic.potential.polynomial import PolynomialPotential, fit
 
 
@@ -114,3 +116,53 @@ def test_what_it_cannot_do_is_refused(fitted):
     pair = Atoms("Cu2", positions=[[0, 0, 0], [0, 0, 1e-5]], cell=4 * np.eye(3), pbc=True)
     with pytest.raises(InputError, match="coincide"):
         fitted.evaluate([pair])
+
+
+@pytest.mark.parametrize("radial", [5, 7])
+def test_the_compiled_sums_are_torchs(radial):
+    compiled = kernels.library()
+    if compiled is None:
+        pytest.skip("no C compiler")
+    for seed in range(3):
+        assert moments.disagreement(compiled, seed, radial) < 1e-12
+
+
+def test_wrong_compiled_sums_are_noticed():
+    class Wrong:
+        """Writes nothing."""
+
+        @staticmethod
+        def polynomial_evaluate(*_):
+            return 0
+
+        polynomial_features = polynomial_evaluate
+
+    assert moments.disagreement(Wrong()) == pytest.approx(1.0)
+
+
+def test_torch_alone_fits_and_gives_the_same_numbers(fitted, monkeypatch):
+    """Strained, in a batch and alone, one atom in a small cell too."""
+    structures = [*configurations(12), bulk("Cu"), *configurations(2, seed=4)]
+    compiled = fitted.evaluate(structures)
+    again = fit(structures[:12], fitted.evaluate(structures[:12]))
+    monkeypatch.setattr(moments, "_checked_functions", lambda: None)
+    alone = fitted.evaluate(structures)
+    assert alone.energy == pytest.approx(compiled.energy, abs=1e-10)
+    assert alone.stress == pytest.approx(compiled.stress, abs=1e-12)
+    for one, other in zip(alone.forces, compiled.forces, strict=True):
+        assert one == pytest.approx(other, abs=1e-11)
+    by_torch = fit(structures[:12], fitted.evaluate(structures[:12]))
+    near = structures[:12]
+    assert by_torch.evaluate(near).energy == pytest.approx(again.evaluate(near).energy, abs=1e-4)
+
+
+def test_no_result_depends_on_the_number_of_threads(fitted):
+    structures, before, found = configurations(5), torch.get_num_threads(), []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            found.append(fitted.evaluate(structures))
+    finally:
+        torch.set_num_threads(before)
+    one, three = found
+    assert np.array_equal(one.energy, three.energy) and np.array_equal(one.forces, three.forces)

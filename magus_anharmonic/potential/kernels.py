@@ -34,7 +34,8 @@ from magus_anharmonic.processes import run_bounded
 logger = logging.getLogger(__name__)
 
 SOURCES = tuple(
-    Path(__file__).with_name(name) for name in ("edge_kernels.c", "edge_basis.c", "far_edges.c")
+    Path(__file__).with_name(f"{name}.c")
+    for name in ("edge_kernels", "edge_basis", "far_edges", "polynomial")
 )
 COMPILERS = ("cc", "gcc", "clang")
 _FLAGS = (

@@ -39,6 +39,7 @@ from magus_anharmonic.sscha.task import (
     Task,
     finished_result,
     gibbs_energy,
+    open_issues,
     pressure_of,
     unconverged,
 )
@@ -430,7 +431,10 @@ class SschaRun:
         reason = "; ".join(filter(None, (reason, limit if progress.limited else "")))
         if few and not reason:
             reason = f"a population of {few} configurations only"
-        self._phase = Answer() if reason else self._identity(self.averages, ensemble)
+        # of two levels the first that is near the minimum is asked, which no other agrees with yet
+        of = self.averages, progress.gibbs[-1][1], len(self.state.atoms), self.task
+        near = ensemble.two_level and not (few or progress.limited or open_issues(*of))
+        self._phase = self._identity(self.averages, ensemble) if near or not reason else Answer()
         progress.open, progress.group = self._phase.both, self._phase.group or progress.group
         progress.reason = reason or self._phase.reason
         progress.moved |= isinstance(self._phase.step, Higher)

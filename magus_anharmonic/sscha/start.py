@@ -332,7 +332,9 @@ def start_run(task: Task, evaluator: Evaluator) -> Start:
     check_calculator(evaluator, atoms, stress=variable_cell)
     if task.start is not None:
         return continue_from(task.start, task, evaluator)
-    counting = CountingEvaluator(in_double_precision(evaluator))
+    # two levels sample cheaply: their start may be as rough as single precision leaves it
+    accurate = in_double_precision(evaluator) if task.surrogate is None else evaluator
+    counting = CountingEvaluator(accurate)
     relaxed = stripped(atoms)
     if settings.centroids == "relaxed":
         reduced = symmetric_primitive(relaxed, settings.symprec)

@@ -196,7 +196,8 @@ def evaluations(name):
 
 
 def against_python_sscha(n_configs=60):
-    """Both to the error that python-sscha reaches; see ``sscha.py`` for what it is given."""
+    """Both to the error that python-sscha reaches; see ``sscha.py`` for what it is given. Ours is the
+    mean of four seeds, because the number of populations depends on the seed."""
     from mattersim.forcefield.potential import MatterSimCalculator
     from mattersim.forcefield.potential import Potential as StockPotential
 
@@ -212,9 +213,13 @@ def against_python_sscha(n_configs=60):
     begun = time.process_time()
     gibbs, error, number, _ = module.stock_candidate(atoms, stock, n_configs)
     theirs = time.process_time() - begun
-    ours = candidate(atoms, potential(), "polynomial", tolerance=error)
-    text = f"theirs {gibbs:.5f} +- {error:.5f}, {number} evaluations, {theirs:.0f} s; ours {ours}"
-    ratio = theirs / ours.seconds if ours.good(error) else None
+    ours = [candidate(atoms, potential(), "polynomial", seed, tolerance=error) for seed in range(4)]
+    text = (
+        f"theirs {gibbs:.5f} +- {error:.5f}, {number} evaluations, {theirs:.0f} s; ours"
+        f" {'; '.join(map(str, ours))}"
+    )
+    mean = float(np.mean([one.seconds for one in ours]))
+    ratio = theirs / mean if all(one.good(error) for one in ours) else None
     return [Bar("R3m: python-sscha with stock MatterSim, time", ratio, 30.0, np.inf, text)]
 
 
