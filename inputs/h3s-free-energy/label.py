@@ -3,7 +3,7 @@
     python label.py N_TRAIN N_TEST [0K|300K|D3S]
 
 Labels of D3S come from runs of H3S with more configurations (`KEPT`): reweighted, and
-corrected for a polynomial, where enough of them count; else they have a run of their own.
+corrected for a polynomial, where enough of them count; else there is none.
 
 Goes on where it was: ``labels.xyz`` (``labels-300K.xyz``, ``labels-D3S.xyz``) keeps every label the
 moment it is made, ``failed.txt`` why one has none. Structures are four-atom cells between 90 and
@@ -29,9 +29,13 @@ ARGUMENTS = {"evaluator": "h3s-gpaw-small", "supercell": [2, 2, 2], "n_configs":
 SURFACES = {
     "0K": ({"temperature": 0.0}, "labels.xyz"),
     "300K": ({"temperature": 300.0}, "labels-300K.xyz"),
-    "D3S": ({"masses": {"H": 2.014}, "surrogate": "polynomial"}, "labels-D3S.xyz"),
+    "D3S": (
+        {"masses": {"H": 2.014}, "surrogate": "polynomial", "max_populations": 1},
+        "labels-D3S.xyz",
+    ),
 }
-"""Arguments of the labeler, and the file of the labels."""
+"""Arguments of the labeler, and the file of the labels; one population is never enough, so that
+labels of D3S are reweighted or fail."""
 KEPT = {"n_configs": 400, "runs": str(HERE / "scratch" / "runs")}
 """Arguments of the runs of H3S that labels of D3S come from, and of these."""
 KINDS = ("im-3m", "r3m", "rattled")
