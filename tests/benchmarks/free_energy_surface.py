@@ -43,7 +43,7 @@ from magus_anharmonic.settings import parse_settings  # noqa: E402
 from magus_anharmonic.sscha.gibbs import free_energy  # noqa: E402
 from magus_anharmonic.structures import space_group, with_isotopes  # noqa: E402
 
-PRESSURE, N_LABELS, N_HEAVY, N_RANDOM, SEEDS = 130.0, 30, 7, 20, (1, 2, 3, 4, 5)
+PRESSURE, N_LABELS, N_HEAVY, N_RANDOM, SEEDS = 130.0, 36, 7, 20, (1, 2, 3, 4, 5)
 """GPa; labels that a model has, of H3S and of D3S; crystals of a search; seeds of the searches."""
 IM3M = "Im-3m (229)"
 SSCHA = {"supercell": [2, 2, 2], "n_configs": 200, "hessian": 0, "seed_back": False}
@@ -211,7 +211,7 @@ def today():
 
 def hot():
     """300 K: a model of its own labels."""
-    found, test = model("labels-300K.xyz")
+    found, test = model("labels-300K.xyz", 30)
     left = minus(test, found)
     energy, force, stress = errors(left)
     keys = {"sscha": {**SSCHA, "evaluator": POTENTIAL, "temperature": 300, "max_candidates": 20}}
