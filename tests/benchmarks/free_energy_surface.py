@@ -211,7 +211,7 @@ def today():
 
 def hot():
     """300 K: a model of its own labels."""
-    found, test = model("labels-300K.xyz")
+    found, test = model("labels-300K.xyz", 30)
     left = minus(test, found)
     energy, force, stress = errors(left)
     keys = {"sscha": {**SSCHA, "evaluator": POTENTIAL, "temperature": 300, "max_candidates": 20}}
