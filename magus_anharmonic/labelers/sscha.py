@@ -9,6 +9,7 @@ minimum are such labels too (`labels_of_run`): they are of centroids and a cell 
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Iterator, Mapping, Set
 from dataclasses import replace
 from pathlib import Path
@@ -73,7 +74,10 @@ class SschaLabels(Code):
             require_potential(model, f"{ARGUMENTS}.evaluator")
         except InputError as error:
             raise LabelerError(str(error)) from None
-        return replace(made, files={MODEL: model.model_id})
+        # labels are made in folders of their own
+        runs = {key: os.path.abspath(made.execution[key]) for key in {RUNS} & set(made.execution)}
+        execution = {**made.execution, **runs}
+        return replace(made, files={MODEL: model.model_id}, execution=execution)
 
     def calculator(self, recipe: Recipe, atoms: Atoms, directory: Path) -> Calculator:
         model = _potential(recipe.execution)

@@ -68,8 +68,8 @@ OUTPUTS = ("txt", "log", "out")
 
 
 def _absolute(value: Any, key: str = "") -> Any:
-    """Arguments in which the names of files here (``my.model``, ``./Si.upf``) and of folders
-    (pseudopotentials, runs of SSCHA) hold anywhere."""
+    """Arguments in which the names of files here (``my.model``, ``./Si.upf``) and of the folder of
+    pseudopotentials hold anywhere."""
     if isinstance(value, dict):
         return {name: _absolute(item, str(name)) for name, item in value.items()}
     if isinstance(value, list):
@@ -77,8 +77,9 @@ def _absolute(value: Any, key: str = "") -> Any:
     if not isinstance(value, str) or "\0" in value or key.startswith(OUTPUTS):
         return value
     named = os.path.isfile(value) if "." in value or "/" in value else False
-    folder = key == "runs" or (key == "pseudo_dir" and os.path.isdir(value))
-    return os.path.abspath(value) if named or folder else value
+    return (
+        os.path.abspath(value) if named or (key == "pseudo_dir" and os.path.isdir(value)) else value
+    )
 
 
 def _absolute_variables() -> None:

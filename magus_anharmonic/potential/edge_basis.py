@@ -20,7 +20,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import itertools
-import logging
 import math
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
@@ -30,9 +29,14 @@ import torch
 from torch import Tensor, nn
 
 from magus_anharmonic.potential.graph import Graph
-from magus_anharmonic.potential.kernels import address, library, pointers, structure
-
-logger = logging.getLogger(__name__)
+from magus_anharmonic.potential.kernels import (
+    address,
+    agreeing,
+    largest_difference,
+    pointed,
+    pointers,
+    structure,
+)
 
 _DEGENERACY = (1, 3, 5, 7)
 N_RADIAL = 4
@@ -270,11 +274,7 @@ class NativeBasis(TorchBasis):
 
     def _call(self, name: str, *arrays: Tensor | None) -> int:
         structs = self._bonds, self._functions, self._struct
-        return int(
-            getattr(self._native, name)(
-                *map(ctypes.byref, structs), *(ctypes.c_void_p(address(array)) for array in arrays)
-            )
-        )
+        return int(getattr(self._native, name)(*map(ctypes.byref, structs), *pointed(*arrays)))
 
     def backward(
         self, by_radial: Tensor, by_threebody: Tensor, by_length: Tensor | None = None
@@ -312,20 +312,12 @@ def basis_for(module: nn.Module, graph: Graph) -> TorchBasis:
 
 @functools.cache
 def _checked_functions() -> ctypes.CDLL | None:
-    """The compiled functions, once per process; None where there are none, or they differ from
-    torch's."""
-    functions = library()
-    if functions is None:
-        return None
-    difference = disagreement(functools.partial(NativeBasis, functions=functions))
-    if difference < _AGREEMENT:
-        return functions
-    logger.warning(
-        "the compiled edge basis differs from torch by %.1e and is not used (compiler of this"
-        " machine?)",
-        difference,
-    )
-    return None
+    """See `agreeing`, once per process."""
+
+    def difference(functions: ctypes.CDLL) -> float:
+        return disagreement(functools.partial(NativeBasis, functions=functions))
+
+    return agreeing("edge basis", difference, _AGREEMENT)
 
 
 def disagreement(form: Callable[[Any, Graph], TorchBasis], seed: int = 0) -> float:
@@ -354,11 +346,7 @@ def disagreement(form: Callable[[Any, Graph], TorchBasis], seed: int = 0) -> flo
         basis = one(module, graph)
         found = basis.backward(by_radial, by_threebody, by_length)
         results.append([basis.radial, basis.threebody, *found])
-    worst = 0.0
-    for ours, theirs in zip(*results, strict=True):
-        difference = torch.nan_to_num(ours - theirs, torch.inf).abs().max()
-        worst = max(worst, float(difference / theirs.abs().max()))
-    return worst
+    return largest_difference(*results)
 
 
 def _stock_functions() -> Any:

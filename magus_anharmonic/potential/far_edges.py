@@ -21,7 +21,14 @@ import torch
 from torch import Tensor, nn
 
 from magus_anharmonic.potential.graph import Graph
-from magus_anharmonic.potential.kernels import address, library, pointers, structure
+from magus_anharmonic.potential.kernels import (
+    address,
+    largest_difference,
+    library,
+    pointed,
+    pointers,
+    structure,
+)
 from magus_anharmonic.potential.layers import edge_network
 
 logger = logging.getLogger(__name__)
@@ -163,8 +170,7 @@ class Interpolation:
         self._native = library()
 
     def _call(self, name: str, *arrays: Tensor) -> None:
-        pointed = (ctypes.c_void_p(address(array)) for array in arrays)
-        getattr(self._native, name)(ctypes.byref(self._struct), *pointed)
+        getattr(self._native, name)(ctypes.byref(self._struct), *pointed(*arrays))
 
     def forward(self, edge: Tensor, atom: Tensor) -> None:
         """edge_ (E, u) is filled; the messages are added to atom_ (N, u), float64."""
@@ -206,7 +212,4 @@ def disagreement(module: nn.Module, table: Table, per_pair: int = 23) -> float:
     ours = edge, atom[centre], compiled.backward(by_edge, by_atom)
     values = values.detach()
     theirs = values[:, :units], values[:, units:], slopes
-    return max(
-        float(torch.nan_to_num(one - other, torch.inf).abs().max() / other.abs().max())
-        for one, other in zip(ours, theirs, strict=True)
-    )
+    return largest_difference(ours, theirs)

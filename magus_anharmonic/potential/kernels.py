@@ -17,7 +17,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -82,10 +82,14 @@ def address(array: Tensor | None) -> int | None:
     return array.data_ptr()
 
 
+def pointed(*arrays: Tensor | None) -> list[ctypes.c_void_p]:
+    """Arguments of a compiled function; nothing becomes a null pointer."""
+    return [ctypes.c_void_p(address(array)) for array in arrays]
+
+
 def _arguments(*arrays: Tensor | None) -> list[Any]:
     """Of a compiled function: arrays, and how many threads it may use."""
-    threads = ctypes.c_long(torch.get_num_threads())
-    return [*(ctypes.c_void_p(address(array)) for array in arrays), threads]
+    return [*pointed(*arrays), ctypes.c_long(torch.get_num_threads())]
 
 
 def _packed(matrix: Tensor) -> Tensor:
@@ -200,19 +204,40 @@ def layers_for(graph: Graph, radial: Tensor, threebody: Tensor, units: int) -> T
 
 @functools.cache
 def _checked_functions() -> ctypes.CDLL | None:
-    """The compiled functions, once per process; None where there are none, or they differ from
-    torch's."""
+    """See `agreeing`, once per process."""
+
+    def difference(functions: ctypes.CDLL) -> float:
+        return disagreement(functools.partial(NativeLayers, functions=functions))
+
+    return agreeing("kernels", difference, _AGREEMENT)
+
+
+def agreeing(
+    what: str, disagreement: Callable[[ctypes.CDLL], float], agreement: float
+) -> ctypes.CDLL | None:
+    """The compiled functions; None where there are none, or ``what`` differs from torch's form by
+    ``agreement`` or more."""
     functions = library()
     if functions is None:
         return None
-    difference = disagreement(functools.partial(NativeLayers, functions=functions))
-    if difference < _AGREEMENT:
+    difference = disagreement(functions)
+    if difference < agreement:
         return functions
     logger.warning(
-        "compiled kernels differ from torch by %.1e and are not used (compiler of this machine?)",
+        "compiled %s: different from torch by %.1e and not used (compiler of this machine?)",
+        what,
         difference,
     )
     return None
+
+
+def largest_difference(ours: Iterable[Tensor], theirs: Iterable[Tensor]) -> float:
+    """Between two lists of arrays, relative to the largest number of each of ``theirs``; NaN counts
+    as infinite."""
+    return max(
+        float(torch.nan_to_num(one - other, torch.inf).abs().max() / other.abs().max())
+        for one, other in zip(ours, theirs, strict=True)
+    )
 
 
 @functools.cache
@@ -285,13 +310,10 @@ def disagreement(
 ) -> float:
     """Largest difference between the layers that ``form`` makes and torch's, relative to the
     largest number of an array, on random graphs; NaN counts as infinite."""
-    worst = 0.0
-    for units in (16, 64):
-        results = [exercise(one, n_edges, units, seed) for one in (form, TorchLayers)]
-        for ours, theirs in zip(*results, strict=True):
-            difference = torch.nan_to_num(ours - theirs, torch.inf).abs().max()
-            worst = max(worst, float(difference / theirs.abs().max()))
-    return worst
+    return max(
+        largest_difference(*(exercise(one, n_edges, units, seed) for one in (form, TorchLayers)))
+        for units in (16, 64)
+    )
 
 
 def exercise(

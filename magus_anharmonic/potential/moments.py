@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -29,9 +28,14 @@ from magus_anharmonic.potential.graph import (
     find_neighbours,
     find_topology,
 )
-from magus_anharmonic.potential.kernels import address, library, pointers, structure
-
-logger = logging.getLogger(__name__)
+from magus_anharmonic.potential.kernels import (
+    address,
+    agreeing,
+    largest_difference,
+    pointed,
+    pointers,
+    structure,
+)
 
 DEGREE = 3
 AT_ONCE = 40_000
@@ -362,8 +366,7 @@ def _call(
     counts = len(batch.structures), len(kinds), torch.get_num_threads()
     shape = _Shape(len(species), radial, topology.cutoff)
     pairs = _Pairs(*counts, *map(address, kept))
-    given = (ctypes.c_void_p(address(array)) for array in arrays)
-    failed = function(ctypes.byref(shape), ctypes.byref(pairs), *given)
+    failed = function(ctypes.byref(shape), ctypes.byref(pairs), *pointed(*arrays))
     if failed == _COINCIDENT:
         batch.graph()
     if failed:
@@ -391,20 +394,8 @@ def _compiled_features(
 
 @functools.cache
 def _checked_functions() -> ctypes.CDLL | None:
-    """The compiled functions, once per process; None where there are none, or they differ from
-    torch's."""
-    functions = library()
-    if functions is None:
-        return None
-    worst = disagreement(functions)
-    if worst < _AGREEMENT:
-        return functions
-    logger.warning(
-        "the compiled polynomial differs from torch by %.1e and is not used (compiler of this"
-        " machine?)",
-        worst,
-    )
-    return None
+    """See `agreeing`, once per process."""
+    return agreeing("polynomial", disagreement, _AGREEMENT)
 
 
 def disagreement(functions: ctypes.CDLL, seed: int = 0, radial: int = 5) -> float:
@@ -423,8 +414,4 @@ def disagreement(functions: ctypes.CDLL, seed: int = 0, radial: int = 5) -> floa
     of = batch, species, radial
     ours = *_compiled_sums(functions, coefficients, batch), *_compiled_features(functions, *of)
     theirs = *_torch_sums(coefficients, batch), *_torch_features(*of)
-    worst = 0.0
-    for one, other in zip(ours, theirs, strict=True):
-        difference = np.nan_to_num(one - other, nan=np.inf)
-        worst = max(worst, float(np.abs(difference).max() / np.abs(other).max()))
-    return worst
+    return largest_difference(map(torch.as_tensor, ours), map(torch.as_tensor, theirs))

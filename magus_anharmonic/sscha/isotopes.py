@@ -115,7 +115,7 @@ def reweighted_result(task: Task, source: Any, folder: RunFolder) -> SschaResult
             averages, problem = _judged(task, sample, symmetry, cell)
         except SurrogateFailed as error:
             problem = f"{problem}; surrogate {task.surrogate.name}: {error}"
-    if problem:
+    if problem or averages is None:
         log.info(
             "other masses: reweighting the ensemble of %s does not do (%s); new populations",
             source,
@@ -244,12 +244,13 @@ def _on_two_levels(task: Task, found: _Source, symmetry: Symmetry) -> _Sample:
 
 def _judged(
     task: Task, sample: _Sample, symmetry: Symmetry, cell: CellStiffness | None
-) -> tuple[Averages, str]:
-    """Averages of the sample, and why they are not the end of a run; empty where they are."""
+) -> tuple[Averages | None, str]:
+    """Averages of the sample, and why they are not the end of a run, empty where they are; no
+    averages where too little of it counts."""
     state = sample.state
-    averages = average(state, sample.ensemble, symmetry, sample.weights, cell)
     if not sample.ensemble.two_level and sample.effective <= EFFECTIVE_SAMPLE:
-        return averages, f"{sample.text}, not above {EFFECTIVE_SAMPLE:g}"
+        return None, f"{sample.text}, not above {EFFECTIVE_SAMPLE:g}"
+    averages = average(state, sample.ensemble, symmetry, sample.weights, cell)
     _, error = gibbs_energy(state, averages, task.pressure)
     issues = open_issues(averages, error, len(state.atoms), task)
     tolerance = task.settings.error_tolerance

@@ -189,8 +189,9 @@ OF_THE_START = {"start", "configurations"}
 
 
 PROGRESS = "progress.json"
-REWEIGHTED = "reweighted.npz"
 """Where a run stands after its last population, see `RunFolder.write_progress`."""
+REWEIGHTED = "reweighted.npz"
+"""The sample of a run without populations, see `RunFolder.write_reweighted`."""
 
 
 @dataclass
