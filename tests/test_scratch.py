@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import yaml
 from ase.calculators.emt import EMT
-from ase.io import read
+from ase.io import read, write
 from campaign_tables import read_rows
 
 from magus_anharmonic.campaign.run import run_campaign
@@ -96,6 +96,28 @@ def test_a_kill_among_the_labels_of_the_second_batch_changes_nothing(tmp_path):
         made(tmp_path / "killed", settings, 11)
     again = load(made(tmp_path / "killed", settings))
     assert again.model_id == whole.model_id
+
+
+def test_earlier_labels_take_part_from_the_start_and_the_first_crystals_are_followed_too(tmp_path):
+    settings = parse_settings(SEARCH)
+    made(tmp_path / "before", settings)
+    earlier = LabelStore(tmp_path / "before" / "labels").labels()
+    write(tmp_path / "earlier.xyz", earlier, format="extxyz")
+    scratch = SEARCH["learning"]["scratch"] | {"n_structures": 4, "batches": 1}
+    learning = SEARCH["learning"] | {"dataset": str(tmp_path / "earlier.xyz"), "scratch": scratch}
+    settings = parse_settings(SEARCH | {"learning": learning})
+    made(tmp_path, settings)
+    (line,) = read_jsonl(tmp_path / "metrics.jsonl")
+    assert line["n_train"] == line["n_new"] + line["n_replay"]
+    assert line["n_replay"] == sum(atoms.info["side"] == "train" for atoms in earlier)
+    drawn = crystals_of(settings, 4, 1, 4)
+    labels = LabelStore(tmp_path / "labels").labels()
+    assert len(labels) == 4
+    for atoms in labels:
+        assert all(abs(atoms.get_volume() - one.get_volume()) > 1e-3 for one in drawn)
+    sides = {}
+    for atoms in [*earlier, *labels]:
+        assert sides.setdefault(atoms.info["family"], atoms.info["side"]) == atoms.info["side"]
 
 
 def test_new_weights_learn_the_forces_of_crystals_that_they_have_not_seen(tmp_path):

@@ -3,7 +3,8 @@
 Nothing can be relaxed without a model, so random crystals are labelled as they were drawn, and a
 model with new weights is trained on them. With it fresh random crystals are followed downhill for a
 few steps, labelled and added: the labels come to where relaxations go (as in Pickard, PRB 106,
-014102 (2022), doi:10.1103/PhysRevB.106.014102). What comes out is round 0 of the search.
+014102 (2022), doi:10.1103/PhysRevB.106.014102). Labels of ``learning.dataset`` take part from the
+start: with them the first crystals are followed too. What comes out is round 0 of the search.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from magus_anharmonic.errors import MagusAnharmonicError
 from magus_anharmonic.io.files import remove
 from magus_anharmonic.labelers.base import Labeler
 from magus_anharmonic.learning.choose import SIDES
-from magus_anharmonic.learning.dataset import LabelStore, on_side
-from magus_anharmonic.learning.learn import Sets, end_round, label_planned, scores_of_sets
+from magus_anharmonic.learning.dataset import LabelStore, on_side, read_dataset
+from magus_anharmonic.learning.learn import DATASET, Sets, end_round, label_planned, scores_of_sets
 from magus_anharmonic.learning.round import Purpose, Round
 from magus_anharmonic.potential.label_check import sound
 from magus_anharmonic.runs.folder import SearchFolder
@@ -61,22 +62,31 @@ def first_model(
     """
     folder, began = Path(run_dir), time.monotonic()
     store.check(labeler.settings_hash)
+    dataset = read_dataset(settings.dataset, labeler.settings_hash) if settings.dataset else []
+    store.adopt(dataset, settings.split)
     now = Round(GENERATION, settings.model_copy(update={"n_perturb": 1}), store, seed)
     scratch, ids = settings.scratch, set[str]()
     n_failures, in_training = 0, 0.0
     model: Potential | None = None
     labels: list[Atoms] = []
+    if (sets := _sets([], dataset, settings)).train:
+        began_training = time.monotonic()
+        model, _ = _trained(sets, now, SearchFolder(folder).training / "first0.pth", device)
+        in_training += time.monotonic() - began_training
+    followed = 0 if model is None else DESCENT
     for batch in range(1, scratch.batches + 1):
         found = crystals(batch, scratch.n_structures)
         if model is not None:
-            found = _followed(found, model, pressure, DESCENT * (batch - 1))
-        known = {str(one.info["family"]): str(one.info["side"]) for one in labels}
+            found = _followed(found, model, pressure, followed + DESCENT * (batch - 1))
+        known = now.known_sides() | {
+            str(one.info["family"]): str(one.info["side"]) for one in labels
+        }
         planned = now.plan(found, range(len(found)), known)
         n_failures += label_planned(planned, GENERATION, labeler, store, folder)
         # not those that a later batch of an interrupted run has left: the same sides and training
         ids |= {str(atoms.info["id"]) for atoms in planned}
         labels = [one for one in store.labels(generation=GENERATION) if one.info["id"] in ids]
-        sets = _sets(labels, settings)
+        sets = _sets(labels, dataset, settings)
         if not sets.train:
             raise MagusAnharmonicError(
                 f"checkpoint: scratch: none of {len(ids)} random crystals could be labelled; the"
@@ -119,10 +129,13 @@ def _followed(found: Sequence[Atoms], model: Potential, pressure: GPa, steps: in
     return kept
 
 
-def _sets(labels: Sequence[Atoms], settings: LearningSettings) -> Sets:
-    usable, _ = sound(labels, None, "first model")
-    train, validation, test = (on_side(usable, side, settings.split) for side in SIDES)
-    return Sets(train, validation, test, len(train), 0, "this round", "this round")
+def _sets(labels: Sequence[Atoms], dataset: Sequence[Atoms], settings: LearningSettings) -> Sets:
+    new, _ = sound(labels, None, "first model")
+    old, _ = sound(dataset, None, "learning.dataset")
+    train, validation, test = (on_side([*new, *old], side, settings.split) for side in SIDES)
+    n_old = len(on_side(old, "train", settings.split))
+    origin = f"this round and {DATASET}" if dataset else "this round"
+    return Sets(train, validation, test, len(train) - n_old, n_old, origin, origin)
 
 
 def _trained(sets: Sets, now: Round, out: Path, device: str | None) -> tuple[Potential, Scores]:
