@@ -177,7 +177,7 @@ def test_the_forces_of_ten_pairs_tell_what_a_surrogate_leaves_as_two_hundred_ene
     told = np.array([left_by_forces(state, ten) for ten in tens])
     scatter = np.array([deviation(state, ten) for ten in tens])
     assert told.mean() == pytest.approx(deviation(state, differences), rel=0.12)
-    assert told.std() / told.mean() < 0.15
+    assert told.std() / told.mean() < 0.2
     assert told.std() / told.mean() < 0.6 * scatter.std() / scatter.mean()
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ from magus_anharmonic.sscha.result import (
     read_start_file,
 )
 from magus_anharmonic.sscha.start import supercell_of, symmetry_of, with_masses
-from magus_anharmonic.sscha.state import LARGEST_AMPLITUDE_LATER, SschaState, floor_modes
+from magus_anharmonic.sscha.state import SschaState
 from magus_anharmonic.sscha.symmetry import Symmetry
 from magus_anharmonic.sscha.task import Task, finished_result, gibbs_energy, open_issues
 from magus_anharmonic.sscha.two_levels import (
@@ -38,7 +37,7 @@ from magus_anharmonic.sscha.two_levels import (
     Sampler,
     SurrogateFailed,
     corrections,
-    guarded,
+    minimised_on,
 )
 from magus_anharmonic.units import ev_to_mev
 
@@ -54,8 +53,8 @@ FEWEST_EFFECTIVE = 10.0
 LARGE = 2
 """Configurations of the surrogate over ``n_configs``: they cost next to nothing."""
 MINIMISATIONS = 4
-"""Samples of the surrogate, half as large, that lead to the state, pooled: a state that is not at
-its minimum has another stress."""
+"""Samples of the surrogate that lead to the state, at least: a state that is not at its minimum has
+another stress."""
 NEW_DRAWS = 8317
 """Separates the random numbers of the surrogate's configurations from those of the run's."""
 
@@ -219,26 +218,23 @@ def _on_two_levels(task: Task, found: _Source, symmetry: Symmetry) -> _Sample:
     surrogate = Learner(task.surrogate, {1: (own, ensemble.part(chosen))}).before(2)
     assert surrogate is not None
     sampler = Sampler(state, surrogate, [task.seed, NEW_DRAWS], "", surrogate)
-    size, pool, least = LARGE * task.settings.n_configs, [], task.settings.min_effective_sample
-    for stream in range(MINIMISATIONS):
-        pool.append((sampler.state, sampler.of_surrogate(size // 2, stream)))
-        moved = guarded(partial(minimise, pool, symmetry, min_effective_sample=least)).state
-        sampler = replace(sampler, state=floor_modes(moved, symmetry, LARGEST_AMPLITUDE_LATER))
-    state = sampler.state
+    size, least = task.settings.n_configs, task.settings.min_effective_sample
+    state, used, _ = minimised_on(sampler, symmetry, size, least, rounds=MINIMISATIONS)
+    sampler = replace(sampler, state=state)
     effective = overlap(own, state) * len(rest.energies)
     count = f"{effective:.0f} of {len(rest.energies)} configurations count"
     if effective < FEWEST_EFFECTIVE:
         raise SurrogateFailed(f"{count}, {FEWEST_EFFECTIVE:.0f} are needed")
     about, weights = reweighted(own, rest, state)
     level = corrections(about, sampler.at(about.displacements))
-    large = sampler.of_surrogate(size, MINIMISATIONS)
+    large = sampler.of_surrogate(LARGE * size, 2)
     return _Sample(
         state,
         joined([large, level]),
         np.concatenate([np.ones(len(large.energies)), weights]),
         effective / len(rest.energies),
         f"{count}, and correct the surrogate {task.surrogate.name}",
-        MINIMISATIONS * (size // 2) + len(large.energies) + len(rest.energies),
+        used + len(large.energies) + len(rest.energies),
     )
 
 

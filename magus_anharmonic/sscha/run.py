@@ -295,7 +295,7 @@ class SschaRun:
     def _further(self, learner: Learner) -> None:
         """Go on where the sample was used up, at this cell, on the surrogate alone."""
         number, settings = self.n_populations + 1, self.task.settings
-        size = 2 * (max(SMALLEST_BURN_IN[1], int(BURN_IN_FRACTION * settings.n_configs)) // 2)
+        size = max(SMALLEST_BURN_IN[1], settings.n_configs)
         of = number, self.symmetry, size, settings.min_effective_sample
         if (found := learner.further(self._sampler(number), *of)) is not None:
             self.state, used, done = found

@@ -224,24 +224,27 @@ def _even(pairs: float, least: int, most: int) -> int:
     return int(np.clip(2 * np.ceil(pairs), least, 2 * (most // 2)))
 
 
-ROUNDS = 4
+ROUNDS = 6
 """Most samples of the surrogate between two populations."""
 
 
 def minimised_on(
-    sampler: Sampler, symmetry: Symmetry, n_configs: int, min_effective_sample: float
+    sampler: Sampler, symmetry: Symmetry, n_configs: int, least: float, rounds: int = 1
 ) -> tuple[SschaState, int, bool]:
-    """The state that the surrogate alone leads to, at this cell, by samples of ``n_configs``; how
-    many it took, and whether the last was not used up. Raises ``SurrogateFailed``."""
+    """The state that the surrogate alone leads to, at this cell, by ``rounds`` or more samples of
+    ``n_configs``, pooled; how many configurations it took, and whether the last was not used up.
+
+    least : the ``min_effective_sample``. Raises ``SurrogateFailed``.
+    """
+    pool: list[tuple[SschaState, Ensemble]] = []
     for number in range(ROUNDS):
-        large = sampler.of_surrogate(n_configs, 3 + number)
-        pool, least = [(sampler.state, large)], min_effective_sample
+        pool.append((sampler.state, sampler.of_surrogate(n_configs, 3 + number)))
         found = guarded(partial(minimise, pool, symmetry, min_effective_sample=least))
         state = floor_modes(found.state, symmetry, LARGEST_AMPLITUDE_LATER)
         sampler = replace(sampler, state=state)
-        if done := not found.used_up(min_effective_sample):
+        if (done := not found.used_up(least)) and number + 1 >= rounds:
             break
-    return state, (number + 1) * n_configs, done
+    return state, len(pool) * n_configs, done
 
 
 @dataclass
