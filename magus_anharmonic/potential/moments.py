@@ -38,6 +38,10 @@ from magus_anharmonic.potential.kernels import (
 )
 
 DEGREE = 3
+LAST = 0.8
+"""Centre of the last radial function over the cutoff."""
+SHARP = 0.5
+"""Minus the logarithm of a radial function at its neighbour's centre."""
 AT_ONCE = 40_000
 """Pairs of a batch: what fits the cache of a processor."""
 _AGREEMENT = 1e-10
@@ -82,11 +86,12 @@ SIX = [0, 4, 8, 5, 2, 1]
 
 @dataclass(frozen=True)
 class Coefficients:
-    """species : atomic numbers, sorted; cutoff : A; linear : (S, C) eV, by species of the atom, C =
-    S n; quadratic : (S, `DEGREE` + 1, C, C) eV, symmetric."""
+    """species : atomic numbers, sorted; cutoff, first : A; linear : (S, C) eV, by species of the
+    atom, C = S n; quadratic : (S, `DEGREE` + 1, C, C) eV, symmetric."""
 
     species: Sequence[int]
     cutoff: float
+    first: float
     linear: np.ndarray
     quadratic: np.ndarray
 
@@ -155,26 +160,36 @@ def sums(coefficients: Coefficients, batch: Batch) -> Sums:
 
 
 def features(
-    structures: Sequence[Atoms], species: Sequence[int], cutoff: float, radial: int
+    structures: Sequence[Atoms], species: Sequence[int], cutoff: float, first: float, radial: int
 ) -> Features:
-    """See `Features`; for ``radial`` functions."""
+    """See `Features`; for ``radial`` functions, ``first`` (A) the centre of the first."""
     functions, order, parts = _checked_functions(), [], []
     for batch in batches(structures, species, cutoff):
         order += batch.places
         if functions is None:
-            parts.append(_torch_features(batch, species, radial))
+            parts.append(_torch_features(batch, species, first, radial))
         else:
-            parts.append(_compiled_features(functions, batch, species, radial))
+            parts.append(_compiled_features(functions, batch, species, first, radial))
     back = np.argsort(order)
     energy, forces, virial = (np.concatenate(part)[back] for part in zip(*parts, strict=True))
     return energy, forces, virial
+
+
+def shortest(structures: Sequence[Atoms], species: Sequence[int], cutoff: float) -> float:
+    """Length of the shortest pair within the cutoff, A; the cutoff where there is none. Raises
+    ``InputError`` where atoms coincide."""
+    lengths = (
+        torch.linalg.norm(batch.graph().vector, dim=1)
+        for batch in batches(structures, species, cutoff)
+    )
+    return min((float(one.min()) for one in lengths if len(one)), default=cutoff)
 
 
 def _torch_sums(coefficients: Coefficients, batch: Batch) -> Sums:
     graph = batch.graph()
     species, cutoff, radial = coefficients.species, coefficients.cutoff, coefficients.radial
     shells = _Shell.all_of(graph, species, cutoff)
-    bases = [_Basis(shell.vector, cutoff, radial) for shell in shells]
+    bases = [_Basis(shell.vector, cutoff, coefficients.first, radial) for shell in shells]
     moments = torch.cat([basis.moments() for basis in bases], 1)
     gradient, atomic = torch.empty_like(moments), torch.empty(len(moments), dtype=torch.float64)
     for number, one in enumerate(species):
@@ -203,10 +218,10 @@ def _torch_sums(coefficients: Coefficients, batch: Batch) -> Sums:
     return energy.numpy(), forces.view(n, -1, 3).numpy(), 0.5 * (virial + virial.mT).numpy()
 
 
-def _torch_features(batch: Batch, species: Sequence[int], radial: int) -> Features:
+def _torch_features(batch: Batch, species: Sequence[int], first: float, radial: int) -> Features:
     graph, cutoff = batch.graph(), batch.topology.cutoff
     shells = _Shell.all_of(graph, species, cutoff)
-    bases = [_Basis(shell.vector, cutoff, radial) for shell in shells]
+    bases = [_Basis(shell.vector, cutoff, first, radial) for shell in shells]
     moments = torch.cat([basis.moments() for basis in bases], 1)
     n, width, last = len(graph.numbers), moments.shape[1], (DEGREE + 1) * moments.shape[1]
     # (N, M, columns): what a moment is multiplied with: those of its degree, and 1 if a scalar
@@ -263,18 +278,19 @@ class _Basis:
     """``radial`` functions of the distance (B, n, K) and monomials (B, M, K) of ``vector`` (B, K,
     3)."""
 
-    def __init__(self, vector: Tensor, cutoff: float, radial: int) -> None:
+    def __init__(self, vector: Tensor, cutoff: float, first: float, radial: int) -> None:
         length = torch.linalg.norm(vector, dim=2)
         self.length, self.unit = length, vector.mT / length[:, None]
-        centres = cutoff * torch.linspace(0.2, 0.8, radial, dtype=vector.dtype)
-        sharp = 0.7 / float(centres[1] - centres[0]) ** 2
+        ends = math.sqrt(first), math.sqrt(LAST * cutoff)
+        centres, root = torch.linspace(*ends, radial, dtype=vector.dtype), length.sqrt()
+        sharp = SHARP / float(centres[1] - centres[0]) ** 2
         inside = (1.0 - (length / cutoff) ** 2).clamp_(min=0.0)[:, None]
-        away = length[:, None] - centres[:, None]
+        away = root[:, None] - centres[:, None]
         gauss = torch.exp(away.square().mul_(-sharp))
         gauss *= inside
         self.radial = gauss * inside
-        away *= self.radial
-        self.slope = gauss.mul_(length[:, None] * (-4.0 / cutoff**2)).sub_(away, alpha=2.0 * sharp)
+        away *= self.radial / root[:, None]
+        self.slope = gauss.mul_(length[:, None] * (-4.0 / cutoff**2)).sub_(away, alpha=sharp)
         self.angular = vector.new_empty(len(vector), len(_POWERS), vector.shape[1])
         self.angular[:, 0] = 1.0
         for one, lower, axis in _PRODUCTS:
@@ -341,7 +357,9 @@ def _zeros(*shape: int) -> Tensor:
 
 
 _Shape = structure(
-    "shape", **dict.fromkeys(("species", "radial"), ctypes.c_long), cutoff=ctypes.c_double
+    "shape",
+    **dict.fromkeys(("species", "radial"), ctypes.c_long),
+    **dict.fromkeys(("cutoff", "first"), ctypes.c_double),
 )
 _Pairs = structure(
     "pairs",
@@ -351,7 +369,12 @@ _Pairs = structure(
 
 
 def _call(
-    function: Callable[..., int], batch: Batch, species: Sequence[int], radial: int, *arrays: Tensor
+    function: Callable[..., int],
+    batch: Batch,
+    species: Sequence[int],
+    first: float,
+    radial: int,
+    *arrays: Tensor,
 ) -> None:
     """A function of ``polynomial.c`` on a batch, with ``arrays`` after its structs."""
     topology, kinds = batch.topology, np.searchsorted(species, batch.topology.reference.numbers)
@@ -364,7 +387,7 @@ def _call(
         *map(torch.as_tensor, map(np.ascontiguousarray, (strain, moved))),
     ]
     counts = len(batch.structures), len(kinds), torch.get_num_threads()
-    shape = _Shape(len(species), radial, topology.cutoff)
+    shape = _Shape(len(species), radial, topology.cutoff, first)
     pairs = _Pairs(*counts, *map(address, kept))
     failed = function(ctypes.byref(shape), ctypes.byref(pairs), *pointed(*arrays))
     if failed == _COINCIDENT:
@@ -377,18 +400,18 @@ def _compiled_sums(functions: ctypes.CDLL, coefficients: Coefficients, batch: Ba
     n, arrays = len(batch.structures), (coefficients.linear, coefficients.quadratic)
     found = _zeros(n), _zeros(n, len(batch.structures[0]), 3), _zeros(n, 3, 3)
     given = (torch.as_tensor(np.ascontiguousarray(one)) for one in arrays)
-    of = coefficients.species, coefficients.radial
+    of = coefficients.species, coefficients.first, coefficients.radial
     _call(functions.polynomial_evaluate, batch, *of, *given, *found)
     energy, forces, virial = (one.numpy() for one in found)
     return energy, forces, virial
 
 
 def _compiled_features(
-    functions: ctypes.CDLL, batch: Batch, species: Sequence[int], radial: int
+    functions: ctypes.CDLL, batch: Batch, species: Sequence[int], first: float, radial: int
 ) -> Features:
     shape = len(batch.structures), len(batch.structures[0])
     found = _room(*shape, len(species), len(species) * radial)
-    _call(functions.polynomial_features, batch, species, radial, *found)
+    _call(functions.polynomial_features, batch, species, first, radial, *found)
     return _packed(*found)
 
 
@@ -401,7 +424,7 @@ def _checked_functions() -> ctypes.CDLL | None:
 def disagreement(functions: ctypes.CDLL, seed: int = 0, radial: int = 5) -> float:
     """Largest difference between the compiled functions and torch's, relative to the largest number
     of an array, on random structures of two species; NaN counts as infinite."""
-    rng, species, cutoff = np.random.default_rng(seed), [1, 16], 3.1
+    rng, species, cutoff, first = np.random.default_rng(seed), [1, 16], 3.1, 0.6
     structures = [
         Atoms("HSH2", positions=rng.random((4, 3)) + 1.5 * np.eye(4, 3), cell=3 * np.eye(3), pbc=1)
         for _ in range(2)
@@ -410,8 +433,8 @@ def disagreement(functions: ctypes.CDLL, seed: int = 0, radial: int = 5) -> floa
     batch = Batch([0, 1], structures, topology)
     width = radial * len(species)
     linear, half = rng.normal(size=(2, width)), rng.normal(size=(2, DEGREE + 1, width, width))
-    coefficients = Coefficients(species, cutoff, linear, half + half.swapaxes(2, 3))
-    of = batch, species, radial
+    coefficients = Coefficients(species, cutoff, first, linear, half + half.swapaxes(2, 3))
+    of = batch, species, first, radial
     ours = *_compiled_sums(functions, coefficients, batch), *_compiled_features(functions, *of)
     theirs = *_torch_sums(coefficients, batch), *_torch_features(*of)
     return largest_difference(map(torch.as_tensor, ours), map(torch.as_tensor, theirs))

@@ -15,6 +15,8 @@
 #endif
 #define M 20      /* monomials up to degree 3 */
 #define DEGREES 4 /* 0 to 3 */
+#define LAST 0.8  /* the last centre over the cutoff */
+#define SHARP 0.5 /* exponent of a function at its neighbour's centre */
 
 #ifdef _OPENMP
 #define SHARED _Pragma("omp parallel for schedule(static) num_threads(g->threads) if (g->threads > 1)")
@@ -26,7 +28,7 @@ typedef double vector __attribute__((vector_size(8 * LANES), aligned(8), may_ali
 
 struct shape {
     long species, radial; /* C = species * radial */
-    double cutoff;
+    double cutoff, first; /* first: centre of the first radial function */
 };
 struct pairs { /* of a reference with n_atoms; `first` (n_atoms + 1,): where those of a centre begin; of n configurations, as graph.py
                   has them, `strain` (n, 3, 3) and `moved` (n, n_atoms, 3): v = strain v_0 + moved_j - moved_i */
@@ -108,7 +110,8 @@ static void fill(const struct shape *p, const struct pairs *g, long in, long i, 
             s->edge[k] = -1, s->length[k] = 2 * p->cutoff;
     }
     s->begin[p->species] = s->size = k;
-    const double first = 0.2 * p->cutoff, step = 0.6 * p->cutoff / (p->radial - 1), sharp = 0.7 / (step * step);
+    const double first = sqrt(p->first), step = (sqrt(LAST * p->cutoff) - first) / (p->radial - 1), sharp = SHARP / (step * step);
+    const double falling = exp(-2 * SHARP);
     double *x = s->unit, *y = x + k, *z = y + k;
     for (long c = 0; c < k; c++) {
         const double r = s->length[c];
@@ -117,12 +120,13 @@ static void fill(const struct shape *p, const struct pairs *g, long in, long i, 
         double inside = 1 - (r / p->cutoff) * (r / p->cutoff);
         if (inside < 0)
             inside = 0;
-        /* exp(-sharp (t - n step)^2) = exp(-sharp t^2) [exp(2 sharp step t)]^n exp(-0.7 n^2) */
-        double t = r - first, gauss = inside > 0 ? exp(-sharp * t * t) * inside : 0, ratio = inside > 0 ? exp(1.4 * t / step - 0.7) : 0;
+        /* exp(-sharp (t - n step)^2) = exp(-sharp t^2) [exp(2 sharp step t)]^n exp(-SHARP n^2) */
+        const double root = sqrt(r), t = root - first;
+        double gauss = inside > 0 ? exp(-sharp * t * t) * inside : 0, ratio = inside > 0 ? exp(2 * SHARP * t / step - SHARP) : 0;
         for (long n = 0; n < p->radial; n++) {
             s->radial[n * k + c] = gauss * inside;
-            s->slope[n * k + c] = gauss * (r * (-4 / (p->cutoff * p->cutoff)) - 2 * sharp * (t - n * step) * inside);
-            gauss *= ratio, ratio *= 0.24659696394160647; /* exp(-1.4) */
+            s->slope[n * k + c] = gauss * (r * (-4 / (p->cutoff * p->cutoff)) - sharp * (t - n * step) / root * inside);
+            gauss *= ratio, ratio *= falling;
         }
         s->angular[c] = 1;
     }

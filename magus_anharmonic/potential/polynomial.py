@@ -5,9 +5,10 @@ With v the vectors from atom i to its neighbours of species s within the cutoff,
 
     A_i(s, n, m) = sum_v R_n(|v|) Y_m(v / |v|),
 
-R_n Gaussians times (1 - (r/rc)^2)^2 and Y_m the monomials x^a y^b z^c of degree l = a + b + c up to
-`DEGREE` (the moment tensors of Shapeev, Multiscale Model. Simul. 14, 1153 (2016),
-doi:10.1137/15M1054183). The energy is
+R_n Gaussians of sqrt(r) times (1 - (r/rc)^2)^2, their centres from a little below the shortest pair
+(molecules in a crystal are resolved too) to `LAST` of the cutoff, and Y_m the monomials x^a y^b z^c
+of degree l = a + b + c up to `DEGREE` (the moment tensors of Shapeev, Multiscale Model. Simul. 14,
+1153 (2016), doi:10.1137/15M1054183). The energy is
 
     E = N e_0 + sum_i [ sum_p c_p A_i(p, 0) + sum_l sum_pq Q^l_pq A_i(p) : A_i(q) ],
 
@@ -33,7 +34,15 @@ from magus_anharmonic.errors import InputError
 from magus_anharmonic.evaluator import Evaluation, has_stress
 from magus_anharmonic.io.digests import digest
 from magus_anharmonic.potential.guards import cell_volume
-from magus_anharmonic.potential.moments import DEGREE, SIX, Coefficients, batches, features, sums
+from magus_anharmonic.potential.moments import (
+    DEGREE,
+    SIX,
+    Coefficients,
+    batches,
+    features,
+    shortest,
+    sums,
+)
 
 RADIAL = (7, 5)
 """Numbers of radial functions: the first for which there are `ROWS` numbers for each coefficient,
@@ -42,6 +51,8 @@ or the last. 7 leave 0.9 of what 5 do and take twice the time to be fitted, 9 le
 ROWS = 8.0
 REACH = 2.6
 """Cutoff over (V/N)^(1/3): 74 neighbours at any density, 4.0 A in H3S at 150 GPa."""
+NEAREST = 0.8
+"""Centre of the first radial function over the shortest pair that it is fitted to."""
 ENERGY_WEIGHT = 10.0
 """Of an energy over sqrt(N) beside a force component; a stress counts as a virial over sqrt(N)."""
 RIDGES = 10.0 ** np.arange(-12.0, 1.0, 0.5)
@@ -51,7 +62,7 @@ RIDGES = 10.0 ** np.arange(-12.0, 1.0, 0.5)
 class PolynomialPotential:
     """An `Evaluator` for the species that it was fitted to; see the module.
 
-    cutoff : A; shift : eV/atom; linear : (S, C) eV, by species of the atom, C = S n;
+    cutoff, first : A; shift : eV/atom; linear : (S, C) eV, by species of the atom, C = S n;
     quadratic : (S, `DEGREE` + 1, C, C) eV, symmetric.
     """
 
@@ -63,17 +74,18 @@ class PolynomialPotential:
         self,
         species: Sequence[int],
         cutoff: float,
+        first: float,
         shift: float,
         linear: np.ndarray,
         quadratic: np.ndarray,
     ) -> None:
-        self.species, self.cutoff, self.shift = list(species), cutoff, shift
-        self.linear, self.quadratic = linear, quadratic
+        self.species, self.cutoff, self.first = list(species), cutoff, first
+        self.shift, self.linear, self.quadratic = shift, linear, quadratic
 
     @cached_property
     def model_id(self) -> str:
         """Of the coefficients, twelve hexadecimal digits."""
-        numbers = np.array([self.cutoff, self.shift]), self.linear, self.quadratic
+        numbers = np.array([self.cutoff, self.first, self.shift]), self.linear, self.quadratic
         parts = [np.ascontiguousarray(part, dtype=float).tobytes() for part in numbers]
         return f"polynomial-{digest(bytes(self.species) + b''.join(parts))}"
 
@@ -82,7 +94,8 @@ class PolynomialPotential:
         ``InputError`` for other species, coincident atoms and cells too skewed to be searched."""
         energy, stress = np.zeros(len(structures)), np.zeros((len(structures), 3, 3))
         forces = [np.zeros((len(atoms), 3)) for atoms in structures]
-        coefficients = Coefficients(self.species, self.cutoff, self.linear, self.quadratic)
+        of = self.species, self.cutoff, self.first, self.linear, self.quadratic
+        coefficients = Coefficients(*of)
         for batch in batches(structures, self.species, self.cutoff):
             terms, pull, virial = sums(coefficients, batch)
             energy[batch.places] = terms + self.shift * pull.shape[1]
@@ -109,7 +122,8 @@ def fit(structures: Sequence[Atoms], found: Evaluation) -> PolynomialPotential:
         (one for one in RADIAL if n_coefficients(len(species), one) * ROWS <= n_rows), RADIAL[-1]
     )
     energies = np.asarray(found.energy, dtype=float)
-    by_energy, forces, virials = features(structures, species, cutoff, radial)
+    first = min(NEAREST * shortest(structures, species, cutoff), 0.5 * cutoff)
+    by_energy, forces, virials = features(structures, species, cutoff, first, radial)
     mean, level = by_energy.mean(axis=0), energies.mean()
     weight = ENERGY_WEIGHT / math.sqrt(n)
     rows = [weight * (by_energy - mean), forces.reshape(-1, len(mean))]
@@ -122,7 +136,7 @@ def fit(structures: Sequence[Atoms], found: Evaluation) -> PolynomialPotential:
     coefficients = ridge(np.concatenate(rows), np.concatenate(targets))
     linear, quadratic = _unpacked(coefficients, len(species), radial)
     return PolynomialPotential(
-        species, cutoff, float(level - mean @ coefficients) / n, linear, quadratic
+        species, cutoff, first, float(level - mean @ coefficients) / n, linear, quadratic
     )
 
 

@@ -42,7 +42,8 @@ from magus_anharmonic.sscha.task import gibbs_energy  # noqa: E402
 INPUTS = HERE.parents[1] / "inputs"
 PRESSURE, TOLERANCE, N_CONFIGS = 150.0, 2e-4, 1000
 """GPa; eV/atom; most configurations of a population."""
-SEEDS = 16
+SEEDS = 32
+"""Runs of which the coverage is counted, in halves; of 16 it scatters by 12 percent."""
 CURRENT_RANKING = 6170
 """Evaluations of the ranking of 20 structures before two levels."""
 
@@ -278,16 +279,23 @@ def coverage_of_exact_crystals(temperature=300.0):
 
 
 def ranking():
-    """Default settings; in the table of the docs Im-3m is lowest, C2/m follows 131 meV/atom above."""
-    module = beside("ranking")
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "candidates.extxyz"
-        structures = module.h3s_candidates(file, potential(), 20)
-        table = module.race_h3s(Path(folder), potential(), structures, 100)
-    used = sum(one.free_energy.n_evaluations for one in table)
-    groups = list(dict.fromkeys(one.spg_quantum.split()[0] for one in table if one.ranked))[:2]
-    share = used / CURRENT_RANKING if groups == ["Im-3m", "C2/m"] else None
-    text = f"{used} evaluations; the lowest are {', '.join(groups)}"
+    """Default settings; the same phases are kept and given up as without surrogate, and Im-3m is
+    the lowest."""
+    module, tables = beside("ranking"), []
+    structures = module.h3s_candidates(potential(), 20)
+    for surrogate in ("polynomial", "none"):
+        with tempfile.TemporaryDirectory() as folder:
+            of = Path(folder), potential(), structures, 100
+            tables.append(module.race_h3s(*of, surrogate=surrogate))
+    used, alone = (sum(one.free_energy.n_evaluations for one in table) for table in tables)
+    kept = [{one.id for one in table if one.status != "eliminated"} for table in tables]
+    groups = [table[0].spg_quantum.split()[0] for table in tables]
+    same = kept[0] == kept[1] and groups == ["Im-3m", "Im-3m"]
+    text = (
+        f"{used} evaluations, {alone} without surrogate; the lowest are {' and '.join(groups)},"
+        f" {len(kept[0])} and {len(kept[1])} of {len(structures)} are kept"
+    )
+    share = used / CURRENT_RANKING if same else None
     return [Bar("ranking of 20 structures: evaluations over 6,170", share, 0.0, 0.5, text)]
 
 
