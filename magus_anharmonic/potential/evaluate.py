@@ -73,6 +73,9 @@ class Potential:
         runs out halves it.
     """
 
+    surrogate = "polynomial"
+    """What SSCHA on it takes most configurations from, unless told (`sscha.surrogate`)."""
+
     def __init__(
         self,
         module: torch.nn.Module,

@@ -115,12 +115,13 @@ class SschaSettings(Section):
         "native", description="who minimises on an ensemble"
     )
     surrogate: InsidePath = Field(
-        "none",
+        "auto",
         description=(
             "cheap energies that most configurations are averaged over, a few of the truth"
             " correcting them: none, polynomial (fitted to the run's own configurations), a"
             " checkpoint, or the import path of an evaluator, an ASE calculator or a function"
-            " fit(structures, found)"
+            " fit(structures, found); auto: polynomial for a MatterSim potential and engine:"
+            " native, else none"
         ),
     )
     strain_tolerance: Positive = Field(
@@ -221,7 +222,7 @@ class SschaSettings(Section):
 
     @model_validator(mode="after")
     def _one_surface(self) -> SschaSettings:
-        if self.surrogate != "none" and self.engine == "python-sscha":
+        if self.surrogate not in ("auto", "none") and self.engine == "python-sscha":
             raise ValueError(
                 "surrogate: engine: python-sscha minimises on one energy surface; take engine:"
                 " native, or surrogate: none"
@@ -287,7 +288,7 @@ class SschaSettings(Section):
         """What the numbers of a run depend on, as JSON has it, without ``ignored`` keys; what came
         later only where it is used, so that earlier runs keep their names."""
         off = {"centroids"} if self.centroids == "relaxed" else set()
-        off |= {"surrogate"} if self.surrogate == "none" else set()
+        off |= {"surrogate"} if self.surrogate in ("auto", "none") else set()
         return self.model_dump(mode="json", exclude={*OF_A_RANKING, *ignored, *off})
 
     @property

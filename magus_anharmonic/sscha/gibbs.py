@@ -133,7 +133,8 @@ def free_energy(
         correct it, so that the result is the evaluator's own with fewer of its evaluations
         (`magus_anharmonic.sscha.two_levels`). ``"polynomial"``: fitted to the run's own
         configurations; a checkpoint, an evaluator, an ASE calculator or a function
-        ``fit(structures, found) -> Evaluator``, or the import path of one; ``"none"``.
+        ``fit(structures, found) -> Evaluator``, or the import path of one; ``"none"``;
+        ``"auto"``: polynomial for a MatterSim potential and the native engine, else none.
         ``n_configs`` is then what the populations are worth, not what is evaluated.
     symprec, reference_spacing
         Angstrom and 2 pi / Angstrom: symmetry of the start, and spacing of the q points of the
@@ -159,7 +160,6 @@ def free_energy(
     check_crystal(atoms, masses)
     if isinstance(born, Born | Mapping) and settings.born:
         require_fit(atoms, settings.born)
-    cheap = surrogate_of(surrogate, atoms)
     try:
         pressure = check_pressure(pressure)
         source = as_evaluator(evaluator, [atoms])
@@ -167,6 +167,7 @@ def free_energy(
         raise InputError(
             f"pressure: {error}" if isinstance(error, ValueError) else f"evaluator: {error}"
         ) from None
+    cheap = surrogate_of(surrogate, atoms, source if engine == "native" else None)
     if (
         isinstance(temperature, bool)
         or not isinstance(temperature, int | float)

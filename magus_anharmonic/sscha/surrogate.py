@@ -31,9 +31,12 @@ class Surrogate:
     fixed: Evaluator | None = None
 
 
-def surrogate_of(named: Any, atoms: Atoms) -> Surrogate | None:
+def surrogate_of(named: Any, atoms: Atoms, truth: Evaluator | None = None) -> Surrogate | None:
     """What ``sscha.surrogate`` names, or an object: an `Evaluator`, an ASE calculator, something
-    with ``fit``, or such a function. None where there is none; raises ``InputError``."""
+    with ``fit``, or such a function; ``auto`` : what is best for ``truth``. None where there is
+    none; raises ``InputError``."""
+    if isinstance(named, str) and named == "auto":
+        named = getattr(truth, "surrogate", None)
     if named is None or named == "none":
         return None
     if not isinstance(named, str):
