@@ -53,8 +53,8 @@ FEWEST_EFFECTIVE = 10.0
 LARGE = 2
 """Configurations of the surrogate over ``n_configs``: they cost next to nothing."""
 MINIMISATIONS = 4
-"""Samples of the surrogate that lead to the state, at least: a state that is not at its minimum has
-another stress."""
+"""Samples of the surrogate that lead to the state, at least, in all four times ``n_configs``: a
+state that is not at its minimum has another stress."""
 NEW_DRAWS = 8317
 """Separates the random numbers of the surrogate's configurations from those of the run's."""
 
@@ -219,7 +219,7 @@ def _on_two_levels(task: Task, found: _Source, symmetry: Symmetry) -> _Sample:
     assert surrogate is not None
     sampler = Sampler(state, surrogate, [task.seed, NEW_DRAWS], "", surrogate)
     size, least = task.settings.n_configs, task.settings.min_effective_sample
-    state, used, _ = minimised_on(sampler, symmetry, size, least, rounds=MINIMISATIONS)
+    state, used, _ = minimised_on(sampler, symmetry, 2 * (size // 8), least, rounds=MINIMISATIONS)
     sampler = replace(sampler, state=state)
     effective = overlap(own, state) * len(rest.energies)
     count = f"{effective:.0f} of {len(rest.energies)} configurations count"

@@ -295,8 +295,7 @@ class SschaRun:
     def _further(self, learner: Learner) -> None:
         """Go on where the sample was used up, at this cell, on the surrogate alone."""
         number, settings = self.n_populations + 1, self.task.settings
-        size = max(SMALLEST_BURN_IN[1], settings.n_configs)
-        of = number, self.symmetry, size, settings.min_effective_sample
+        of = number, self.symmetry, SMALLEST_BURN_IN[1], settings.min_effective_sample
         if (found := learner.further(self._sampler(number), *of)) is not None:
             self.state, used, done = found
             self.progress.n_surrogate += used

@@ -225,26 +225,27 @@ def _even(pairs: float, least: int, most: int) -> int:
 
 
 ROUNDS = 6
-"""Most samples of the surrogate between two populations."""
+"""Most samples of the surrogate between two populations, each twice as large as the one before."""
 
 
 def minimised_on(
     sampler: Sampler, symmetry: Symmetry, n_configs: int, least: float, rounds: int = 1
 ) -> tuple[SschaState, int, bool]:
-    """The state that the surrogate alone leads to, at this cell, by ``rounds`` or more samples of
-    ``n_configs``, pooled; how many configurations it took, and whether the last was not used up.
+    """The state that the surrogate alone leads to, at this cell, by ``rounds`` or more samples,
+    pooled, the first of ``n_configs``; how many configurations it took, and whether the last was
+    not used up.
 
     least : the ``min_effective_sample``. Raises ``SurrogateFailed``.
     """
     pool: list[tuple[SschaState, Ensemble]] = []
     for number in range(ROUNDS):
-        pool.append((sampler.state, sampler.of_surrogate(n_configs, 3 + number)))
+        pool.append((sampler.state, sampler.of_surrogate(n_configs << number, 3 + number)))
         found = guarded(partial(minimise, pool, symmetry, min_effective_sample=least))
         state = floor_modes(found.state, symmetry, LARGEST_AMPLITUDE_LATER)
         sampler = replace(sampler, state=state)
         if (done := not found.used_up(least)) and number + 1 >= rounds:
             break
-    return state, len(pool) * n_configs, done
+    return state, sum(len(one.energies) for _, one in pool), done
 
 
 @dataclass
