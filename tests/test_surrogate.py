@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from ase import Atoms
 from ase.build import bulk
 from exact_crystals import CASES, ExactCrystal, Scha
 from scipy.stats import binom
@@ -15,6 +16,7 @@ from magus_anharmonic import free_energy
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.evaluator import Evaluation
 from magus_anharmonic.io.files import load_arrays, write_arrays
+from magus_anharmonic.potential import Potential
 from magus_anharmonic.ranking.evaluators import ranking_evaluator
 from magus_anharmonic.settings import SschaSettings, parse_settings
 from magus_anharmonic.sscha.result import RunFolder, final_ensemble, read_population_file
@@ -305,3 +307,56 @@ def test_error_bars_with_a_surrogate_cover_the_minima(surrogate):
         low, high = binom.interval(0.99, len(z), share)
         assert low <= np.sum(np.abs(z) < sigmas) <= high
     assert abs(np.mean(z)) < 0.4
+
+
+class Suited(ExactCrystal):
+    """A crystal for which `polynomial` is the best surrogate."""
+
+    surrogate = "polynomial"
+
+
+@pytest.fixture
+def suited():
+    made = CASES["hcp"].make()
+    made.__class__ = Suited
+    return made
+
+
+SMALL = {"supercell": (2, 2, 1), "cell": "fixed", "n_configs": 60, "reference_spacing": 0.5}
+
+
+def test_the_default_is_what_suits_the_evaluator_and_none_for_others(suited, tmp_path):
+    potential = Atoms("H")
+    assert surrogate_of("auto", potential, suited).name == "polynomial"
+    assert surrogate_of("auto", potential, CASES["hcp"].make()) is None
+    suited.surrogate = "no-such-file.pth"
+    assert surrogate_of("auto", potential, suited) is None
+    assert Potential.surrogate == "polynomial"
+
+
+def test_a_run_that_was_begun_without_surrogate_goes_on_without(suited, tmp_path):
+    """As all runs were before the default changed."""
+    of = suited.atoms.copy(), suited, 0.0, 300.0
+    first = free_energy(*of, directory=tmp_path, surrogate="none", **SMALL)
+    again = free_energy(*of, directory=tmp_path, **SMALL)
+    assert again.gibbs_raw == first.gibbs_raw and again.n_surrogate == 0
+    assert free_energy(*of, **SMALL).n_surrogate > 0
+    assert free_energy(*of, surrogate=None, **SMALL).gibbs_raw == first.gibbs_raw
+
+
+def test_a_run_with_a_start_learns_from_few_configurations_too(suited):
+    of = suited.atoms.copy(), suited, 0.0
+    begun = free_energy(*of, 300.0, **SMALL | {"n_configs": 400})
+    found = free_energy(*of, 310.0, start=begun, **SMALL | {"n_configs": 400})
+    assert found.converged and found.n_evaluations < 200
+
+
+def test_few_true_configurations_are_not_reweighted_to_other_masses(suited, tmp_path):
+    """A run of two levels has some twenty of them, of which one or none counts."""
+    of = suited.atoms.copy(), suited, 0.0, 0.0
+    keys = SMALL | {"n_configs": 400}
+    light = free_energy(*of, directory=tmp_path / "light", **keys)
+    masses = {atom.symbol: 3.0 * atom.mass for atom in suited.atoms}
+    heavy = free_energy(*of, masses=masses, start=tmp_path / "light", **keys)
+    assert light.n_surrogate > 0 and heavy.n_evaluations > 0
+    assert "reweighted" not in heavy.reason

@@ -127,7 +127,7 @@ class Ensemble:
         if self.two_level:
             raise InputError(
                 f"{where}: an ensemble of two levels (sscha.surrogate) is of no one energy surface;"
-                " run without surrogate"
+                " run with surrogate: none"
             )
         return self
 

@@ -26,7 +26,7 @@ from magus_anharmonic.settings import SschaSettings, check_pressure, parse
 from magus_anharmonic.settings.born import Born
 from magus_anharmonic.sscha.isotopes import reweighted_result
 from magus_anharmonic.sscha.nonanalytic import require_fit
-from magus_anharmonic.sscha.result import Progress, RunFolder, SschaResult
+from magus_anharmonic.sscha.result import Progress, RunFolder, SschaResult, stored_identity
 from magus_anharmonic.sscha.run import SschaRun
 from magus_anharmonic.sscha.start import check_crystal, configurations_of, read_state
 from magus_anharmonic.sscha.state import SschaState
@@ -155,6 +155,8 @@ def free_energy(
         A wrong argument, or a folder that holds another run.
     """
     given = {**locals(), "born": [born] if isinstance(born, Born) else born}
+    if surrogate is None:
+        surrogate = "none"
     given["surrogate"] = surrogate if isinstance(surrogate, str) else "given"
     settings = parse(SschaSettings, {key: given[key] for key in DEFAULTS.of_a_run()}, "sscha")
     check_crystal(atoms, masses)
@@ -167,7 +169,12 @@ def free_energy(
         raise InputError(
             f"pressure: {error}" if isinstance(error, ValueError) else f"evaluator: {error}"
         ) from None
-    cheap = surrogate_of(surrogate, atoms, source if engine == "native" else None)
+    earlier = None if directory is None else stored_identity(directory)
+    if surrogate == "auto" and (
+        engine != "native" or "surrogate" not in (earlier or {"surrogate"})
+    ):
+        surrogate = "none"  # a run that was begun without goes on without
+    cheap = surrogate_of(surrogate, atoms, source)
     if (
         isinstance(temperature, bool)
         or not isinstance(temperature, int | float)

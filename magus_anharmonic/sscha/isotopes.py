@@ -244,7 +244,7 @@ def _judged(
     """Averages of the sample, and why they are not the end of a run, empty where they are; no
     averages where too little of it counts."""
     state = sample.state
-    if not sample.ensemble.two_level and sample.effective <= EFFECTIVE_SAMPLE:
+    if not sample.n_surrogate and sample.effective <= EFFECTIVE_SAMPLE:
         return None, f"{sample.text}, not above {EFFECTIVE_SAMPLE:g}"
     averages = average(state, sample.ensemble, symmetry, sample.weights, cell)
     _, error = gibbs_energy(state, averages, task.pressure)

@@ -230,6 +230,11 @@ class Progress:
     reason: str = "no population yet"
 
 
+def stored_identity(directory: str | Path) -> dict[str, Any] | None:
+    """What a run in the folder was asked for; None where there is none."""
+    return read_whole(Path(directory) / "settings.json", read_json)
+
+
 class RunFolder:
     """Files of a run in ``directory``; every file is written whole or not at all.
 
@@ -250,7 +255,7 @@ class RunFolder:
         self.log = self.directory / "sscha.log"
         identity = as_stored({**versions(), **identity})
         path = self.directory / "settings.json"
-        stored = read_whole(path, read_json)
+        stored = stored_identity(self.directory)
         known = identity if stored is None else stored
         different = {key for key in {*known, *identity} if known.get(key) != identity.get(key)}
         if any_start and different and different <= OF_THE_START:

@@ -105,8 +105,10 @@ class SschaRun:
             folder.write_start(start)
         self.start = start
         self.progress.n_evaluations = self.start.n_evaluations
-        # the minimum of another model is only near that of this one: burn-in here too
-        self.progress.burn_in = task.start is None or task.configurations is not None
+        # the minimum of another model is only near that of this one, and a surrogate learns first
+        teaches = task.surrogate is not None and task.surrogate.fit is not None
+        near = task.start is not None and task.configurations is None
+        self.progress.burn_in = teaches or not near
         self.averages: Averages | None = None
         self._learner = None if task.surrogate is None else Learner(task.surrogate)
         self._phase = Answer()
@@ -229,9 +231,9 @@ class SschaRun:
         """Configurations of the next population: fewer in burn-in."""
         settings = self.task.settings
         full, most = settings.configurations(self.n_populations + 1), settings.n_configs
+        least = int(np.clip(12 * len(self.state.atoms) / len(self.symmetry), *SMALLEST_BURN_IN))
         if not self.progress.burn_in:
             return full
-        least = int(np.clip(12 * len(self.state.atoms) / len(self.symmetry), *SMALLEST_BURN_IN))
         if self._learner and self._learner.source.fit and not self.n_populations:
             return 2 * (min(full, least) // 2)  # enough for a first surrogate
         return 2 * (min(full, max(int(BURN_IN_FRACTION * most), least)) // 2)
@@ -279,10 +281,11 @@ class SschaRun:
         self.state = floor_modes(minimised.state, self.symmetry, LARGEST_AMPLITUDE_LATER)
         progress.limited = self.state is not minimised.state
         used_up = minimised.used_up(settings.min_effective_sample)
+        helped = self._populations[-1][1].two_level
         progress.burn_in = used_up and self.n_populations < settings.max_populations // 2
         step = None if self._cell is None else self._strain(self._cell, minimised.stress)
         if used_up and self._learner is not None:
-            self._further(self._learner)
+            self._further(self._learner, helped)
         return step
 
     def _learns(self) -> bool:
@@ -292,10 +295,10 @@ class SschaRun:
         active = self._learner is not None and self._learner.active and self.n_populations > 1
         return active and not last.two_level and len(last.energies) <= FEWEST
 
-    def _further(self, learner: Learner) -> None:
+    def _further(self, learner: Learner, helped: bool) -> None:
         """Go on where the sample was used up, at this cell, on the surrogate alone."""
-        number, settings = self.n_populations + 1, self.task.settings
-        of = number, self.symmetry, SMALLEST_BURN_IN[1], settings.min_effective_sample
+        number, least = self.n_populations + 1, self.task.settings.min_effective_sample
+        of = number, self.symmetry, SMALLEST_BURN_IN[1], least, helped
         if (found := learner.further(self._sampler(number), *of)) is not None:
             self.state, used, done = found
             self.progress.n_surrogate += used

@@ -36,7 +36,8 @@ def surrogate_of(named: Any, atoms: Atoms, truth: Evaluator | None = None) -> Su
     with ``fit``, or such a function; ``auto`` : what is best for ``truth``. None where there is
     none; raises ``InputError``."""
     if isinstance(named, str) and named == "auto":
-        named = getattr(truth, "surrogate", None)
+        suits = getattr(truth, "surrogate", None)
+        named = suits if suits in SURROGATES else None
     if named is None or named == "none":
         return None
     if not isinstance(named, str):

@@ -162,7 +162,10 @@ class Sampler:
 
     def judged(self, truth: Ensemble) -> tuple[Ensemble, float]:
         """The `corrections` of ``truth``, and their deviation (`left_by_forces`) over that of V -
-        V_0 in the truth; raises ``SurrogateFailed`` where two levels cost more than `HELPS`."""
+        V_0 in the truth; raises ``SurrogateFailed`` where two levels cost more than `HELPS`, and
+        for a single pair."""
+        if len(truth.energies) < FEWEST_MORE:
+            raise SurrogateFailed("one pair of configurations says nothing")
         level = corrections(truth, self.at(truth.displacements))
         left = left_by_forces(self.state, level) / max(deviation(self.state, truth), 1e-12)
         if not (np.sqrt(self.cost) + left) ** 2 < HELPS:
@@ -224,6 +227,8 @@ def _even(pairs: float, least: int, most: int) -> int:
     return int(np.clip(2 * np.ceil(pairs), least, 2 * (most // 2)))
 
 
+MOST_LEARNED = 4 * FEWEST
+"""Newest configurations that a surrogate is fitted to: more take time and leave as much."""
 ROUNDS = 6
 """Most samples of the surrogate between two populations, each twice as large as the one before."""
 
@@ -293,12 +298,12 @@ class Learner:
     def _fit(self, known: Sequence[tuple[SschaState, Ensemble]]) -> Evaluator:
         structures = [
             one for state, truth in known for one in displaced(state, truth.displacements)
-        ]
+        ][-MOST_LEARNED:]
         energy, stress = (
-            np.concatenate([getattr(truth, name) for _, truth in known])
+            np.concatenate([getattr(truth, name) for _, truth in known])[-MOST_LEARNED:]
             for name in ("energies", "stresses")
         )
-        forces = [force for _, truth in known for force in truth.forces]
+        forces = [force for _, truth in known for force in truth.forces][-MOST_LEARNED:]
         fit = self.source.fit
         assert fit is not None
         return guarded(partial(fit, structures, Evaluation(energy, forces, stress)))
@@ -338,13 +343,20 @@ class Learner:
         return truth, truth
 
     def further(
-        self, sampler: Sampler, number: int, symmetry: Symmetry, n_configs: int, least: float
+        self,
+        sampler: Sampler,
+        number: int,
+        symmetry: Symmetry,
+        n_configs: int,
+        least: float,
+        helped: bool,
     ) -> tuple[SschaState, int, bool] | None:
         """`minimised_on` the surrogate of population ``number``; None where there is none that
-        holds on configurations that it has not seen."""
+        holds on configurations that it has not seen. ``helped`` : the one before did, in the last
+        population."""
         try:
             surrogate = self.before(number)
-            if surrogate is None or not self.holds(number - 1):
+            if surrogate is None or not (helped or self.holds(number - 1)):
                 return None
             return minimised_on(replace(sampler, surrogate=surrogate), symmetry, n_configs, least)
         except SurrogateFailed as error:
