@@ -25,7 +25,12 @@ from magus_anharmonic.learning.dataset import labelled
 from magus_anharmonic.settings import LabelerSettings
 
 HERE = Path(__file__).resolve().parent
-ARGUMENTS = {"evaluator": "h3s-gpaw-small", "supercell": [2, 2, 2], "n_configs": 100}
+ARGUMENTS = {
+    "evaluator": "h3s-gpaw-small",
+    "supercell": [2, 2, 2],
+    "n_configs": 100,
+    "surrogate": "none",  # what D3S is reweighted from is of one level
+}
 SURFACES = {
     "0K": ({"temperature": 0.0}, "labels.xyz"),
     "300K": ({"temperature": 300.0}, "labels-300K.xyz"),
