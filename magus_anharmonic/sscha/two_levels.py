@@ -36,6 +36,7 @@ from magus_anharmonic.sscha.state import (
     SschaState,
     displaced,
     floor_modes,
+    melted,
     sample,
 )
 from magus_anharmonic.sscha.surrogate import Surrogate
@@ -240,7 +241,8 @@ def minimised_on(
     pooled, the first of ``n_configs``; how many configurations it took, and whether the last was
     not used up.
 
-    least : the ``min_effective_sample``. Raises ``SurrogateFailed``.
+    least : the ``min_effective_sample``. Raises ``SurrogateFailed``, also where the crystal melts:
+    a surrogate knows nothing of where no configuration was.
     """
     pool: list[tuple[SschaState, Ensemble]] = []
     for number in range(ROUNDS):
@@ -248,6 +250,8 @@ def minimised_on(
         found = guarded(partial(minimise, pool, symmetry, min_effective_sample=least))
         state = floor_modes(found.state, symmetry, LARGEST_AMPLITUDE_LATER)
         sampler = replace(sampler, state=state)
+        if loose := melted(state):
+            raise SurrogateFailed(loose)
         if (done := not found.used_up(least)) and number + 1 >= rounds:
             break
     return state, sum(len(one.energies) for _, one in pool), done

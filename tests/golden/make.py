@@ -332,7 +332,6 @@ def demonstration():
         "supercell": [1, 1, 1],
         "n_configs": 20,
         "max_populations": 3,
-        "surrogate": "none",  # a population of 20 is too small for two levels
     }
     return keys
 
