@@ -77,7 +77,7 @@ class Candidate(Described, WithFreeEnergy):
         "gibbs minus that of the lowest phase of the composition", "eV/atom", origin=_DIFFERENCE
     )
     difference_sampling_error: float | None = column(
-        "its standard error by sampling, common random numbers taken into account",
+        "its standard error by sampling; what runs without surrogate share counts once",
         "eV/atom",
         equation="sqrt(e1^2 + e2^2 - 2 cov)",
         origin="ranking.uncertainty.difference_error",
