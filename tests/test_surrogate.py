@@ -322,7 +322,7 @@ def suited():
     return made
 
 
-SMALL = {"supercell": (2, 2, 1), "cell": "fixed", "n_configs": 60, "reference_spacing": 0.5}
+SMALL = {"supercell": (2, 2, 1), "cell": "fixed", "n_configs": 120, "reference_spacing": 0.5}
 
 
 def test_the_default_is_what_suits_the_evaluator_and_none_for_others(suited, tmp_path):
@@ -341,6 +341,7 @@ def test_a_run_that_was_begun_without_surrogate_goes_on_without(suited, tmp_path
     again = free_energy(*of, directory=tmp_path, **SMALL)
     assert again.gibbs_raw == first.gibbs_raw and again.n_surrogate == 0
     assert free_energy(*of, **SMALL).n_surrogate > 0
+    assert free_energy(*of, **SMALL | {"n_configs": 80}).n_surrogate == 0, "too few"
     assert free_energy(*of, surrogate=None, **SMALL).gibbs_raw == first.gibbs_raw
 
 

@@ -120,8 +120,8 @@ class SschaSettings(Section):
             "cheap energies that most configurations are averaged over, a few of the truth"
             " correcting them: none, polynomial (fitted to the run's own configurations), a"
             " checkpoint, or the import path of an evaluator, an ASE calculator or a function"
-            " fit(structures, found); auto: polynomial for a MatterSim potential and engine:"
-            " native, else none"
+            " fit(structures, found); auto: polynomial for a MatterSim potential, engine: native"
+            " and n_configs of 100 or more, else none"
         ),
     )
     strain_tolerance: Positive = Field(

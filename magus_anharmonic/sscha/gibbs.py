@@ -33,6 +33,7 @@ from magus_anharmonic.sscha.state import SschaState
 from magus_anharmonic.sscha.supercells import SupercellMatrix, image_warning
 from magus_anharmonic.sscha.surrogate import Fit, surrogate_of
 from magus_anharmonic.sscha.task import Task, failed_result
+from magus_anharmonic.sscha.two_levels import WORTHWHILE
 from magus_anharmonic.units import GPa
 
 log = logging.getLogger(__name__)
@@ -134,7 +135,8 @@ def free_energy(
         (`magus_anharmonic.sscha.two_levels`). ``"polynomial"``: fitted to the run's own
         configurations; a checkpoint, an evaluator, an ASE calculator or a function
         ``fit(structures, found) -> Evaluator``, or the import path of one; ``"none"``;
-        ``"auto"``: polynomial for a MatterSim potential and the native engine, else none.
+        ``"auto"``: polynomial for a MatterSim potential, the native engine and 100 or more
+        ``n_configs``, else none.
         ``n_configs`` is then what the populations are worth, not what is evaluated.
     symprec, reference_spacing
         Angstrom and 2 pi / Angstrom: symmetry of the start, and spacing of the q points of the
@@ -169,11 +171,12 @@ def free_energy(
         raise InputError(
             f"pressure: {error}" if isinstance(error, ValueError) else f"evaluator: {error}"
         ) from None
-    earlier = None if directory is None else stored_identity(directory)
-    if surrogate == "auto" and (
-        engine != "native" or "surrogate" not in (earlier or {"surrogate"})
-    ):
-        surrogate = "none"  # a run that was begun without goes on without
+    if isinstance(surrogate, str) and surrogate == "auto":
+        earlier = None if directory is None else stored_identity(directory)
+        # a run that was begun without goes on without
+        begun = earlier is not None and "surrogate" not in earlier
+        if engine != "native" or begun or settings.n_configs < WORTHWHILE:
+            surrogate = "none"
     cheap = surrogate_of(surrogate, atoms, source)
     if (
         isinstance(temperature, bool)
