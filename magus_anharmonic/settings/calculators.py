@@ -425,8 +425,8 @@ class LearningSettings(TrainingKeys):
     dataset: InsidePath | None = Field(
         None,
         description=(
-            "earlier labels of the same DFT settings, for replay: extxyz, or a shipped checkpoint's"
-            " name"
+            "earlier labels of the same DFT settings, for replay and for the first model of"
+            " checkpoint: scratch: extxyz, or a shipped checkpoint's name"
         ),
     )
     scratch: ScratchSettings = Field(
