@@ -325,12 +325,12 @@ def suited():
 SMALL = {"supercell": (2, 2, 1), "cell": "fixed", "n_configs": 120, "reference_spacing": 0.5}
 
 
-def test_the_default_is_what_suits_the_evaluator_and_none_for_others(suited, tmp_path):
-    potential = Atoms("H")
-    assert surrogate_of("auto", potential, suited).name == "polynomial"
-    assert surrogate_of("auto", potential, CASES["hcp"].make()) is None
+def test_the_default_is_what_suits_the_evaluator_and_none_for_others(suited):
+    atoms = Atoms("H")
+    assert surrogate_of("auto", atoms, suited).name == "polynomial"
+    assert surrogate_of("auto", atoms, CASES["hcp"].make()) is None
     suited.surrogate = "no-such-file.pth"
-    assert surrogate_of("auto", potential, suited) is None
+    assert surrogate_of("auto", atoms, suited) is None
     assert Potential.surrogate == "polynomial"
 
 

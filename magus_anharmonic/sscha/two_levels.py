@@ -306,14 +306,11 @@ class Learner:
         structures = [
             one for state, truth in known for one in displaced(state, truth.displacements)
         ][-MOST_LEARNED:]
-        energy, stress = (
-            np.concatenate([getattr(truth, name) for _, truth in known])[-MOST_LEARNED:]
-            for name in ("energies", "stresses")
-        )
-        forces = [force for _, truth in known for force in truth.forces][-MOST_LEARNED:]
+        truth = joined([one for _, one in known]).part(slice(-MOST_LEARNED, None))
+        found = Evaluation(truth.energies, list(truth.forces), truth.stresses)
         fit = self.source.fit
         assert fit is not None
-        return guarded(partial(fit, structures, Evaluation(energy, forces, stress)))
+        return guarded(partial(fit, structures, found))
 
     def drawn(
         self,
