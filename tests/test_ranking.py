@@ -546,6 +546,16 @@ def test_a_physical_failure_lasts_and_a_defect_of_the_machine_is_tried_again(tmp
     assert found == {"Au": "failed", "Ag": "converged"}
 
 
+def test_a_folder_in_the_way_says_nothing_about_the_structure(tmp_path):
+    def in_the_way(atoms, evaluator, **options):
+        raise InputError(f"{options['directory']}: holds another SSCHA run")
+
+    (refused,) = ranked(metals("Au"), tmp_path, search_settings(), fake=in_the_way)
+    assert refused.status == "failed" and "holds another" in refused.reason
+    (again,) = ranked(metals("Au"), tmp_path, search_settings(), fake=fakes.shifted)
+    assert again.status == "converged"
+
+
 def test_temperatures_after_a_failure_are_not_run(tmp_path):
     ranked(
         metals("Au"),

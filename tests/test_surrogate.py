@@ -18,6 +18,7 @@ from magus_anharmonic.evaluator import Evaluation
 from magus_anharmonic.io.files import load_arrays, write_arrays
 from magus_anharmonic.potential import Potential
 from magus_anharmonic.ranking.evaluators import ranking_evaluator
+from magus_anharmonic.ranking.store import sscha_hash
 from magus_anharmonic.settings import SschaSettings, parse_settings
 from magus_anharmonic.sscha.result import RunFolder, final_ensemble, read_population_file
 from magus_anharmonic.sscha.run import SschaRun
@@ -361,3 +362,17 @@ def test_few_true_configurations_are_not_reweighted_to_other_masses(suited, tmp_
     heavy = free_energy(*of, masses=masses, start=tmp_path / "light", **keys)
     assert light.n_surrogate > 0 and heavy.n_evaluations > 0
     assert "reweighted" not in heavy.reason
+
+
+def test_a_ranking_with_and_one_without_surrogate_are_kept_apart(suited, tmp_path):
+    """Their runs have folders of their own, so that neither is in the other's way."""
+    settings = {name: SschaSettings(surrogate=name, n_configs=120) for name in ("auto", "none")}
+    assert sscha_hash(settings["auto"]) != sscha_hash(settings["none"])
+    few = [SschaSettings(surrogate=name, n_configs=80) for name in ("auto", "none")]
+    assert sscha_hash(few[0]) == sscha_hash(few[1]), "the same run"
+    of = suited.atoms.copy(), suited, 0.0, 300.0
+    first = free_energy(*of, directory=tmp_path, **SMALL)
+    again = free_energy(*of, directory=tmp_path, **SMALL)
+    assert again.gibbs_raw == first.gibbs_raw and again.n_surrogate > 0
+    with pytest.raises(InputError, match="holds another SSCHA run"):
+        free_energy(*of, directory=tmp_path, surrogate="none", **SMALL)

@@ -25,7 +25,6 @@ import numpy as np
 from ase import Atoms
 
 from magus_anharmonic.errors import (
-    InputError,
     MagusAnharmonicError,
     SschaError,
     is_machine_error,
@@ -242,7 +241,7 @@ def run_job(job: Job, evaluator: Evaluator, free_energy: Callable[..., Any]) -> 
                 directory=folder,
                 **job.options,
             )
-        except (SschaError, InputError) as error:
+        except SschaError as error:
             outcomes.append(Outcome(temperature, None, one_line(error)))
         except MagusAnharmonicError as error:
             if is_machine_error(error):

@@ -30,6 +30,9 @@ from magus_anharmonic.units import quantity
 
 Row = tuple[int, int, int]
 
+WORTHWHILE = 100
+"""Configurations of a population, below which a surrogate saves nothing: with 40 in a single cell
+of four atoms two runs of twenty failed that ended without surrogate, with 100 none."""
 
 OF_A_RANKING = (
     "evaluator",
@@ -288,8 +291,14 @@ class SschaSettings(Section):
         """What the numbers of a run depend on, as JSON has it, without ``ignored`` keys; what came
         later only where it is used, so that earlier runs keep their names."""
         off = {"centroids"} if self.centroids == "relaxed" else set()
-        off |= {"surrogate"} if self.surrogate in ("auto", "none") else set()
+        if self.surrogate == "none" or (self.surrogate == "auto" and not self.surrogate_pays):
+            off |= {"surrogate"}
         return self.model_dump(mode="json", exclude={*OF_A_RANKING, *ignored, *off})
+
+    @property
+    def surrogate_pays(self) -> bool:
+        """Whether ``surrogate: auto`` takes one for a potential that has one."""
+        return self.engine == "native" and self.n_configs >= WORTHWHILE
 
     @property
     def ranking_start(self) -> int:

@@ -33,7 +33,6 @@ from magus_anharmonic.sscha.state import SschaState
 from magus_anharmonic.sscha.supercells import SupercellMatrix, image_warning
 from magus_anharmonic.sscha.surrogate import Fit, surrogate_of
 from magus_anharmonic.sscha.task import Task, failed_result
-from magus_anharmonic.sscha.two_levels import WORTHWHILE
 from magus_anharmonic.units import GPa
 
 log = logging.getLogger(__name__)
@@ -175,9 +174,11 @@ def free_energy(
         earlier = None if directory is None else stored_identity(directory)
         # a run that was begun without goes on without
         begun = earlier is not None and "surrogate" not in earlier
-        if engine != "native" or begun or settings.n_configs < WORTHWHILE:
+        if begun or not settings.surrogate_pays:
             surrogate = "none"
     cheap = surrogate_of(surrogate, atoms, source)
+    if cheap is None:
+        settings = settings.model_copy(update={"surrogate": "none"})
     if (
         isinstance(temperature, bool)
         or not isinstance(temperature, int | float)

@@ -50,6 +50,8 @@ class Task:
         """Everything on which the numbers depend; two runs with the same identity are the same
         run."""
         named = {} if self.surrogate is None else {"surrogate": self.surrogate.name}
+        # what auto came to has its name above
+        said = ["surrogate"] if self.settings.surrogate == "auto" else []
         return {
             **named,
             "structure": structure_id(self.atoms),
@@ -61,7 +63,7 @@ class Task:
             "masses": dict(self.masses or {}),
             "start": None if self.start is None else state_digest(self.start),
             "configurations": None if self.configurations is None else len(self.configurations),
-            "sscha": self.settings.identity("max_populations", "error_tolerance"),
+            "sscha": self.settings.identity("max_populations", "error_tolerance", *said),
         }
 
 

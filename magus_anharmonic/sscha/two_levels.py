@@ -51,9 +51,6 @@ HELPS = 0.8
 FEWEST = 20
 """Configurations of the truth in a population of two levels, at least: ten pairs tell a standard
 deviation to a quarter of it."""
-WORTHWHILE = 5 * FEWEST
-"""Configurations of a population, below which nothing is saved: with 40 in a single cell of four
-atoms two runs of twenty failed that ended without surrogate, with 100 none."""
 FEWEST_MORE = 4
 """The same of one that is added to another of its state."""
 FAILURES = 3
