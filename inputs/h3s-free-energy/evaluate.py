@@ -17,7 +17,7 @@ from magus_anharmonic import free_energy, load
 from magus_anharmonic.potential.finetune import finetune
 from magus_anharmonic.potential.labelled import weights_by_error
 from magus_anharmonic.potential.trainer import refit_shift
-from magus_anharmonic.potential.uncertainty import _scale
+from magus_anharmonic.potential.uncertainty import error_scale
 from magus_anharmonic.settings import FinetuneSettings
 from magus_anharmonic.structures import space_group
 
@@ -72,7 +72,7 @@ def own_error(left):
     """Rms error of the model (eV/atom) that the labels' own errors do not explain."""
     found = np.array([atoms.get_potential_energy() / len(atoms) for atoms in left])
     label = np.array([atoms.info["label_energy_error"] / len(atoms) for atoms in left])
-    return _scale(found, np.ones(len(left)), label)
+    return error_scale(found, np.ones(len(left)), label)
 
 
 def main(n, epochs):

@@ -199,7 +199,10 @@ def fit(
         np.concatenate(part) for part in zip(*parts, strict=True)
     )
     noise, force_noise = _noise(validation or train)
-    scales = (_scale(energy, energy_distance, noise), _scale(forces, force_distance, force_noise))
+    scales = (
+        error_scale(energy, energy_distance, noise),
+        error_scale(forces, force_distance, force_noise),
+    )
     inside = [_whitened(whitening, value, graph) for graph, value in features]
     usual = [
         np.quantile(np.concatenate(distances), USUAL)
@@ -271,7 +274,7 @@ def _noise(labels: Sequence[Atoms]) -> tuple[np.ndarray, np.ndarray]:
     return np.array(energy), np.array([atoms.info.get(FORCE_ERROR, 0.0) for atoms in labels])
 
 
-def _scale(errors: np.ndarray, distances: np.ndarray, noise: np.ndarray) -> float:
+def error_scale(errors: np.ndarray, distances: np.ndarray, noise: np.ndarray) -> float:
     """alpha of greatest likelihood for Gaussian errors of variance (alpha distance)^2 + noise^2.
 
     Where noise alone explains the errors, what it would hide: one standard error of alpha^2 by the

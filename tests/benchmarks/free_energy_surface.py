@@ -10,10 +10,7 @@ measured, which is no bar that holds.
 
 from __future__ import annotations
 
-import argparse
 import functools
-import importlib.util
-import logging
 import sys
 import tempfile
 import time
@@ -22,11 +19,9 @@ from pathlib import Path
 
 import numpy as np
 from ase.io import read
+from bars import Bar, main, on_one_thread
 
-HERE = Path(__file__).resolve().parent
-INPUT = HERE.parents[1] / "inputs" / "h3s-free-energy"
-# this folder holds a file with the name of python-sscha's package, and it comes first
-sys.path = [path for path in sys.path if Path(path).resolve() != HERE]
+INPUT = Path(__file__).resolve().parents[2] / "inputs" / "h3s-free-energy"
 sys.path.insert(0, str(INPUT))
 
 from evaluate import calibration, own_error, r3m, trained_model  # noqa: E402
@@ -48,17 +43,6 @@ PRESSURE, N_LABELS, N_HEAVY, N_RANDOM, SEEDS = 130.0, 36, 7, 20, (1, 2, 3, 4, 5)
 IM3M = "Im-3m (229)"
 SSCHA = {"supercell": [2, 2, 2], "n_configs": 200, "hessian": 0, "seed_back": False}
 SSCHA |= {"surrogate": "none"}  # as the labels are, which it is compared with
-
-
-def beside(name):
-    """A script of this folder, which is not on the path."""
-    specification = importlib.util.spec_from_file_location(f"{name}_benchmark", HERE / f"{name}.py")
-    module = sys.modules[specification.name] = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
-
-
-Bar = beside("two_levels").Bar
 
 
 @functools.cache
@@ -268,28 +252,6 @@ ROWS = {
 }
 
 
-def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--only", nargs="+", choices=ROWS, help="rows to run")
-    parser.add_argument(
-        "--limit", type=float, default=2100.0, help="seconds after which no further row begins"
-    )
-    options = parser.parse_args()
-    logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
-    begun, bars = time.monotonic(), []
-    for name in options.only or ROWS:
-        if time.monotonic() - begun > options.limit:
-            found = [Bar(name, None, 0.0, np.inf, "no time was left")]
-        else:
-            found = ROWS[name]()
-        bars += found
-        print("\n".join(bar.line() for bar in found), flush=True)
-    print(f"{sum(bar.holds for bar in bars)} of {len(bars)} bars hold")
-    return 0 if all(bar.holds for bar in bars) else 1
-
-
 if __name__ == "__main__":
-    beside("ranking").on_one_thread()
-    sys.exit(main())
+    on_one_thread()
+    sys.exit(main(__doc__, ROWS, limit=2100.0))

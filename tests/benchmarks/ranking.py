@@ -14,11 +14,8 @@ a quarter of an hour on an idle core, by the number of evaluations. ``--structur
 
 from __future__ import annotations
 
-import argparse
-import importlib.util
 import itertools
 import logging
-import os
 import sys
 import tempfile
 import time
@@ -27,21 +24,16 @@ from pathlib import Path
 
 import numpy as np
 from ase.io import read
+from bars import HERE, beside, on_one_thread, options_of
+from crystal_models import Crystals, family
 
-HERE = Path(__file__).resolve().parent
-# this folder holds a file with the name of python-sscha's package, and it comes first
-sys.path = [path for path in sys.path if Path(path).resolve() != HERE]
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from crystal_models import Crystals, family  # noqa: E402
-
-from magus_anharmonic.potential import load  # noqa: E402
-from magus_anharmonic.ranking.matcher import distinct  # noqa: E402
-from magus_anharmonic.ranking.structures import rank_structures  # noqa: E402
-from magus_anharmonic.settings import parse_settings  # noqa: E402
-from magus_anharmonic.sscha import free_energy  # noqa: E402
-from magus_anharmonic.sscha.symmetry import symmetric_primitive  # noqa: E402
-from magus_anharmonic.structures import structure_id  # noqa: E402
+from magus_anharmonic.potential import load
+from magus_anharmonic.ranking.matcher import distinct
+from magus_anharmonic.ranking.structures import rank_structures
+from magus_anharmonic.settings import parse_settings
+from magus_anharmonic.sscha import free_energy
+from magus_anharmonic.sscha.symmetry import symmetric_primitive
+from magus_anharmonic.structures import structure_id
 
 PAPER = 30 * 1000
 """Force evaluations of one candidate in the paper."""
@@ -207,10 +199,7 @@ def h3s_candidates(potential, n_structures=N_H3S):
     stored = read(STORED, index=":")
     if n_structures <= len(stored):
         return stored[:n_structures]
-    specification = importlib.util.spec_from_file_location("relaxation", HERE / "relaxation.py")
-    relaxation = sys.modules["relaxation"] = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(relaxation)
-    small = [atoms for atoms in relaxation.starts(600, 11) if len(atoms) <= 8][:200]
+    small = [atoms for atoms in beside("relaxation").starts(600, 11) if len(atoms) <= 8][:200]
     found = [
         one
         for one in potential.relax(small, pressure=PRESSURE, force_tolerance=0.01)
@@ -284,9 +273,7 @@ def compare_h3s(folder, n_reference, n_structures=N_H3S, n_configs=1000):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = options_of(__doc__)
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument(
         "--reference",
@@ -320,14 +307,6 @@ def main():
         print(f"{what}: {'holds' if holds else 'MISSED'}")
     print(f"{sum(holds for _, holds in bars)} of {len(bars)} bars hold")
     return 0 if all(holds for _, holds in bars) else 1
-
-
-def on_one_thread():
-    """Begin this process anew with one thread where it has more: BLAS reads the number when NumPy
-    is imported."""
-    if os.environ.get("OMP_NUM_THREADS") != "1":
-        threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **threads})
 
 
 if __name__ == "__main__":

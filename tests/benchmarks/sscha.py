@@ -9,9 +9,7 @@ seconds by the clock is left out, and named.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import importlib.util
 import logging
 import sys
 import tempfile
@@ -21,28 +19,17 @@ from pathlib import Path
 
 import numpy as np
 from ase import Atoms
+from bars import beside, on_one_thread, options_of
 
-# this file has the name of python-sscha's package, and its folder comes first
-HERE = Path(__file__).resolve().parent
-sys.path = [path for path in sys.path if Path(path).resolve() != HERE]
-
-from magus_anharmonic.sscha import engines, python_sscha  # noqa: E402
-from magus_anharmonic.sscha.engines import Pool  # noqa: E402
-from magus_anharmonic.sscha.ensemble import Ensemble  # noqa: E402
-from magus_anharmonic.sscha.state import SschaState, expand, sample  # noqa: E402
-from magus_anharmonic.sscha.symmetry import Symmetry  # noqa: E402
+from magus_anharmonic.sscha import engines, python_sscha
+from magus_anharmonic.sscha.engines import Pool
+from magus_anharmonic.sscha.ensemble import Ensemble
+from magus_anharmonic.sscha.state import SschaState, expand, sample
+from magus_anharmonic.sscha.symmetry import Symmetry
 
 STOCK_POPULATIONS = 6
 """Most populations of python-sscha's ``vc_relax``: 30 s of evaluations each."""
 LOG = Path(tempfile.mkdtemp()) / "log"
-
-
-def beside(name):
-    """A script of this folder, which is not on the path."""
-    specification = importlib.util.spec_from_file_location(name, HERE / f"{name}.py")
-    module = sys.modules[name] = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
 
 
 ranking, sscha_hessian = beside("ranking"), beside("sscha_hessian")
@@ -339,9 +326,7 @@ ROWS = [
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = options_of(__doc__)
     parser.add_argument("--only", type=int, nargs="+", help="numbers of the rows to run, from 1")
     parser.add_argument(
         "--limit",
@@ -372,5 +357,5 @@ def main():
 
 
 if __name__ == "__main__":
-    ranking.on_one_thread()
+    on_one_thread()
     sys.exit(main())

@@ -11,10 +11,7 @@ no bar that holds.
 
 from __future__ import annotations
 
-import argparse
 import functools
-import importlib.util
-import logging
 import sys
 import tempfile
 import time
@@ -24,49 +21,23 @@ from pathlib import Path
 import numpy as np
 from ase import Atoms
 from ase.io import read
+from bars import Bar, beside, main, on_one_thread
+from exact_crystals import Scha, hcp, triclinic
 
-HERE = Path(__file__).resolve().parent
-# this folder holds a file with the name of python-sscha's package, and it comes first
-sys.path = [path for path in sys.path if Path(path).resolve() != HERE]
-sys.path.insert(0, str(HERE.parent))
+from magus_anharmonic.potential import load
+from magus_anharmonic.sscha import free_energy
+from magus_anharmonic.sscha.ensemble import average
+from magus_anharmonic.sscha.result import SschaResult, final_populations
+from magus_anharmonic.sscha.symmetry import Symmetry
+from magus_anharmonic.sscha.task import gibbs_energy
 
-from exact_crystals import Scha, hcp, triclinic  # noqa: E402
-
-from magus_anharmonic.potential import load  # noqa: E402
-from magus_anharmonic.sscha import free_energy  # noqa: E402
-from magus_anharmonic.sscha.ensemble import average  # noqa: E402
-from magus_anharmonic.sscha.result import SschaResult, final_populations  # noqa: E402
-from magus_anharmonic.sscha.symmetry import Symmetry  # noqa: E402
-from magus_anharmonic.sscha.task import gibbs_energy  # noqa: E402
-
-INPUTS = HERE.parents[1] / "inputs"
+INPUTS = Path(__file__).resolve().parents[2] / "inputs"
 PRESSURE, TOLERANCE, N_CONFIGS = 150.0, 2e-4, 1000
 """GPa; eV/atom; most configurations of a population."""
 SEEDS = 32
 """Runs of which the coverage is counted: of 32 it scatters by 8 percent, of 16 by 12."""
 CURRENT_RANKING = 6170
 """Evaluations of the ranking of 20 structures before two levels."""
-
-
-@dataclass(frozen=True)
-class Bar:
-    """One line of the table; ``value`` is None where nothing could be measured."""
-
-    what: str
-    value: float | None
-    low: float
-    high: float
-    text: str
-
-    @property
-    def holds(self):
-        return self.value is not None and self.low <= self.value <= self.high
-
-    def line(self):
-        value = "not measured" if self.value is None else f"{self.value:.3g}"
-        wanted = f">= {self.low:g}" if self.high == np.inf else f"{self.low:g} to {self.high:g}"
-        verdict = "holds" if self.holds else "MISSED"
-        return f"{self.what:58s} {value:>12s} (bar {wanted}: {verdict}) {self.text}"
 
 
 @dataclass(frozen=True)
@@ -106,14 +77,6 @@ class Dearer:
 
     def double(self):
         return Dearer(self.potential.double(), self.beside.double())
-
-
-def beside(name):
-    """A script of this folder, which is not on the path."""
-    specification = importlib.util.spec_from_file_location(f"{name}_benchmark", HERE / f"{name}.py")
-    module = sys.modules[specification.name] = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
 
 
 @functools.cache
@@ -334,28 +297,6 @@ ROWS = {
 """The table, in this order: each gives its bars."""
 
 
-def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--only", nargs="+", choices=ROWS, help="rows to run")
-    parser.add_argument(
-        "--limit", type=float, default=1800.0, help="seconds after which no further row begins"
-    )
-    options = parser.parse_args()
-    logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
-    begun, bars = time.monotonic(), []
-    for name in options.only or ROWS:
-        if time.monotonic() - begun > options.limit:
-            found = [Bar(name, None, 0.0, np.inf, "no time was left")]
-        else:
-            found = ROWS[name]()
-        bars += found
-        print("\n".join(bar.line() for bar in found), flush=True)
-    print(f"{sum(bar.holds for bar in bars)} of {len(bars)} bars hold")
-    return 0 if all(bar.holds for bar in bars) else 1
-
-
 if __name__ == "__main__":
-    beside("ranking").on_one_thread()
-    sys.exit(main())
+    on_one_thread()
+    sys.exit(main(__doc__, ROWS, limit=1800.0))
