@@ -206,16 +206,28 @@ def configure_logging(level: int) -> None:
 
 
 def settings_of(
-    input_file: Path | None, given: dict[str, Any], **blocks: dict[str, Any]
+    input_file: Path | None,
+    pressure: float | None,
+    seed: int | None,
+    calculator: tuple[str | None, str | None, str | None],
+    **sscha: Any,
 ) -> Settings:
-    """`rank_settings`, where a key that neither we nor MAGUS know is an ``InputError`` too."""
+    """`rank_settings` of options, where a key that neither we nor MAGUS know is an ``InputError``
+    too; ``calculator``: that, its checkpoint and device, ``sscha``: keys of that block."""
     from magus_anharmonic.search.keys import unknown_to_magus
     from magus_anharmonic.settings import rank_settings
 
-    settings = rank_settings(input_file, given, **blocks)
+    given = {"pressure": pressure, "seed": seed}
+    block = dict(zip(("calculator", "checkpoint", "device"), calculator, strict=True))
+    settings = rank_settings(input_file, given, calculator=block, sscha=sscha)
     if unknown := unknown_to_magus(settings):
         raise InputError(*unknown)
     return settings
+
+
+def key(help: str) -> Any:
+    """An option that is called as a key of the settings, whose default it shows."""
+    return typer.Option(help=help, show_default=SETTINGS)
 
 
 def measured(unit: str, help: str = "", **more: Any) -> Any:
@@ -239,10 +251,7 @@ SettingsFile = Annotated[
     Path | None,
     typer.Option("-i", "--input-file", help="Keys as for search, in YAML; options go before them."),
 ]
-Checkpoint = Annotated[
-    str | None,
-    typer.Option(help="A MatterSim name, a path, or a shipped checkpoint.", show_default=SETTINGS),
-]
+Checkpoint = Annotated[str | None, key("A MatterSim name, a path, or a shipped checkpoint.")]
 Calculator = Annotated[
     str | None,
     typer.Option(
@@ -252,4 +261,5 @@ Calculator = Annotated[
     ),
 ]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda.")]
+Results = Annotated[Path, typer.Option("-o", "--output", help="Folder for all results.")]
 Seed = Annotated[int | None, typer.Option(help="Same input and seed, same result; left out: 0.")]

@@ -20,10 +20,12 @@ from magus_anharmonic.cli.common import (
     Calculator,
     Checkpoint,
     Device,
+    Results,
     Seed,
     SettingsFile,
     command,
     console,
+    key,
     measured,
     say,
     settings_of,
@@ -32,8 +34,7 @@ from magus_anharmonic.errors import InputError
 from magus_anharmonic.runs.folder import SearchFolder
 
 Supercell = Annotated[
-    tuple[int, int, int] | None,
-    typer.Option(help="Repetitions of the primitive cell; for a structure.", show_default=SETTINGS),
+    tuple[int, int, int] | None, key("Repetitions of the primitive cell; for a structure.")
 ]
 Pressure = Annotated[float | None, measured("GPa", "For a structure.", show_default=SETTINGS)]
 Temperature = Annotated[float | None, measured("K", "For a structure.", show_default=SETTINGS)]
@@ -57,22 +58,15 @@ def hessian(
     input_file: SettingsFile = None,
     supercell: Supercell = None,
     n_configs: Annotated[
-        int | None,
-        typer.Option(
-            help="Configurations, even; of a folder: what it holds.", show_default=SETTINGS
-        ),
+        int | None, key("Configurations, even; of a folder: what it holds.")
     ] = None,
-    max_populations: Annotated[
-        int | None, typer.Option(help="Most populations; for a structure.", show_default=SETTINGS)
-    ] = None,
+    max_populations: Annotated[int | None, key("Most populations; for a structure.")] = None,
     fixed_cell: Annotated[
         bool, typer.Option("--fixed-cell", help="Keep the cell; for a structure.")
     ] = False,
     v4: Annotated[bool, typer.Option("--v4", help="Add the fourth-order term.")] = False,
     seed: Seed = None,
-    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for all results.")] = Path(
-        "hessian"
-    ),
+    output: Results = Path("hessian"),
     device: Device = None,
 ) -> None:
     """Physical phonons from the free-energy Hessian: is the structure a minimum of the free energy
@@ -87,15 +81,14 @@ def hessian(
     atoms = _structure_to_run(source, n_configs)
     settings = settings_of(
         input_file,
-        {"pressure": pressure, "seed": seed},
-        calculator={"calculator": calculator, "checkpoint": checkpoint, "device": device},
-        sscha={
-            "temperature": temperature,
-            "supercell": supercell,
-            "cell": "fixed" if fixed_cell else None,
-            "n_configs": n_configs,
-            "max_populations": max_populations,
-        },
+        pressure,
+        seed,
+        (calculator, checkpoint, device),
+        temperature=temperature,
+        supercell=supercell,
+        cell="fixed" if fixed_cell else None,
+        n_configs=n_configs,
+        max_populations=max_populations,
     )
     more: dict[str, Any] = {"include_v4": v4, "seed": settings.seed or 0}
     if atoms is None:
@@ -195,16 +188,10 @@ def phase_diagram(
         ),
     ] = None,
     supercell: Annotated[
-        tuple[int, int, int] | None,
-        typer.Option(
-            help="Repetitions of the primitive cell. With structure files.", show_default=SETTINGS
-        ),
+        tuple[int, int, int] | None, key("Repetitions of the primitive cell. With structure files.")
     ] = None,
     n_configs: Annotated[
-        int | None,
-        typer.Option(
-            help="Configurations per population, even. With structure files.", show_default=SETTINGS
-        ),
+        int | None, key("Configurations per population, even. With structure files.")
     ] = None,
     end_member: Annotated[
         list[str] | None,
@@ -375,9 +362,11 @@ def errors(
     labels = load_labeler_settings(file)
     settings = settings_of(
         input_file,
-        {"pressure": pressure, "seed": seed},
-        calculator={"calculator": calculator, "checkpoint": checkpoint, "device": device},
-        sscha={"temperature": temperature, "supercell": supercell},
+        pressure,
+        seed,
+        (calculator, checkpoint, device),
+        temperature=temperature,
+        supercell=supercell,
     )
     if electronic and settings.sscha and not source.is_dir():  # before the run of a structure
         at_electronic_temperature(labels, settings.sscha.temperatures[0])

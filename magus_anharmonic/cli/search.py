@@ -19,9 +19,11 @@ from magus_anharmonic.cli.common import (
     Checkpoint,
     Device,
     InputFile,
+    Results,
     Seed,
     SettingsFile,
     command,
+    key,
     measured,
     say,
     settings_of,
@@ -130,45 +132,28 @@ def rank(
         ),
     ] = None,
     supercell: Annotated[
-        tuple[int, int, int] | None,
-        typer.Option(help="Repetitions of the primitive cell.", show_default=SETTINGS),
+        tuple[int, int, int] | None, key("Repetitions of the primitive cell.")
     ] = None,
     min_length: Annotated[
         float | None, measured("A", "Between images, instead of --supercell.")
     ] = None,
-    n_configs: Annotated[
-        int | None, typer.Option(help="Configurations per population, even.", show_default=SETTINGS)
-    ] = None,
-    max_populations: Annotated[
-        int | None, typer.Option(help="Most populations per structure.", show_default=SETTINGS)
-    ] = None,
+    n_configs: Annotated[int | None, key("Configurations per population, even.")] = None,
+    max_populations: Annotated[int | None, key("Most populations per structure.")] = None,
     max_candidates: Annotated[
-        int | None,
-        typer.Option(help="Only so many of the lowest distinct structures.", show_default=SETTINGS),
+        int | None, key("Only so many of the lowest distinct structures.")
     ] = None,
     window: Annotated[float | None, measured("eV/atom", "Above the lowest enthalpy.")] = None,
     confidence: Annotated[
-        float | None,
-        typer.Option(
-            help="That nobody who belongs to the best is stopped early.", show_default=SETTINGS
-        ),
+        float | None, key("That nobody who belongs to the best is stopped early.")
     ] = None,
     keep_best: Annotated[
-        int | None,
-        typer.Option(
-            help="So many of the lowest phases are run to the end and put in order.",
-            show_default=SETTINGS,
-        ),
+        int | None, key("So many of the lowest phases are run to the end and put in order.")
     ] = None,
     budget: Annotated[
         int | None, typer.Option(help="Most force evaluations of all structures together.")
     ] = None,
     hessian: Annotated[
-        int | None,
-        typer.Option(
-            help="So many of the lowest are checked for saddle points; 0: none.",
-            show_default=SETTINGS,
-        ),
+        int | None, key("So many of the lowest are checked for saddle points; 0: none.")
     ] = None,
     truth: Annotated[
         Path | None,
@@ -188,9 +173,7 @@ def rank(
         bool, typer.Option("--fixed-cell", help="Keep the cells as relaxed statically.")
     ] = False,
     seed: Seed = None,
-    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for all results.")] = Path(
-        "ranking"
-    ),
+    output: Results = Path("ranking"),
     device: Device = None,
 ) -> None:
     """Rank structures by their SSCHA free energy at a pressure and temperature.
@@ -206,24 +189,23 @@ def rank(
     check_sources(structures or (), start_dyn, load_ensemble)
     settings = settings_of(
         input_file,
-        {"pressure": pressure, "seed": seed},
-        calculator={"calculator": calculator, "checkpoint": checkpoint, "device": device},
-        sscha={
-            "temperature": temperature,
-            "supercell": supercell if min_length is None else {"min_length": min_length},
-            "cell": "fixed" if fixed_cell else None,
-            "n_configs": n_configs,
-            "max_populations": max_populations,
-            "max_candidates": max_candidates,
-            "window": window,
-            "allocation": "fixed" if everybody else None,
-            "confidence": confidence,
-            "keep_best": keep_best,
-            "budget": budget,
-            "hessian": hessian,
-            "truth": None if truth is None else load_labeler_settings(truth).model_dump(),
-            "truth_error": truth_error,
-        },
+        pressure,
+        seed,
+        (calculator, checkpoint, device),
+        temperature=temperature,
+        supercell=supercell if min_length is None else {"min_length": min_length},
+        cell="fixed" if fixed_cell else None,
+        n_configs=n_configs,
+        max_populations=max_populations,
+        max_candidates=max_candidates,
+        window=window,
+        allocation="fixed" if everybody else None,
+        confidence=confidence,
+        keep_best=keep_best,
+        budget=budget,
+        hessian=hessian,
+        truth=None if truth is None else load_labeler_settings(truth).model_dump(),
+        truth_error=truth_error,
     )
     labels = labels_of(settings, output)
     if structures:
