@@ -19,7 +19,7 @@ from ase import Atoms
 
 from magus_anharmonic.errors import InputError, is_machine_error
 from magus_anharmonic.evaluator import has_stress
-from magus_anharmonic.structures import stripped
+from magus_anharmonic.structures import strain_cell, stripped
 from magus_anharmonic.units import BOHR, RYDBERG, ev_per_a3_to_gpa
 
 log = logging.getLogger(__name__)
@@ -172,7 +172,7 @@ def _stepped(atoms: Atoms, moves: np.ndarray | None, strain: np.ndarray | None) 
     if moves is not None:
         copy.positions += moves
     if strain is not None:
-        copy.set_cell(copy.cell.array @ (np.eye(3) + strain), scale_atoms=True)
+        strain_cell(copy, strain)
     return copy
 
 

@@ -92,6 +92,15 @@ def magus_version() -> str | None:
     return find_magus()[0]
 
 
+def uses_magus(host: str, named: str) -> bool:
+    """Whether stock MAGUS searches for the ``host`` that is ``named`` so (a key, an option); raises
+    ``InputError`` where it is asked for and not installed."""
+    installed = magus_version() is not None
+    if host == "magus" and not installed:
+        raise InputError(f"{named}: MAGUS is not installed ({MAGUS_INSTALL})")
+    return installed and host != "embedded"
+
+
 def find_magus() -> tuple[str | None, str]:
     """Version of MAGUS (None when it is not there) and a sentence; looks at files only, imports
     nothing.

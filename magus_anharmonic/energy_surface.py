@@ -177,10 +177,9 @@ def surface_in_use(evaluator: Any) -> FreeEnergySurface | None:
     return surface if isinstance(surface, FreeEnergySurface) else None
 
 
-def require_kind(model: Any, wanted: str, where: str, temperatures: Sequence[float] = ()) -> None:
+def require_kind(model: Any, wanted: str, where: str) -> None:
     """Raise ``InputError`` where the model of the block at the key ``where`` is not of the
-    ``surface`` (static or free-energy) that the block names, or not of these ``temperatures``
-    (K)."""
+    ``surface`` (static or free-energy) that the block names."""
     surface = surface_in_use(model)
     if wanted == "static" and surface is not None:
         raise InputError(
@@ -193,8 +192,6 @@ def require_kind(model: Any, wanted: str, where: str, temperatures: Sequence[flo
             " motion of the ions; give a model that was trained on free-energy labels, or leave"
             " surface out"
         )
-    for temperature in temperatures if surface is not None else ():
-        surface.require([], temperature)
 
 
 def require_potential(evaluator: Any, what: str) -> None:

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from ase import Atoms
@@ -72,6 +72,11 @@ class Evaluation(Described):
         """The results of one structure."""
         error = None if self.energy_error is None else self.energy_error[i : i + 1]
         return Evaluation(self.energy[i : i + 1], [self.forces[i]], self.stress[i : i + 1], error)
+
+
+def device_kind(evaluator: Any) -> Literal["cuda", "cpu"]:
+    """Where it computes, as far as it says."""
+    return "cuda" if str(getattr(evaluator, "device", "cpu")).startswith("cuda") else "cpu"
 
 
 def has_stress(found: Evaluation) -> bool:

@@ -23,6 +23,11 @@ SAME_MASS = 1e-3
 of one element by more."""
 
 
+def strain_cell(atoms: Atoms, strain: np.ndarray) -> None:
+    """Deform cell and atoms by ``strain`` (3, 3), cell -> cell (1 + strain), in place."""
+    atoms.set_cell(atoms.cell.array @ (np.eye(3) + strain), scale_atoms=True)
+
+
 def kinds(atoms: Atoms) -> np.ndarray:
     """(n,) whole numbers, the same for atoms of one element and one mass: the atomic number where
     the mass is the natural one.

@@ -25,7 +25,7 @@ from magus_anharmonic.evaluator import (
     has_stress,
     is_unnamed,
 )
-from magus_anharmonic.structures import change_of
+from magus_anharmonic.structures import change_of, strain_cell
 
 
 def check_evaluator(evaluator_or_calculator: Any, atoms: Atoms | None = None) -> list[str]:
@@ -142,7 +142,7 @@ def _probe(atoms: Atoms | None) -> Atoms:
 
     probe = bulk("Cu", cubic=True) if atoms is None else atoms.copy()
     if atoms is None:
-        probe.set_cell(probe.cell.array @ (np.eye(3) + np.diag([0.02, -0.01, 0.03])), True)
+        strain_cell(probe, np.diag([0.02, -0.01, 0.03]))
         probe.rattle(0.05, seed=1)
     return probe
 

@@ -965,7 +965,7 @@ def test_generations_done_again_are_those_of_an_undisturbed_search(tmp_path, mon
     """The fault: estimates of a generation that was done again used free energies that later ones
     had found."""
     monkeypatch.setattr(
-        "magus_anharmonic.ranking.rank._scheduler", lambda *_: contextlib.nullcontext(1)
+        "magus_anharmonic.ranking.rank.open_scheduler", lambda *_, **__: contextlib.nullcontext(1)
     )
     monkeypatch.setattr("magus_anharmonic.sscha.gibbs.free_energy", softened)
     given = settings(

@@ -42,7 +42,8 @@ from magus_anharmonic.campaign.structures import (
     populations,
     relaxed_structures,
 )
-from magus_anharmonic.errors import DamagedFile, InputError, MagusAnharmonicError
+from magus_anharmonic.doctor import uses_magus
+from magus_anharmonic.errors import DamagedFile, MagusAnharmonicError
 from magus_anharmonic.io.digests import as_stored
 from magus_anharmonic.io.files import (
     read_json,
@@ -160,7 +161,7 @@ def search(context: Context, folder: Path, data: dict[str, Any]) -> None:
         context.move_away(folder)
     write_text(folder / "input.yaml", yaml.safe_dump(data, sort_keys=False))
     write_json(mark, {**identity, "finished": False})
-    if uses_magus(context.settings.host):
+    if uses_magus(context.settings.host, "host: magus"):
         _stock_magus(folder)
     else:
         from magus_anharmonic.search.host import run
@@ -209,20 +210,6 @@ def content_digest(checkpoint: str) -> str | None:
         if not Path(checkpoint).is_file()
         else file_digest.__wrapped__(checkpoint)
     )
-
-
-def uses_magus(host: str) -> bool:
-    """Whether stock MAGUS searches; raises ``InputError`` when it is asked for and not
-    installed."""
-    from magus_anharmonic.doctor import magus_version
-
-    installed = magus_version() is not None
-    if host == "magus" and not installed:
-        raise InputError(
-            "host: magus: MAGUS is not installed (pip install"
-            " git+https://gitlab.com/bigd4/magus.git)"
-        )
-    return installed and host != "embedded"
 
 
 def _stock_magus(folder: Path) -> None:

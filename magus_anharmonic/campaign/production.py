@@ -51,7 +51,7 @@ from magus_anharmonic.io.files import (
     replacing_table,
 )
 from magus_anharmonic.paper.quantities import kept_by_dft
-from magus_anharmonic.paper.tables import Enthalpy, SpaceGroups
+from magus_anharmonic.paper.tables import Enthalpy, SpaceGroups, ranking_file
 from magus_anharmonic.ranking.candidate import Candidate, read_ranking
 from magus_anharmonic.runs.folder import SearchFolder
 from magus_anharmonic.search.archive import read_frames
@@ -280,7 +280,7 @@ def sscha(context: Context, step: Step) -> Outcome:
         seed=seed,
         truth=labels_of(settings, folder),
     )
-    with replacing_table(folder / "tables" / f"ranking-{pressure:g}GPa.csv") as temporary:
+    with replacing_table(folder / "tables" / ranking_file(pressure)) as temporary:
         shutil.copyfile(SearchFolder(folder).ranking, temporary)
     with structure_file(folder) as file:
         for candidate in candidates:

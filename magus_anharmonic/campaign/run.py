@@ -36,6 +36,7 @@ from magus_anharmonic.errors import (
     is_machine_error,
     typed_line,
 )
+from magus_anharmonic.io.digests import time_stamp
 from magus_anharmonic.io.files import set_aside
 from magus_anharmonic.paper.tables import Cost, FailureRow
 from magus_anharmonic.runs.folder import CampaignFolder
@@ -226,8 +227,8 @@ def run_campaign(path: str | Path, *, only: str | None = None) -> dict[str, Step
 
 def _check(context: Context, root: Path) -> None:
     """What can be wrong before the first step: version, phases, foundation, host, labeler."""
-    from magus_anharmonic.campaign.learning import uses_magus
     from magus_anharmonic.campaign.structures import phases_of
+    from magus_anharmonic.doctor import uses_magus
     from magus_anharmonic.sscha.phonons import check_irreps
 
     settings = context.settings
@@ -235,7 +236,7 @@ def _check(context: Context, root: Path) -> None:
     phases = {phase.name: phase for phase in phases_of(settings.phases)}
     for wanted in settings.hessian.phases if settings.hessian else []:
         check_irreps(phases[wanted.name].atoms, wanted.irreps)
-    uses_magus(settings.host)
+    uses_magus(settings.host, "host: magus")
     settings_hash = None
     if settings.labeler is not None:
         with context.labeler(root) as labeler:
@@ -348,7 +349,11 @@ class Campaign:
         self._put(
             step,
             before.changed(
-                status="running", started=before.started or _now(), finished="", reason="", key=key
+                status="running",
+                started=before.started or time_stamp(),
+                finished="",
+                reason="",
+                key=key,
             ),
         )
         log.info("%s begins (%d of %d)", step.id, self.steps.index(step) + 1, len(self.steps))
@@ -376,7 +381,7 @@ class Campaign:
         wall = before.wall_s + time.perf_counter() - began
         record = self.records[step.id].changed(
             status="done",
-            finished=_now(),
+            finished=time_stamp(),
             wall_s=round(wall, 2),
             **{name: getattr(outcome, name) for name in COUNTS},
             output=outcome.output,
@@ -395,7 +400,7 @@ class Campaign:
         record = self.records[step.id]
         wall = round(record.wall_s + time.perf_counter() - began, 2)
         self._put(
-            step, record.changed(status="failed", finished=_now(), wall_s=wall, reason=reason)
+            step, record.changed(status="failed", finished=time_stamp(), wall_s=wall, reason=reason)
         )
         if step.kind != "report":
             self._assemble(step)
@@ -462,10 +467,6 @@ def counts(record: StepRecord) -> str:
     numbers = [(getattr(record, name), word) for name, word in zip(COUNTS, words, strict=True)]
     parts = [f"{number} {word}" for number, word in numbers if number]
     return ", ".join(parts) or record.output or "finished"
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def unfinished(records: Mapping[str, StepRecord]) -> list[str]:

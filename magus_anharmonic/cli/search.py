@@ -68,15 +68,9 @@ def search(
 
         say(keys_table())
         return
-    from magus_anharmonic.doctor import magus_version
+    from magus_anharmonic.doctor import uses_magus
 
-    found = magus_version()
-    if host is Host.magus and found is None:
-        raise InputError(
-            "--host magus: MAGUS is not installed (pip install"
-            " git+https://gitlab.com/bigd4/magus.git)"
-        )
-    if found is not None and host is not Host.embedded:
+    if uses_magus(host.value, "--host magus"):
         from magus_anharmonic.plugins.parameters import run_stock_magus
 
         run_stock_magus(input_file, restart=restart, use_ml=use_ml)

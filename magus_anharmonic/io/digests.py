@@ -8,6 +8,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -42,6 +43,11 @@ def renamed(stored: Mapping[str, T]) -> dict[str, T]:
 def versions() -> dict[str, int]:
     """`SCHEMA` and `PHYSICS`, for the record of a stored number."""
     return {"schema": SCHEMA, "physics": PHYSICS}
+
+
+def time_stamp() -> str:
+    """The time now, to the second, as records and locks have it."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _plain(value: Any) -> Any:

@@ -247,22 +247,16 @@ def table_rows(
         ) from None
 
 
-def text_rows(
-    path: str | Path, needed: Iterable[str] = (), shown: str | None = None
-) -> Iterator[dict[str, str]]:
+def text_rows(path: str | Path, shown: str | None = None) -> Iterator[dict[str, str]]:
     """Rows of a CSV file one by one, every cell a text without surrounding spaces.
 
     Raises ``InputError`` that names the file (``shown``, None: by its path): not readable, not
-    UTF-8, no header, or no column of the ``needed`` ones.
+    UTF-8, or no header.
     """
     name = shown or str(path)
     with table_rows(path, shown, restkey="") as reader:
         if not reader.fieldnames:
             raise InputError(f"{name}: empty; the step that writes it has to run again")
-        there = [column.strip() for column in reader.fieldnames]
-        absent = [column for column in needed if column not in there]
-        if absent:
-            raise InputError(f"{name}: no column {', '.join(absent)}; it has {', '.join(there)}")
         for line in reader:
             yield {
                 column.strip(): (line.get(column) or "").strip()

@@ -30,7 +30,7 @@ from magus_anharmonic.errors import MagusAnharmonicError
 from magus_anharmonic.hull import comparable
 from magus_anharmonic.io.digests import digest
 from magus_anharmonic.io.files import append_jsonl, read_jsonl
-from magus_anharmonic.structures import stripped, structure_id
+from magus_anharmonic.structures import strain_cell, stripped, structure_id
 
 if TYPE_CHECKING:
     from magus_anharmonic.potential import Potential
@@ -73,8 +73,7 @@ def distort(
     shortest = shortest_distance(atoms)
     for _ in range(MAX_TRIES):
         distorted = stripped(atoms)
-        tensor = random_strain(strain, rng)
-        distorted.set_cell(atoms.cell.array @ (np.eye(3) + tensor), scale_atoms=True)
+        strain_cell(distorted, random_strain(strain, rng))
         distorted.positions += atom_displacement * random_directions(len(atoms), rng)
         if shortest_distance(distorted) >= CLOSEST * shortest:
             return distorted

@@ -3,7 +3,7 @@ transitions (Fig. 5)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, takewhile
 from typing import Literal
@@ -253,10 +253,7 @@ def transitions(
     """Changes of the lowest named phase with rising pressure: between neighbouring pressures, all
     crossings of the lower envelope."""
     every, transformed = named_phases(rows, sources)
-    phases = {
-        name: {p: row for p, row in known.items() if (name, p) not in transformed}
-        for name, known in every.items()
-    }
+    phases = _untransformed(every, transformed)
     found: list[Transition] = []
     for low, high in pairwise(sorted({p for known in phases.values() for p in known})):
         first = _lowest(phases, low)
@@ -266,6 +263,14 @@ def transitions(
         else:
             found += _envelope(phases, low, high)
     return found
+
+
+def _untransformed(phases: Phases, transformed: Container[tuple[str, float]]) -> Phases:
+    """Each phase where it is itself."""
+    return {
+        name: {p: row for p, row in known.items() if (name, p) not in transformed}
+        for name, known in phases.items()
+    }
 
 
 def _lowest(phases: Phases, pressure: GPa) -> str:
@@ -305,10 +310,7 @@ def stability_sequence(
     phases, transformed = named_phases(rows, sources)
     pressures = sorted({p for known in phases.values() for p in known})
     two = [p for p in pressures if sum(p in known for known in phases.values()) > 1]
-    free = {
-        name: {p: row for p, row in known.items() if (name, p) not in transformed}
-        for name, known in phases.items()
-    }
+    free = _untransformed(phases, transformed)
     events = [(p, _lowest(free, p)) for p in two]
     events += [(one.pressure_GPa, one.above) for one in transitions(rows, sources)]
     names = [name for _, name in sorted(events, key=lambda event: event[0])]

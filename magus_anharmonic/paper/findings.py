@@ -30,8 +30,8 @@ from magus_anharmonic.units import ev_to_mev, span
 BY = {"model": "by the potential", "dft": "by DFT"}
 
 
-def _with_error(value: float, error: float | None, digits: int = 1) -> str:
-    return f"{value:.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
+def _with_error(value: float, error: float | None) -> str:
+    return f"{value:.1f}" + ("" if error is None else f" ± {error:.1f}")
 
 
 def stored(folder: Path) -> list[str]:

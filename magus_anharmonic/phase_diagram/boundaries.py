@@ -3,6 +3,7 @@ is lowest with which probability."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -314,12 +315,10 @@ def _median(values: np.ndarray) -> tuple[float, float]:
 
 def all_boundaries(phases: PhaseSet) -> list[BoundaryPoint]:
     """Every crossing of every pair of phases, over the temperatures that the two have in common."""
-    names = list(phases.surfaces)
     found = []
-    for position, first in enumerate(names):
-        for second in names[position + 1 :]:
-            temperatures = temperature_range([phases.surfaces[first], phases.surfaces[second]])
-            found += pair_boundary(phases, first, second, temperatures)
+    for first, second in itertools.combinations(phases.surfaces, 2):
+        temperatures = temperature_range([phases.surfaces[first], phases.surfaces[second]])
+        found += pair_boundary(phases, first, second, temperatures)
     return found
 
 

@@ -111,8 +111,6 @@ def run_grid(
         for i in range(len(settings.pressures))
         for j in range(len(settings.temperatures))
     ]
-    given = settings.sscha.of_a_run()
-    options = {name: value for name, value in given.items() if value is not None}
     for name, atoms in structures.items():
         found: dict[GridIndex, tuple[Path, SschaResult]] = {}
         for isotopes, i, j in grid:
@@ -129,7 +127,7 @@ def run_grid(
                 directory=folder,
                 any_start=True,
                 masses=_masses(settings.isotopes[isotopes], atoms),
-                **options,
+                **settings.sscha.of_a_run(),
             )
             point = point_of(name, isotopes, result, folder, atoms, settings.sscha.symprec)
             points.append(point)

@@ -31,7 +31,7 @@ from magus_anharmonic.errors import (
     one_line,
     typed_line,
 )
-from magus_anharmonic.evaluator import Evaluator, as_evaluator
+from magus_anharmonic.evaluator import Evaluator, as_evaluator, device_kind
 from magus_anharmonic.potential.relax import serialised
 from magus_anharmonic.ranking.candidate import Candidate, info_of
 from magus_anharmonic.ranking.elimination import Standing, Stop
@@ -274,8 +274,7 @@ def free_energy_on(settings: Settings) -> Callable[[Atoms, Evaluator, Path], Ssc
 
     sscha = settings.sscha or DEFAULTS
     temperature = sscha.temperatures[0]
-    given = {name: value for name, value in sscha.of_a_run().items() if value is not None}
-    options = {**given, "pressure": settings.pressure, "seed": settings.seed or 0}
+    options = {**sscha.of_a_run(), "pressure": settings.pressure, "seed": settings.seed or 0}
 
     def run(atoms: Atoms, evaluator: Evaluator, folder: Path) -> SschaResult:
         evaluator = as_evaluator(evaluator, [atoms])
@@ -313,8 +312,8 @@ def run_jobs(
     machine, runs in this process.
     """
     if workers is None or isinstance(workers, int):
-        device = "cuda" if str(getattr(evaluator, "device", "cpu")).startswith("cuda") else "cpu"
-        with contextlib.closing(LocalScheduler(workers, device=device)) as scheduler:
+        local = LocalScheduler(workers, device=device_kind(evaluator))
+        with contextlib.closing(local) as scheduler:
             run_jobs(jobs, evaluator, free_energy, on_done, scheduler)
         return
     count = max(1, min(workers.n_workers, len(jobs)))

@@ -13,7 +13,7 @@ import numpy as np
 from ase import Atoms
 
 from magus_anharmonic.errors import InputError, one_line
-from magus_anharmonic.evaluator import ENERGY_ERROR, Evaluator
+from magus_anharmonic.evaluator import ENERGY_ERROR, Evaluator, device_kind
 from magus_anharmonic.hull import comparable
 from magus_anharmonic.ranking.candidate import (
     Candidate,
@@ -48,7 +48,7 @@ from magus_anharmonic.ranking.stability import check_stability, with_followers
 from magus_anharmonic.ranking.store import FreeEnergyStore, Key, Run
 from magus_anharmonic.ranking.uncertainty import ModelTerm, with_electronic, with_probabilities
 from magus_anharmonic.runs.folder import SearchFolder
-from magus_anharmonic.scheduler import Scheduler, open_scheduler
+from magus_anharmonic.scheduler import open_scheduler
 from magus_anharmonic.settings import Settings
 from magus_anharmonic.sscha.record import FreeEnergy
 from magus_anharmonic.sscha.result import SschaResult
@@ -141,7 +141,7 @@ def rank(
             with (
                 contextlib.nullcontext(workers)
                 if workers is not None
-                else _scheduler(settings, evaluator)
+                else open_scheduler(settings, device=device_kind(evaluator))
             ) as runs.workers:
                 ranking.decide()
             if truth is not None:
@@ -154,15 +154,6 @@ def rank(
     if settings.sscha is not None:
         draw_best(Path(run_dir), tables[0], settings.sscha.keep_best)
     return tables[0]
-
-
-def _scheduler(
-    settings: Settings, evaluator: Evaluator
-) -> contextlib.AbstractContextManager[Scheduler]:
-    return open_scheduler(
-        settings,
-        device="cuda" if str(getattr(evaluator, "device", "cpu")).startswith("cuda") else "cpu",
-    )
 
 
 class Ranking:

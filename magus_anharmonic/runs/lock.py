@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from magus_anharmonic.errors import InputError, LostLock, MachineError, one_line
-from magus_anharmonic.io.digests import from_json, to_json
+from magus_anharmonic.io.digests import from_json, time_stamp, to_json
 
 log = logging.getLogger(__name__)
 
@@ -229,10 +229,8 @@ class FolderLock:
         self._made = [path for path in (self.folder, *self.folder.parents) if not path.exists()]
         self.folder.mkdir(parents=True, exist_ok=True)
         pid = os.getpid()
-        since = datetime.now(UTC).isoformat(timespec="seconds")
-        self.owner = Owner(
-            socket.gethostname(), pid, machine(), born(pid) or 0, what, since, uuid.uuid4().hex[:12]
-        )
+        me = socket.gethostname(), pid, machine(), born(pid) or 0
+        self.owner = Owner(*me, what, time_stamp(), uuid.uuid4().hex[:12])
         seen = check_free(self.folder, name)
         with guarded(self.folder):
             earlier = _found(self.folder, name)

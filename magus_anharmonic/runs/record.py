@@ -11,7 +11,6 @@ import platform
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +19,7 @@ from pydantic import BaseModel, ConfigDict
 
 import magus_anharmonic
 from magus_anharmonic.errors import InputError, one_line
-from magus_anharmonic.io.digests import digest, versions
+from magus_anharmonic.io.digests import digest, time_stamp, versions
 from magus_anharmonic.io.files import append_jsonl, read_as, read_jsonl, write_json
 from magus_anharmonic.runs.folder import SearchFolder
 from magus_anharmonic.settings import Settings
@@ -157,7 +156,7 @@ def write_run_record(
     record = {
         "version": magus_anharmonic.__version__,
         **versions(),
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "started": time_stamp(),
         "seed": seed,
         "model": model_id,
         "settings_hash": settings_hash(settings),
@@ -295,7 +294,7 @@ def record_failures(folder: str | Path, stage: str, failures: Sequence[dict[str,
         if stage == "run" or not failures
         else {digest(identity(record)) for record in read_failures(folder)}
     )
-    now = datetime.now(UTC).isoformat(timespec="seconds")
+    now = time_stamp()
     new = [
         record
         for failure in failures

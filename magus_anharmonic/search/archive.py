@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +12,7 @@ from ase.io import Trajectory, read, write
 
 from magus_anharmonic.errors import DamagedFile, InputError
 from magus_anharmonic.gate import check_structures, isotope_hint
+from magus_anharmonic.io.digests import time_stamp
 from magus_anharmonic.io.files import (
     append_jsonl,
     read_as,
@@ -160,12 +160,11 @@ class Archive:
 
     def finish(self, generation: int, volume_ratio: float, seconds: float = 0.0) -> None:
         """Record that every file of ``generation`` is there."""
-        now = datetime.now(UTC).isoformat(timespec="seconds")
         line = {
             "generation": generation,
             "volume_ratio": volume_ratio,
             "seconds": round(seconds, 1),
-            "finished": now,
+            "finished": time_stamp(),
         }
         append_jsonl(self.files.history, line)
         write_json(self.files.state, {"finished": generation, "volume_ratio": volume_ratio})

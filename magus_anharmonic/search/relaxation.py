@@ -15,7 +15,7 @@ from ase import Atoms
 from ase.stress import full_3x3_to_voigt_6_stress
 
 from magus_anharmonic.errors import MagusAnharmonicError
-from magus_anharmonic.evaluator import Evaluator, set_energy_errors
+from magus_anharmonic.evaluator import Evaluator, device_kind, set_energy_errors
 from magus_anharmonic.io.files import remove
 from magus_anharmonic.ranking.evaluators import evaluator_of
 from magus_anharmonic.runs.record import record_failures
@@ -51,8 +51,7 @@ class Relaxer:
         """
         from magus_anharmonic.potential.relax import CHUNK
 
-        on_gpu = str(getattr(self.evaluator, "device", "cpu")).startswith("cuda")
-        size = CHUNK["cuda" if on_gpu else "cpu"]
+        size = CHUNK[device_kind(self.evaluator)]
         relaxed: list[Atoms] = []
         begun, computed = time.perf_counter(), 0
         if self.scheduling is not None and is_remote(self.scheduling.scheduler):

@@ -17,7 +17,7 @@ from magus_anharmonic.errors import InputError
 from magus_anharmonic.evaluator import Evaluator, has_stress
 from magus_anharmonic.sscha.state import SschaState
 from magus_anharmonic.sscha.symmetry import Symmetry
-from magus_anharmonic.structures import stripped
+from magus_anharmonic.structures import strain_cell, stripped
 from magus_anharmonic.units import GPa, gpa_to_ev_per_a3
 
 VOIGT = ((0, 0), (1, 1), (2, 2), (1, 2), (0, 2), (0, 1))
@@ -73,7 +73,7 @@ def static_response_to_strain(atoms: Atoms, evaluator: Evaluator) -> StaticRespo
                 STRAIN if row == column else STRAIN / 2.0
             )
             copy = stripped(atoms)
-            copy.set_cell(copy.cell.array @ (np.eye(3) + strain), scale_atoms=True)
+            strain_cell(copy, strain)
             strained.append(copy)
     found = evaluator.evaluate(strained)
     if not has_stress(found):

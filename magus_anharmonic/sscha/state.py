@@ -38,6 +38,7 @@ from magus_anharmonic.sscha.supercells import (
     shape_supercell_matrix,
 )
 from magus_anharmonic.sscha.symmetry import Symmetry
+from magus_anharmonic.structures import strain_cell
 from magus_anharmonic.units import HBAR, KELVIN
 
 
@@ -237,7 +238,7 @@ class SschaState:
         """The state with cell and centroids deformed by the symmetric ``strain`` (3, 3), then moved
         by ``shift`` (n, 3) A."""
         atoms = self.atoms.copy()
-        atoms.set_cell(atoms.cell.array @ (np.eye(3) + strain), scale_atoms=True)
+        strain_cell(atoms, strain)
         atoms.positions += shift
         return replace(self, atoms=atoms)
 
