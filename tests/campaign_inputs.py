@@ -2,10 +2,9 @@
 
 import copy
 
-import numpy as np
 import yaml
-from ase import Atoms
 from ase.io import write
+from crystals import h3s
 
 GIVEN = {
     "seed": 3,
@@ -50,9 +49,7 @@ def changed(**changes):
 
 def write_campaign(folder, **changes):
     folder.mkdir(parents=True, exist_ok=True)
-    cell = 1.5 * np.array([[-1, 1, 1], [1, -1, 1], [1, 1, -1]])
-    cubic = Atoms("SH3", positions=np.vstack([np.zeros(3), 1.5 * np.eye(3)]), cell=cell, pbc=True)
-    write(folder / "cubic.vasp", cubic, format="vasp")
+    write(folder / "cubic.vasp", h3s(), format="vasp")
     file = folder / "campaign.yaml"
     file.write_text(yaml.safe_dump(changed(**changes)), encoding="utf-8")
     return file

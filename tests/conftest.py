@@ -3,9 +3,8 @@
 import os
 import signal
 
-import numpy as np
+import crystals
 import pytest
-from ase import Atoms
 
 # distributed writes to the stream it saw when it was imported, which under pytest is a closed one
 # by the time it says goodbye
@@ -72,13 +71,5 @@ def potential(tiny_checkpoint):
 
 @pytest.fixture(scope="session")
 def h3s():
-    """``h3s(a=3.0, bond_shift=0.0)``: 4 atoms, S at the corner of a bcc cell; Im-3m, or R3m when H
-    is off the middle (Angstrom)."""
-
-    def build(a=3.0, bond_shift=0.0):
-        cell = 0.5 * a * np.array([[-1, 1, 1], [1, -1, 1], [1, 1, -1]])
-        positions = 0.5 * a * np.array([[0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1]], dtype=float)
-        positions[1:] += bond_shift * np.eye(3)
-        return Atoms("SH3", positions=positions, cell=cell, pbc=True)
-
-    return build
+    """`crystals.h3s`."""
+    return crystals.h3s

@@ -63,10 +63,6 @@ class ExactCrystal:
         self.rest = np.einsum("lx,lx->l", self.directions, self.vectors(atoms))
         self.n_structures = 0
 
-    def with_offset(self, offset):
-        """The same crystal, ``offset`` (eV/atom) higher."""
-        return ExactCrystal(self.model_id, self.atoms, self.links, offset * len(self.atoms))
-
     def vectors(self, atoms):
         """(links, 3) sum_a c_a x_a of a primitive cell."""
         cell = atoms.cell.array
@@ -320,9 +316,6 @@ class Scha:
         ).reshape(-1, 9)
         stiffness = (dyads * curvature.mean(axis=0)[:, None]).T @ dyads / volume
         return -(np.linalg.pinv(stiffness, rcond=1e-7) @ excess.ravel()).reshape(3, 3)
-
-
-Spring = Callable[[int, int, np.ndarray, float], dict[str, float]]
 
 
 def springs(name, atoms, cutoff, spring):

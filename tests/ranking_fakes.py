@@ -5,6 +5,7 @@ import os
 import time
 from types import SimpleNamespace
 
+import crystals
 import numpy as np
 from ase import Atoms
 from ase.calculators.emt import EMT
@@ -54,9 +55,7 @@ class Flat:
 def h3s(lattice=3.1, shift=0.0):
     """H3S in its 4-atom cell: Im-3m, or R3m with the three H moved off the bond centres by
     ``shift`` (Angstrom)."""
-    cell = 0.5 * lattice * np.array([[-1.0, 1, 1], [1, -1, 1], [1, 1, -1]])
-    hydrogens = [np.eye(3)[axis] * (0.5 * lattice + shift) for axis in range(3)]
-    return Atoms("SH3", positions=[np.zeros(3), *hydrogens], cell=cell, pbc=True)
+    return crystals.h3s(lattice, shift)
 
 
 def centred(atoms):

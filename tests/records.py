@@ -1,5 +1,6 @@
 """Runs and candidates from their numbers, for tests."""
 
+import csv
 from dataclasses import fields
 
 from magus_anharmonic.ranking.candidate import Candidate
@@ -8,6 +9,12 @@ from magus_anharmonic.ranking.store import Run
 from magus_anharmonic.sscha.record import FreeEnergy
 
 NUMBERS = {one.name for one in fields(FreeEnergy)}
+
+
+def csv_rows(path):
+    """The rows of a table, by column."""
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def stored_run(structure, key, start, status="converged", **values):

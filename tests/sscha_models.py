@@ -9,6 +9,7 @@ from magus_anharmonic.evaluator import as_evaluator
 from magus_anharmonic.sscha.ensemble import Ensemble
 from magus_anharmonic.sscha.start import harmonic_force_constants
 from magus_anharmonic.sscha.state import SschaState, displaced, floor_modes, sample
+from magus_anharmonic.sscha.supercells import shape_supercell_matrix
 from magus_anharmonic.sscha.symmetry import Symmetry
 from magus_anharmonic.units import HBAR, KELVIN
 
@@ -252,6 +253,22 @@ class AnharmonicCell:
                 force_constants=0.5 * (state.force_constants + self._compact(curvature)),
             )
         return self.free_energy(state), state
+
+
+def phonopy_of(atoms, supercell_matrix):
+    """phonopy, with these atoms as its primitive cell; its matrix has the new vectors as
+    columns."""
+    from phonopy import Phonopy
+    from phonopy.structure.atoms import PhonopyAtoms
+
+    cell = PhonopyAtoms(
+        symbols=atoms.get_chemical_symbols(),
+        cell=atoms.cell.array,
+        positions=atoms.positions,
+        masses=atoms.get_masses(),
+    )
+    matrix = shape_supercell_matrix(supercell_matrix).T
+    return Phonopy(cell, supercell_matrix=matrix, primitive_matrix=np.eye(3))
 
 
 def cu3au(turned=False):

@@ -4,6 +4,7 @@ import dataclasses
 import typing
 
 import pytest
+from refusals import refused
 
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.io.files import SUMS
@@ -85,10 +86,8 @@ def changed(tmp_path, table, old, new):
 )
 def test_a_wrong_table_is_refused_and_the_message_says_where(tmp_path, table, old, new, words):
     path = changed(tmp_path, table, old, new)
-    with pytest.raises(InputError) as error:
+    with refused(path.name, *words):
         tables.read(table, path)
-    for word in [path.name, *words]:
-        assert word in str(error.value)
 
 
 def test_a_missing_file_is_named_and_an_optional_one_has_no_rows(tmp_path):

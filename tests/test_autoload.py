@@ -51,7 +51,7 @@ def site(folder, plugins="recorder = recorder:register", magus=True, entrypoints
 
 def python(code, path, cwd):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(path), str(REPOSITORY)])}
-    return subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", textwrap.dedent(code)],
         cwd=cwd,
         env=environment,
@@ -59,6 +59,8 @@ def python(code, path, cwd):
         text=True,
         timeout=120,
     )
+    assert result.returncode == 0, result.stderr
+    return result
 
 
 def registered(folder):
@@ -67,8 +69,7 @@ def registered(folder):
 
 
 def test_importing_magus_after_ase_calls_every_plugin_once_the_calculators_are_complete(tmp_path):
-    result = python("import ase.io, magus.calculators", site(tmp_path / "site"), tmp_path)
-    assert result.returncode == 0, result.stderr
+    python("import ase.io, magus.calculators", site(tmp_path / "site"), tmp_path)
     assert registered(tmp_path) == ["calculators are complete: True"]
 
 
@@ -90,7 +91,6 @@ def test_a_process_that_only_uses_ase_reads_files_as_before_and_imports_nothing_
         assert not heavy & set(sys.modules), heavy & set(sys.modules)
     """
     result = python(code, site(tmp_path / "site"), tmp_path)
-    assert result.returncode == 0, result.stderr
     assert "extxyz" in result.stdout and "magus" not in result.stdout
     assert registered(tmp_path) == []
 
@@ -117,15 +117,11 @@ def test_the_hook_costs_less_than_a_millisecond(tmp_path):
         target.write_bytes((REPOSITORY / "magus_anharmonic" / name).read_bytes())
     compileall.compile_dir(folder / "magus_anharmonic", quiet=1)
     result = python(code, folder, tmp_path)
-    assert result.returncode == 0, result.stderr
     assert float(result.stdout) < 1e-3
 
 
 def test_another_package_called_magus_is_left_alone(tmp_path):
-    result = python(
-        "import ase.io, magus.calculators", site(tmp_path / "site", entrypoints=False), tmp_path
-    )
-    assert result.returncode == 0, result.stderr
+    python("import ase.io, magus.calculators", site(tmp_path / "site", entrypoints=False), tmp_path)
     assert registered(tmp_path) == []
 
 
@@ -136,12 +132,11 @@ def test_a_single_module_called_magus_is_not_taken_for_magus(tmp_path):
         "import ase.io, magus; from magus_anharmonic import autoload as a; assert not a.is_magus()"
         " and not a.load_plugins()"
     )
-    assert python(code, folder, tmp_path).returncode == 0
+    python(code, folder, tmp_path)
 
 
 def test_calculators_imported_before_ase_are_served_at_once(tmp_path):
-    result = python("import magus.calculators; import ase.io", site(tmp_path / "site"), tmp_path)
-    assert result.returncode == 0, result.stderr
+    python("import magus.calculators; import ase.io", site(tmp_path / "site"), tmp_path)
     assert registered(tmp_path) == ["calculators are complete: True"]
 
 
@@ -160,12 +155,11 @@ def test_calculators_that_import_ase_themselves_are_served_when_the_first_of_the
 ):
     """The fault: the plug-ins were called while the package was half loaded, failed in a traceback,
     and were never called again."""
-    result = python(
+    python(
         "import magus.calculators; import magus.calculators.vasp",
         magus_as_it_is(site(tmp_path / "site")),
         tmp_path,
     )
-    assert result.returncode == 0, result.stderr
     assert registered(tmp_path) == ["calculators are complete: True"]
 
 
@@ -189,7 +183,6 @@ def test_a_broken_plugin_is_logged_and_the_others_still_load(tmp_path):
         " print(magus.calculators.READY)"
     )
     result = python(code, site(tmp_path / "site", plugins), tmp_path)
-    assert result.returncode == 0
     assert result.stdout.strip() == "True"
     assert "a broken plug-in" in result.stderr and "bad" in result.stderr
     assert registered(tmp_path) == ["calculators are complete: True"]
@@ -212,8 +205,7 @@ def test_two_hooks_that_ask_each_other_do_not_recurse(tmp_path):
         import magus.calculators
         assert type(magus.calculators.__loader__).__name__ == "SourceFileLoader"
     """
-    result = python(code, site(tmp_path / "site"), tmp_path)
-    assert result.returncode == 0, result.stderr
+    python(code, site(tmp_path / "site"), tmp_path)
     assert registered(tmp_path) == ["calculators are complete: True"]
 
 

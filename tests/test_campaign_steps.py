@@ -77,7 +77,7 @@ def test_optical_modes_at_gamma_are_those_of_the_tables(h3s):
     """Known decompositions: Im-3m H3S 2 T1u + T2u, R3m H3S 3 A1 + A2 + 4 E less A1 + E of the
     translations; NaCl, diamond, wurtzite."""
     assert counted(h3s()) == {"T1u": 2, "T2u": 1}
-    assert counted(h3s(bond_shift=0.1)) == {"A1": 2, "A2": 1, "E": 3}
+    assert counted(h3s(shift=0.1)) == {"A1": 2, "A2": 1, "E": 3}
     assert counted(bulk("NaCl", "rocksalt", a=5.64)) == {"T1u": 1}
     assert counted(bulk("Si")) == {"T2g": 1}
     assert counted(bulk("ZnO", "wurtzite", a=3.25, c=5.2)) == {
@@ -174,7 +174,7 @@ def test_harmonic_levels_are_the_curvature_of_the_energy(h3s):
 def test_no_more_displacements_are_evaluated_than_symmetry_asks_for(h3s):
     from magus_anharmonic.sscha.start import CountingEvaluator
 
-    for atoms, expected in ((h3s(), 2), (h3s(bond_shift=0.05), 6)):
+    for atoms, expected in ((h3s(), 2), (h3s(shift=0.05), 6)):
         evaluator = CountingEvaluator(
             CalculatorEvaluator(MorsePotential(epsilon=1.0, rho0=3.0, r0=1.5, rcut1=3.2, rcut2=4.1))
         )
@@ -316,7 +316,7 @@ def test_every_structure_of_a_search_is_read_once_and_the_lowest_distinct_are_ke
 
 
 def test_phases_are_recognised_by_space_group_and_size_of_the_primitive_cell(h3s):
-    cubic, trigonal = h3s(), h3s(bond_shift=0.1)
+    cubic, trigonal = h3s(), h3s(shift=0.1)
     phases = [Phase("Im-3m", 229, 4, cubic), Phase("any-R3m", 160, None, None)]
     assert (
         phase_name(phases, cubic.repeat((2, 1, 1)), space_group(cubic.repeat((2, 1, 1)))) == "Im-3m"

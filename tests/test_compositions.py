@@ -1,7 +1,6 @@
 """Variable composition: order and probabilities inside each composition, free energies above the hull of
 all."""
 
-import csv
 import math
 
 import numpy as np
@@ -12,7 +11,7 @@ from ase.build import bulk
 from ase.phasediagram import PhaseDiagram
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from records import a_candidate, standing
+from records import a_candidate, csv_rows, standing
 from scipy.stats import norm
 from test_fitness import INFO
 
@@ -254,8 +253,7 @@ def test_a_ranking_of_several_compositions_says_who_is_on_the_hull(tmp_path, cap
     assert [atoms.info["gibbs_above_hull"] for atoms in structures] == pytest.approx(
         heights, abs=1e-9
     )
-    with (tmp_path / "ranking.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = csv_rows(tmp_path / "ranking.csv")
     assert [(row["formula"], row["rank_quantum"]) for row in rows[:3]] == [
         ("Al", "1"),
         ("Cu", "1"),

@@ -15,6 +15,7 @@ from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io import write
 from ase.units import GPa
+from crystals import h3s
 
 from magus_anharmonic.errors import InputError, MagusAnharmonicError
 from magus_anharmonic.potential import checkpoint, load, loading
@@ -51,14 +52,8 @@ def random_model(seed):
 
 
 def rattled_h3s(rng, n_sulfur=1):
-    half = rng.uniform(1.5, 1.6)
-    cell = half * np.array([[-1, 1, 1], [1, -1, 1], [1, 1, -1]])
-    atoms = Atoms(
-        "SH3" if n_sulfur == 1 else "S2H2",
-        positions=np.vstack([np.zeros(3), half * np.eye(3)]),
-        cell=cell,
-        pbc=True,
-    )
+    atoms = h3s(2 * rng.uniform(1.5, 1.6))
+    atoms.symbols[:n_sulfur] = "S"
     atoms.positions += 0.08 * rng.normal(size=(4, 3))
     return atoms
 

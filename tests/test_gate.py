@@ -11,6 +11,7 @@ from ase.build import bulk
 from ase.calculators.emt import EMT
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io import write
+from refusals import refused
 from typer.testing import CliRunner
 
 from magus_anharmonic import free_energy
@@ -119,9 +120,8 @@ def test_what_cannot_be_is_refused_by_name_in_files_and_in_python(how, words, tm
         lambda atoms: free_energy(atoms, EMT()),
         lambda atoms: rank(atoms, tmp_path),
     ):
-        with pytest.raises(InputError) as error:
+        with refused("run007", *words):
             call(broken(how))
-        assert all(word in str(error.value) for word in ["run007", *words]), str(error.value)
     assert not list(tmp_path.iterdir()), "nothing was begun"
 
 
@@ -158,9 +158,8 @@ def test_partial_occupancies_are_not_taken_as_full(sites, words, tmp_path):
     if not words:
         assert len(read_structures(tmp_path / "a.cif")[0]) == 2
         return
-    with pytest.raises(InputError) as error:
+    with refused("a.cif", "occupanc", *words):
         read_structures(tmp_path / "a.cif")
-    assert all(word in str(error.value) for word in ["a.cif", "occupanc", *words]), str(error.value)
 
 
 @pytest.mark.parametrize("unknown", ["?", ".", "'?'"])

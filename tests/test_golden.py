@@ -17,6 +17,7 @@ import pytest
 from ase import Atoms
 from ase.build import bulk
 from ase.calculators.emt import EMT
+from crystals import PAIR
 from golden import make
 from kill_harness import Server, outcome, prepare
 from sscha_models import QuarticPair
@@ -257,7 +258,6 @@ def test_a_renamed_column_is_read_by_its_old_name(monkeypatch):
 # --- what is in stores of free energies -----------------------------------------------------------
 
 FILE = Path(__file__).with_name("golden") / "physics.json"
-PAIR = Atoms("HF", positions=[[0, 0, 0], [1.5] * 3], cell=[3.0] * 3, pbc=True)
 TOLERANCE = {"float32": 2e-5}
 """Relative, of numbers of the shipped model; 1e-6 of all others."""
 

@@ -1,8 +1,6 @@
 """One sound crystal and one hard case in a ranking: the case is named with its reason and its
 partial numbers, the other is ranked."""
 
-import csv
-from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -10,10 +8,12 @@ import pytest
 from ase import Atoms
 from ase.build import bulk
 from crystal_models import Crystals, crystal
+from crystals import NEON
+from records import csv_rows
 from sscha_models import LatticeSprings, evaluated
 
 from magus_anharmonic.errors import InputError
-from magus_anharmonic.evaluator import Evaluation, as_evaluator
+from magus_anharmonic.evaluator import as_evaluator
 from magus_anharmonic.io.files import read_jsonl
 from magus_anharmonic.ranking.candidate import read_ranking
 from magus_anharmonic.ranking.structures import rank_structures
@@ -45,8 +45,6 @@ SETTINGS = {
     "max_populations": 12,
     "free_energy_tolerance": 2e-3,
 }
-
-Spoil = Callable[[list[Atoms], Evaluation], None]
 
 
 class Spoilt(Crystals):
@@ -86,8 +84,7 @@ def ranked(folder, structures, evaluator, **changes):
     keys = parse_settings({"pressure": 0.0, "Fitness": ["SSCHA"], "sscha": block})
     found = rank_structures(structures, evaluator, keys, folder, relax=False, workers=1)
     names = {c.id: "sound" if c.atoms.get_volume() / len(c.atoms) < 15.0 else "hard" for c in found}
-    with (folder / "ranking.csv").open(newline="") as file:
-        return {names[row["id"]]: row for row in csv.DictReader(file)}
+    return {names[row["id"]]: row for row in csv_rows(folder / "ranking.csv")}
 
 
 def check_that_the_search_goes_on(rows):
@@ -269,7 +266,7 @@ def pair(spring, temperature, mass=1.008):
 
 @pytest.mark.parametrize("temperature", [0.0, 300.0])
 def test_the_ratio_is_that_of_the_sampled_displacements(temperature):
-    calculator, atoms = LatticeSprings(), Atoms("Ne", cell=[3.0] * 3, pbc=True)
+    calculator, atoms = LatticeSprings(), NEON
     result = free_energy(
         atoms, calculator, 0.0, temperature, supercell=(2, 2, 2), cell="fixed", n_configs=20
     )

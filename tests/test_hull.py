@@ -3,6 +3,7 @@ members that fit."""
 
 import numpy as np
 import pytest
+from refusals import refused
 from scipy.optimize import linprog
 from scipy.stats import norm
 
@@ -104,9 +105,8 @@ def test_hulls_agree_with_a_linear_programme(seed):
     ],
 )
 def test_end_members_that_do_not_fit_are_explained(formulas, end_members, words):
-    with pytest.raises(InputError) as error:
+    with refused(*words):
         entries(np.zeros(len(formulas)), formulas=formulas, end_members=end_members, n=10)
-    assert all(word in str(error.value) for word in words), str(error.value)
 
 
 def test_formulas():

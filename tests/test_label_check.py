@@ -7,6 +7,7 @@ import pytest
 from ase import Atoms
 from ase.calculators.lj import LennardJones
 from ase.calculators.singlepoint import SinglePointCalculator
+from crystals import h3s
 
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.evaluator import as_evaluator
@@ -166,13 +167,9 @@ def test_absurd_energies_of_a_round_are_set_aside_and_a_model_is_still_kept(tmp_
             results[place]["energy"] += fault
         return results
 
-    cell = 1.5 * np.array([[-1.0, 1, 1], [1, -1, 1], [1, 1, -1]])
-    h3s = Atoms("SH3", positions=np.vstack([np.zeros(3), 1.5 * np.eye(3)]), cell=cell, pbc=True)
-    population = []
-    for n in range(8):
-        atoms = h3s.copy()
-        atoms.set_cell(cell * (1 + 0.025 * n), scale_atoms=True)
-        population.append(atoms)
+    population = [h3s() for _ in range(8)]
+    for n, atoms in enumerate(population):
+        atoms.set_cell(atoms.cell.array * (1 + 0.025 * n), scale_atoms=True)
     settings = parse(
         LearningSettings,
         {"labeler": {"calculator": "gpaw"}, "n_sample": 6, "n_perturb": 2, "epochs": 1},

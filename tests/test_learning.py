@@ -9,6 +9,7 @@ from ase import Atoms
 from ase.calculators.lj import LennardJones
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io import read, write
+from crystals import h3s
 
 from magus_anharmonic.errors import InputError, MagusAnharmonicError
 from magus_anharmonic.io.files import append_jsonl, read_jsonl
@@ -28,15 +29,6 @@ from magus_anharmonic.learning.learn import DATASET, learn, training_sets
 from magus_anharmonic.learning.round import Round
 from magus_anharmonic.settings import LearningSettings, parse
 from magus_anharmonic.structures import structure_id
-
-
-def h3s(a=3.0, shift=0.0):
-    """Primitive Im-3m H3S; ``shift`` (Angstrom) moves the hydrogen atoms along their bonds to
-    R3m."""
-    cell = a / 2 * np.array([[-1, 1, 1], [1, -1, 1], [1, 1, -1]])
-    return Atoms(
-        "SH3", positions=np.vstack([np.zeros(3), (a / 2 + shift) * np.eye(3)]), cell=cell, pbc=True
-    )
 
 
 def random_structure(seed, n_sulfur=1):

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from ase import Atoms
+from crystals import PAIR
 from sscha_models import QuarticPair
 
 from magus_anharmonic import free_energy
@@ -17,7 +17,6 @@ from magus_anharmonic.settings.section import parse
 from magus_anharmonic.sscha.result import SschaResult, read_population_file, read_progress_file
 from magus_anharmonic.sscha.state import Modes
 
-PAIR = Atoms("HF", positions=[[0, 0, 0], [1.5] * 3], cell=[3.0] * 3, pbc=True)
 OLD = {new: old for old, new in RENAMED.items()}
 
 

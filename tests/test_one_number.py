@@ -1,13 +1,13 @@
 """Each quantity of a campaign by every way in which a user can see it: numbers and words of the
 figures, `validate` as a function and as a command, and the report give one answer."""
 
-import csv
 import json
 import re
 
 import pytest
 import yaml
 from campaign_tables import write_campaign
+from records import csv_rows
 from typer.testing import CliRunner
 
 from magus_anharmonic.cli import app
@@ -96,8 +96,7 @@ def report(campaign):
 
 
 def figure(campaign, name):
-    with (campaign / "campaign" / "figures" / f"{name}.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
+    return csv_rows(campaign / "campaign" / "figures" / f"{name}.csv")
 
 
 def same(validated, *others):
@@ -107,8 +106,8 @@ def same(validated, *others):
 
 
 def test_the_command_stores_what_the_function_finds(campaign, validated):
-    with (campaign / "campaign" / "validation.csv").open(newline="") as file:
-        assert {row["name"]: row["found"] for row in csv.DictReader(file)} == validated
+    rows = csv_rows(campaign / "campaign" / "validation.csv")
+    assert {row["name"]: row["found"] for row in rows} == validated
     said = " ".join((campaign / "said.txt").read_text().split())
     for name, found in validated.items():
         assert f"{name}: found {found}" in said

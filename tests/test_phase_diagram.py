@@ -1,7 +1,6 @@
 """The phase diagram as a whole: real SSCHA on a grid (stored, resumed, chained), tables, words,
 picture, and wrong input."""
 
-import csv
 import json
 import math
 from dataclasses import replace
@@ -14,6 +13,7 @@ from ase import Atoms
 from ase.build import bulk
 from crystal_models import Crystals, crystal
 from ranking_fakes import Emt
+from records import csv_rows
 from two_phases import HIGH, LOW, Phase, boundary, changed, data
 from typer.testing import CliRunner
 
@@ -37,11 +37,6 @@ from magus_anharmonic.units import EV_PER_A3_IN_GPA
 
 SOFT = crystal((3.0, 3.0, 3.0), 1.0, 0.25, -0.2, 1.0)
 HARD = crystal((2.5, 2.5, 2.7), 1.2, 0.3, -0.2, 1.0, depth=0.05)
-
-
-def table(path):
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 @pytest.fixture(scope="module")
@@ -240,7 +235,7 @@ def test_files_words_and_picture_hold_the_same_boundary(tmp_path):
         app, ["phase-diagram", str(tmp_path / "g.csv"), "-o", str(tmp_path / "out")]
     )
     assert result.exit_code == 0, result.output
-    rows = table(tmp_path / "out" / "boundaries.csv")
+    rows = csv_rows(tmp_path / "out" / "boundaries.csv")
     assert {row["isotopes"] for row in rows} == {"natural", "D3S"}
     first = next(
         row for row in rows if row["isotopes"] == "natural" and float(row["temperature_K"]) == 0
@@ -266,7 +261,10 @@ def test_files_words_and_picture_hold_the_same_boundary(tmp_path):
         word in svg
         for word in ("pressure (GPa)", "temperature (K)", "R3m", "Im-3m", "boundary, D3S")
     )
-    assert {row["phase"] for row in table(tmp_path / "out" / "stability.csv")} == {"R3m", "Im-3m"}
+    assert {row["phase"] for row in csv_rows(tmp_path / "out" / "stability.csv")} == {
+        "R3m",
+        "Im-3m",
+    }
     assert not (tmp_path / "out" / "hull.csv").exists()
 
 
@@ -322,7 +320,7 @@ def test_compositions_make_a_hull_at_every_point_of_the_grid(tmp_path):
     ]
     diagram = phase_diagram(points, n_samples=200)
     write_diagram(diagram, tmp_path)
-    rows = table(tmp_path / "hull.csv")
+    rows = csv_rows(tmp_path / "hull.csv")
     assert len(rows) == 27
     for row in (row for row in rows if row["formula"] == "H3S"):
         p, t = float(row["pressure_GPa"]), float(row["temperature_K"])
@@ -372,7 +370,7 @@ def test_from_structures_of_several_compositions_to_the_hull_of_their_free_energ
     gibbs = {p.phase: p.gibbs for p in points}
 
     write_diagram(phase_diagram(points, n_samples=200), tmp_path / "elements")
-    rows = {row["phase"]: row for row in table(tmp_path / "elements" / "hull.csv")}
+    rows = {row["phase"]: row for row in csv_rows(tmp_path / "elements" / "hull.csv")}
     oracle = AsePhaseDiagram(
         [(str(a.symbols), len(a) * gibbs[name]) for name, a in structures.items()], verbose=False
     )
@@ -395,7 +393,7 @@ def test_from_structures_of_several_compositions_to_the_hull_of_their_free_energ
     pair = [p for p in points if p.phase in ("Cu", "copper-rich", "L1_0")]
     write_diagram(phase_diagram(pair, end_members=["Cu", "L1_0"], n_samples=200), tmp_path / "pair")
     row = next(
-        row for row in table(tmp_path / "pair" / "hull.csv") if row["phase"] == "copper-rich"
+        row for row in csv_rows(tmp_path / "pair" / "hull.csv") if row["phase"] == "copper-rich"
     )
     against = 0.5 * gibbs["Cu"] + 0.5 * gibbs["L1_0"]
     assert float(row["formation_eV_per_atom"]) == pytest.approx(

@@ -101,7 +101,7 @@ def population(magus, h3s, n=3):
     rng = np.random.default_rng(0)
     frames = []
     for _ in range(n):
-        atoms = h3s(bond_shift=0.1)
+        atoms = h3s(shift=0.1)
         atoms.positions += rng.normal(scale=0.03, size=(len(atoms), 3))
         frames.append(atoms)
     return Population(frames, "init", 1)
@@ -640,12 +640,12 @@ def test_keys_of_the_relaxation_reach_it(magus, tiny_checkpoint, h3s, monkeypatc
         "relax",
         lambda *a, **options: given.update(options) or relax(*a, **options),
     )
-    calculator.relax([h3s(bond_shift=0.0)])
+    calculator.relax([h3s()])
     assert (given["max_steps"], given["perturbations"], given["optimizer"]) == (7, 2, "fire")
 
 
 def test_a_list_comes_back_as_a_list_and_nothing_as_nothing(calculator, h3s):
-    assert isinstance(calculator.scf([h3s(bond_shift=0.0)]), list)
+    assert isinstance(calculator.scf([h3s()]), list)
     assert calculator.relax([]) == [] and calculator.scf([]) == []
 
 
@@ -693,7 +693,7 @@ def test_a_failure_is_dropped_with_its_reason_and_never_keeps_an_old_energy(
         pbc=True,
         info={"energy": -99.0, "enthalpy": -99.0, "identity": "init1-9"},
     )
-    done = getattr(calculator, mode)([h3s(bond_shift=0.0), bad, h3s(bond_shift=0.1)])
+    done = getattr(calculator, mode)([h3s(), bad, h3s(shift=0.1)])
     assert len(done) == 2 and bad not in done and "energy" not in bad.info
     assert "init1-9 (H) failed" in caplog.text
     assert ("not finite" if mode == "scf" else "dissolved") in caplog.text
@@ -703,11 +703,11 @@ def test_a_failure_is_dropped_with_its_reason_and_never_keeps_an_old_energy(
 
 def test_the_model_is_loaded_late_and_left_out_of_pickles(calculator, h3s):
     assert calculator._potential is None
-    energy = calculator.scf([h3s(bond_shift=0.0)])[0].info["energy"]
+    energy = calculator.scf([h3s()])[0].info["energy"]
     data = pickle.dumps(calculator)
     assert len(data) < 50_000
     copy = pickle.loads(data)
-    assert copy._potential is None and copy.scf([h3s(bond_shift=0.0)])[0].info["energy"] == energy
+    assert copy._potential is None and copy.scf([h3s()])[0].info["energy"] == energy
 
 
 def test_a_relative_checkpoint_is_found_from_any_working_directory(
@@ -716,7 +716,7 @@ def test_a_relative_checkpoint_is_found_from_any_working_directory(
     Path("mine.pth").write_bytes(Path(tiny_checkpoint).read_bytes())
     calculator = magus.Parameters(keys("mine.pth")).MainCalculator
     monkeypatch.chdir("/")
-    assert len(calculator.scf([h3s(bond_shift=0.0)])) == 1
+    assert len(calculator.scf([h3s()])) == 1
 
 
 def test_a_search_that_learns_goes_on_with_its_latest_model(magus, tiny_checkpoint):
@@ -740,7 +740,7 @@ def test_cuda_in_a_forked_worker_is_refused_in_plain_words(
 
     monkeypatch.setattr(torch.cuda, "_is_in_bad_fork", lambda: True)
     with pytest.raises(MagusAnharmonicError, match="magus search -p"):
-        calculator.scf([h3s(bond_shift=0.0)])
+        calculator.scf([h3s()])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(InputError, match="run without -p"):
         check_input(keys(tiny_checkpoint), ml=False, parallel=True)
@@ -753,10 +753,10 @@ def test_seeds_join_the_user_s_own_and_a_repeated_round_changes_nothing(magus, h
     from magus_anharmonic.plugins.hook import write_seeds
 
     Path("Seeds").mkdir()
-    mine = h3s(bond_shift=0.3)
+    mine = h3s(shift=0.3)
     mine.info["note"] = "from the paper"
     write("Seeds/seeds_2.traj", [mine])
-    centroid = h3s(bond_shift=0.0)
+    centroid = h3s()
     centroid.info["seed"] = "abc"
     for _ in range(2):
         assert write_seeds("Seeds", 2, [centroid, centroid]) == 1
@@ -774,7 +774,7 @@ def test_without_anything_to_seed_no_file_appears_and_ours_alone_goes_away(magus
     from magus_anharmonic.plugins.hook import write_seeds
 
     assert write_seeds("Seeds", 2, []) == 0 and not Path("Seeds").exists()
-    assert write_seeds("Seeds", 2, [h3s(bond_shift=0.0)]) == 1
+    assert write_seeds("Seeds", 2, [h3s()]) == 1
     assert write_seeds("Seeds", 2, []) == 0 and not Path("Seeds/seeds_2.traj").exists()
 
 
@@ -783,15 +783,15 @@ def test_a_new_search_starts_without_the_seeds_of_the_last_one(magus, tiny_check
 
     search_of(magus, keys(tiny_checkpoint, sscha={}))
     Path("Seeds").mkdir()
-    write("Seeds/seeds_2.traj", [h3s(bond_shift=0.3)])
+    write("Seeds/seeds_2.traj", [h3s(shift=0.3)])
     write_seeds("Seeds", 2, [h3s()])
-    write_seeds("Seeds", 3, [h3s(bond_shift=0.1)])
+    write_seeds("Seeds", 3, [h3s(shift=0.1)])
     search_of(magus, keys(tiny_checkpoint, sscha={}), restart=True)
     assert len(read("Seeds/seeds_2.traj", ":")) == 2 and Path("Seeds/seeds_3.traj").exists()
     search_of(magus, keys(tiny_checkpoint, sscha={}))
     [mine] = read("Seeds/seeds_2.traj", ":")
     assert (
-        np.allclose(mine.positions, h3s(bond_shift=0.3).positions)
+        np.allclose(mine.positions, h3s(shift=0.3).positions)
         and not Path("Seeds/seeds_3.traj").exists()
     )
 
@@ -932,7 +932,7 @@ def test_each_round_hands_over_the_relaxed_population_with_duplicates_and_all_su
         for ind in survivors:
             ind.info.update(gibbs=-1.0, compare_info={"old": 1})
         state.potential = Relaxing(f"after round {generation}")
-        return [h3s(bond_shift=0.0)]
+        return [h3s()]
 
     monkeypatch.setattr(module, "after_generation", after_generation)
     search, _ = rounds_of(

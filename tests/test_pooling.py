@@ -3,7 +3,6 @@ what the supercell costs."""
 
 from __future__ import annotations
 
-import csv
 import math
 from dataclasses import replace
 
@@ -13,7 +12,7 @@ from ase import Atoms
 from crystal_models import Crystals, crystal
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from records import a_candidate, stored_run
+from records import a_candidate, csv_rows, stored_run
 
 from magus_anharmonic.ranking.candidate import Candidate
 from magus_anharmonic.ranking.jobs import with_result
@@ -345,6 +344,4 @@ def test_a_ranking_pools_two_starts_that_quantum_motion_brings_to_one_phase(tmp_
     }
     assert table[0].gibbs_error < min(record.gibbs_error for record in records)
     assert min(r.gibbs for r in records) <= table[0].gibbs <= max(r.gibbs for r in records)
-    with (tmp_path / "ranking.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert [row["n_pooled"] for row in rows] == ["2", "1"]
+    assert [row["n_pooled"] for row in csv_rows(tmp_path / "ranking.csv")] == ["2", "1"]

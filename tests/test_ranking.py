@@ -1,7 +1,6 @@
 """Ranking by free energy: who is distinct, who gets SSCHA, what is never done twice, and what the
 table says."""
 
-import csv
 import json
 import os
 import signal
@@ -18,7 +17,7 @@ from ase.build import bulk, make_supercell
 from ase.io import read, write
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from records import a_candidate, stored_run
+from records import a_candidate, csv_rows, stored_run
 from waiting import wait_for
 
 from magus_anharmonic.errors import InputError
@@ -82,8 +81,7 @@ def calls(folder):
 
 
 def table_of(folder, name="ranking.csv"):
-    with (folder / name).open(newline="") as file:
-        return list(csv.DictReader(file))
+    return csv_rows(folder / name)
 
 
 # ---------------------------------------------------------------------------------- who is distinct

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from ase import Atoms
 from ase.build import bulk
+from crystals import NEON
 from sscha_models import EV, LatticeSprings, evaluated, harmonic_state
 
 from magus_anharmonic.errors import InputError, SschaError
@@ -110,7 +110,7 @@ def test_minimisation_lowers_the_free_energy_and_keeps_the_symmetry(hcp, tmp_pat
 @pytest.mark.parametrize("name", ENGINES)
 def test_minimisation_finds_the_force_constants_of_a_harmonic_crystal(name, tmp_path):
     calculator = as_evaluator(LatticeSprings())
-    atoms = Atoms("Ne", cell=[3.0] * 3, pbc=True)
+    atoms = NEON
     symmetry = Symmetry(atoms, (3, 3, 3))
     exact = harmonic_state(atoms, (3, 3, 3), calculator, 50.0)
     state = replace(exact, force_constants=0.97 * exact.force_constants)

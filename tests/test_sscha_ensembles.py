@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from ase.build import bulk
+from refusals import refused
 from sscha_models import EV, evaluated, harmonic_state
 
 from magus_anharmonic.errors import InputError
@@ -204,11 +205,8 @@ def test_a_damaged_ensemble_is_refused_with_the_configuration(folder, damage):
     values = np.load(file)
     change(values)
     np.save(file, values)
-    with pytest.raises(InputError) as error:
+    with refused("data_dir", "population 1", *words):
         read_ensemble(folder / "data_dir", 300.0)
-    assert all(word in str(error.value) for word in ["data_dir", "population 1", *words]), str(
-        error.value
-    )
 
 
 @pytest.mark.parametrize(
@@ -219,9 +217,8 @@ def test_configurations_without_their_mirror_image_are_refused(folder, rows, wor
         file = folder / "data_dir" / f"{name}_pop1.npy"
         values = np.load(file)
         np.save(file, values[:rows] if isinstance(rows, int) else values[list(rows)])
-    with pytest.raises(InputError) as error:
+    with refused(*words):
         read_ensemble(folder / "data_dir", 300.0)
-    assert all(word in str(error.value) for word in words)
 
 
 def test_wrapped_atoms_are_taken_back_and_the_order_of_configurations_is_free(folder, aluminium):

@@ -3,7 +3,6 @@ crystals that fall apart."""
 
 from __future__ import annotations
 
-import csv
 import json
 from dataclasses import replace
 
@@ -14,6 +13,8 @@ from ase.build import bulk
 from ase.calculators.emt import EMT
 from ase.calculators.lj import LennardJones
 from ase.units import invcm
+from crystals import NEON, PAIR
+from records import csv_rows
 from sscha_models import CountingCalculator, LatticeSprings, QuarticPair, evaluated
 
 from magus_anharmonic.errors import InputError, NotConverged
@@ -26,8 +27,6 @@ from magus_anharmonic.sscha.state import fold
 from magus_anharmonic.sscha.symmetry import Symmetry
 from magus_anharmonic.units import EV_PER_A3_IN_GPA, HBAR, KELVIN, gpa_to_ev_per_a3
 
-NEON = Atoms("Ne", cell=[3.0] * 3, pbc=True)
-PAIR = Atoms("HF", positions=[[0, 0, 0], [1.5] * 3], cell=[3.0] * 3, pbc=True)
 ALUMINIUM = bulk("Al", "fcc", a=4.0)
 
 
@@ -171,7 +170,7 @@ def test_gibbs_energy_has_its_minimum_at_the_volume_that_was_found(compressed):
 
 def test_every_evaluation_is_counted_and_tabulated(compressed):
     result, folder = compressed
-    rows = list(csv.DictReader((folder / "convergence.csv").open()))
+    rows = csv_rows(folder / "convergence.csv")
     assert len(rows) == result.n_populations
     evaluated_in = [
         len(np.load(folder / f"population_{k:03d}.npz")["energies"])

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from ase import Atoms
 from ase.build import bulk
+from crystals import NEON, PAIR
 from scipy.linalg import solve_continuous_lyapunov
 from scipy.optimize import minimize_scalar, root
 from sscha_models import EV, LatticeSprings, evaluated, harmonic_state
@@ -266,7 +267,7 @@ class SkewPair:
 
 def pair_state(model, temperature):
     """The SCHA minimum of the model as a state, and the reduced mass."""
-    atoms = Atoms("HF", positions=[[0, 0, 0], [1.5] * 3], cell=[3.0] * 3, pbc=True)
+    atoms = PAIR.copy()
     masses = atoms.get_masses()
     mass = masses.prod() / masses.sum()
     centroid, spring = model.minimum(mass, temperature)
@@ -386,7 +387,7 @@ def test_a_pair_moves_the_frequencies_as_the_error_bars_say(include_v4):
 
 def test_a_harmonic_crystal_has_its_own_frequencies_and_is_stable():
     calculator = as_evaluator(LatticeSprings())
-    atoms = Atoms("Ne", cell=[3.0] * 3, pbc=True)
+    atoms = NEON
     symmetry = Symmetry(atoms, (3, 3, 3))
     state = harmonic_state(atoms, (3, 3, 3), calculator, 100.0)
     found = free_energy_hessian(state, evaluated(state, calculator, 20), symmetry)

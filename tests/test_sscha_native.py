@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from ase import Atoms
+from crystals import PAIR
 from scipy.stats import binom
 from sscha_models import EV, AnharmonicCell, QuarticPair, evaluated, harmonic_state
 
@@ -278,7 +279,7 @@ def _own_ensemble(model, state, exact, seed):
 
 
 def test_a_run_is_advanced_as_long_as_somebody_wants_and_then_finished(tmp_path):
-    atoms = Atoms("HF", positions=[[0, 0, 0], [1.5] * 3], cell=[3.0] * 3, pbc=True)
+    atoms = PAIR
     evaluator = as_evaluator(QuarticPair())
     settings = SschaSettings(cell="fixed", supercell=(1, 1, 1), n_configs=400)
     task = Task(atoms, 0.0, 0.0, settings, 0, None, None, evaluator.model_id)
@@ -303,7 +304,7 @@ def test_a_run_is_advanced_as_long_as_somebody_wants_and_then_finished(tmp_path)
 
 
 def test_populations_on_the_way_are_small_and_never_the_result():
-    atoms = Atoms("HF", positions=[[0, 0, 0], [1.5] * 3], cell=[3.0] * 3, pbc=True)
+    atoms = PAIR
     result = free_energy(
         atoms, QuarticPair(), cell="fixed", supercell=(1, 1, 1), n_configs=600, max_populations=9
     )

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from ase import Atoms
 from crystal_models import Crystals, crystal
-from sscha_models import harmonic_state
+from sscha_models import harmonic_state, phonopy_of
 
 from magus_anharmonic.sscha import free_energy
 from magus_anharmonic.sscha.state import fourier
@@ -29,20 +29,10 @@ class AsMlp:
 
 def phonopys(n_snapshots, n_iterations):
     """Its SSCHA after all iterations, which are kept."""
-    from phonopy import Phonopy
     from phonopy.sscha.core import MLPSSCHA
-    from phonopy.structure.atoms import PhonopyAtoms
 
-    atoms = CRYSTAL.atoms
-    cell = PhonopyAtoms(
-        symbols=atoms.get_chemical_symbols(),
-        cell=atoms.cell.array,
-        positions=atoms.positions,
-        masses=atoms.get_masses(),
-    )
-    start = Phonopy(cell, supercell_matrix=np.diag(SUPERCELL_MATRIX), primitive_matrix=np.eye(3))
     return MLPSSCHA(
-        start,
+        phonopy_of(CRYSTAL.atoms, SUPERCELL_MATRIX),
         AsMlp(),
         temperature=TEMPERATURE,
         number_of_snapshots=n_snapshots,

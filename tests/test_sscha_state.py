@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from ase import Atoms
 from ase.build import bulk
+from crystals import NEON, PAIR
 from harmonic_pair import HarmonicCrystal, springs
 from sscha_models import EV, LatticeSprings, QuarticPair, cu3au, evaluated, harmonic_state
 
@@ -117,7 +118,7 @@ def test_samples_are_pairs_with_the_covariance_of_the_state():
 
 
 def test_a_mode_of_low_frequency_is_raised_until_its_amplitude_is_small():
-    atoms = Atoms("HF", positions=[[0, 0, 0], [1.5] * 3], cell=[3.0] * 3, pbc=True)
+    atoms = PAIR
     state = harmonic_state(atoms, (1, 1, 1), as_evaluator(QuarticPair(k=-0.005)))
     assert np.all(state.modes.hbar_omega < 0)
     floored = floor_modes(state, Symmetry(atoms, (1, 1, 1)))
@@ -137,7 +138,7 @@ def test_a_mode_of_low_frequency_is_raised_until_its_amplitude_is_small():
 
 def test_finite_size_term_of_a_crystal_with_short_range_forces_is_exact():
     calculator = LatticeSprings()
-    atoms = Atoms("Ne", cell=[3.0] * 3, pbc=True)
+    atoms = NEON
     for temperature in (0.0, 150.0):
         state = harmonic_state(atoms, (3, 3, 3), as_evaluator(calculator), temperature)
         found = finite_size_term(state, spacing=0.05)
@@ -168,7 +169,7 @@ def test_interpolation_gives_back_the_force_constants_on_the_points_of_the_super
     matrices = fourier(state.force_constants, (2, 2, 2), q) / np.outer(root, root)
     assert ours == pytest.approx(np.linalg.eigvalsh(matrices), abs=1e-10)
     calculator = as_evaluator(LatticeSprings())
-    atoms = Atoms("Ne", cell=[3.0] * 3, pbc=True)
+    atoms = NEON
     larger = interpolate(harmonic_state(atoms, (3, 3, 3), calculator), (4, 3, 5))
     assert larger == pytest.approx(
         harmonic_state(atoms, (4, 3, 5), calculator).force_constants, abs=1e-8
@@ -295,7 +296,7 @@ def test_the_stiffness_learns_from_what_a_step_did():
 
 
 def test_start_from_a_saddle_is_positive_definite_and_counts_its_evaluations():
-    atoms = Atoms("HF", positions=[[0, 0, 0], [1.5] * 3], cell=[3.0] * 3, pbc=True)
+    atoms = PAIR
     begin = harmonic_start(
         atoms,
         as_evaluator(QuarticPair()),
@@ -310,7 +311,7 @@ def test_start_from_a_saddle_is_positive_definite_and_counts_its_evaluations():
 
 def test_averages_of_a_harmonic_crystal_are_exact_for_any_ensemble():
     calculator = LatticeSprings()
-    atoms = Atoms("Ne", cell=[3.0] * 3, pbc=True)
+    atoms = NEON
     state = harmonic_state(atoms, (2, 2, 2), as_evaluator(calculator), 100.0)
     found = average(
         state, evaluated(state, as_evaluator(calculator), 6), Symmetry(atoms, (2, 2, 2))
@@ -322,30 +323,29 @@ def test_averages_of_a_harmonic_crystal_are_exact_for_any_ensemble():
     assert abs(found.predicted_decrease) < 1e-8
 
 
-def test_predicted_decrease_is_what_is_gained_by_the_step():
-    calculator = LatticeSprings()
-    atoms = Atoms("Ne", cell=[3.0] * 3, pbc=True)
-    symmetry = Symmetry(atoms, (2, 2, 2))
-    exact = harmonic_state(atoms, (2, 2, 2), as_evaluator(calculator))
+@pytest.fixture
+def too_soft():
+    """Evaluator, symmetry and state of a harmonic crystal, and the state with force constants that
+    are a fifth too small."""
+    evaluator = as_evaluator(LatticeSprings())
+    exact = harmonic_state(NEON, (2, 2, 2), evaluator)
     soft = replace(exact, force_constants=0.8 * exact.force_constants)
-    found = average(soft, evaluated(soft, as_evaluator(calculator), 1500), symmetry)
+    return evaluator, Symmetry(NEON, (2, 2, 2)), exact, soft
+
+
+def test_predicted_decrease_is_what_is_gained_by_the_step(too_soft):
+    evaluator, symmetry, exact, soft = too_soft
+    found = average(soft, evaluated(soft, evaluator, 1500), symmetry)
     # to second order they are equal; the next order is 12 per cent here, the rest is noise
     assert found.predicted_decrease == pytest.approx(
         found.helmholtz - exact.harmonic_free_energy, rel=0.35
     )
 
 
-def test_error_bar_takes_the_two_of_a_pair_as_one():
-    calculator = LatticeSprings()
-    atoms = Atoms("Ne", cell=[3.0] * 3, pbc=True)
-    symmetry = Symmetry(atoms, (2, 2, 2))
-    exact = harmonic_state(atoms, (2, 2, 2), as_evaluator(calculator))
-    soft = replace(exact, force_constants=0.8 * exact.force_constants)
+def test_error_bar_takes_the_two_of_a_pair_as_one(too_soft):
+    evaluator, symmetry, _, soft = too_soft
     rng = np.random.default_rng(0)
-    found = [
-        average(soft, evaluated(soft, as_evaluator(calculator), 12, rng), symmetry)
-        for _ in range(60)
-    ]
+    found = [average(soft, evaluated(soft, evaluator, 12, rng), symmetry) for _ in range(60)]
     scatter = np.std([one.helmholtz for one in found], ddof=1)
     assert np.mean([one.helmholtz_error for one in found]) == pytest.approx(scatter, rel=0.3)
 

@@ -10,7 +10,7 @@ from ase.build import bulk
 from ase.calculators.emt import EMT
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sscha_models import EV, cu3au, evaluated, harmonic_state
+from sscha_models import EV, cu3au, evaluated, harmonic_state, phonopy_of
 
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.sscha import SschaResult, free_energy
@@ -121,22 +121,8 @@ def test_fourier_and_folding_are_inverses(matrix):
     ids=["P1", "fcc", "along the axes", "turned"],
 )
 def test_harmonic_frequencies_equal_phonopy_with_the_same_matrix(atoms, supercell_matrix):
-    from phonopy import Phonopy
-    from phonopy.structure.atoms import PhonopyAtoms
-
     state = harmonic_state(atoms, supercell_matrix)
-    cell = PhonopyAtoms(
-        symbols=atoms.get_chemical_symbols(),
-        cell=atoms.cell.array,
-        positions=atoms.positions,
-        masses=atoms.get_masses(),
-    )
-    # phonopy's matrix has the new vectors as columns
-    phonopy = Phonopy(
-        cell,
-        supercell_matrix=shape_supercell_matrix(supercell_matrix).T,
-        primitive_matrix=np.eye(3),
-    )
+    phonopy = phonopy_of(atoms, supercell_matrix)
     phonopy.generate_displacements(distance=0.015, is_plusminus=True)
     displaced = [
         Atoms(c.symbols, positions=c.positions, cell=c.cell, pbc=True)

@@ -1,8 +1,6 @@
 """Saddle points among the lowest phases: found by the Hessian, followed into the subgroup, and out
 of the ranking."""
 
-import csv
-
 import numpy as np
 import pytest
 import ranking_fakes as fakes
@@ -10,6 +8,7 @@ from ase import Atoms
 from ase.build import bulk
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from records import csv_rows
 from saddle_model import HydrogenBond, RockSaltWells
 
 from magus_anharmonic.errors import DamagedFile, SschaError
@@ -55,11 +54,6 @@ def ranked(model, folder, settings, structures=None):
     )
 
 
-def table_of(folder):
-    with (folder / "ranking.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
 @pytest.mark.slow
 def test_a_symmetric_saddle_is_followed_and_what_lies_below_it_is_ranked(tmp_path):
     follower, saddle = ranked(SADDLE, tmp_path, keys())
@@ -85,7 +79,7 @@ def test_a_symmetric_saddle_is_followed_and_what_lies_below_it_is_ranked(tmp_pat
     )
     assert gain > 5 * error and found == pytest.approx(gain, abs=4 * error)
     assert follower.id in saddle.reason and "lower" in saddle.reason
-    first, second = table_of(tmp_path)
+    first, second = csv_rows(tmp_path / "ranking.csv")
     assert (first["parent"], first["status"], second["status"]) == (saddle.id, "stable", "saddle")
     assert float(second["hessian_deciding_cm1"]) < 0 < float(first["hessian_deciding_cm1"])
 

@@ -275,7 +275,7 @@ class Lost(Calculator):
 def test_what_is_sound_passes_and_says_which_checks_it_passed(potential, h3s):
     assert check_evaluator(Batch()) == check_evaluator(EMT())
     assert "forces and stress against energy" in check_evaluator(EMT(), bulk("Al", cubic=True))
-    assert check_evaluator(potential, h3s(bond_shift=0.05)) == check_evaluator(EMT())
+    assert check_evaluator(potential, h3s(shift=0.05)) == check_evaluator(EMT())
     with pytest.raises(AssertionError, match="kind: raised TypeError: .*no evaluator"):
         check_evaluator(3)
     with pytest.raises(AssertionError, match="model id: no id can be made"):

@@ -1,7 +1,6 @@
 """Error estimates: calibrated, larger where the model was not trained, kept with the checkpoint,
 and used to choose labels."""
 
-import csv
 import logging
 
 import numpy as np
@@ -10,6 +9,8 @@ import torch
 from ase import Atoms
 from ase.calculators.lj import LennardJones
 from ase.calculators.singlepoint import SinglePointCalculator
+from crystals import h3s
+from records import csv_rows
 
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.evaluator import CalculatorEvaluator, set_energy_errors
@@ -28,8 +29,7 @@ SHAPE = Architecture(num_blocks=1, units=8, cutoff=4.0, threebody_cutoff=3.0)
 
 def crystal(rng, rattle, a=3.0):
     """Im-3m H3S, every atom moved by normal displacements of ``rattle`` Angstrom."""
-    cell = a / 2 * np.array([[-1, 1, 1], [1, -1, 1], [1, 1, -1]])
-    atoms = Atoms("SH3", positions=np.vstack([np.zeros(3), a / 2 * np.eye(3)]), cell=cell, pbc=True)
+    atoms = h3s(a)
     atoms.positions += rattle * rng.normal(size=(4, 3))
     return atoms
 
@@ -329,7 +329,7 @@ def test_the_ranking_shows_both_errors_and_warns_of_an_ensemble_that_walked_away
             candidate.status == "converged"
             and "where the model was not trained" in candidate.reason
         )
-        (row,) = csv.DictReader((tmp_path / "ranking.csv").open(newline=""))
+        (row,) = csv_rows(tmp_path / "ranking.csv")
         assert float(row["model_error_eV_per_atom"]) == pytest.approx(
             atoms.info["energy_error"], abs=1e-6
         )

@@ -1,7 +1,6 @@
 """Validation of a campaign: every kind of value found in tables made by hand, verdicts, reasons
 from the run, and wrong input."""
 
-import csv
 import json
 import re
 from itertools import pairwise
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 import yaml
 from campaign_tables import ranked
+from records import csv_rows
 from typer.testing import CliRunner
 
 from magus_anharmonic.cli import app
@@ -427,8 +427,8 @@ def test_exit_codes_and_files(campaign):
     assert [row["verdict"] for row in stored["values"]] == ["agrees", "disagrees"] and stored[
         "counts"
     ]["disagrees"] == 1
-    with (campaign / "campaign" / "validation.csv").open(newline="") as file:
-        assert [line["verdict"] for line in csv.DictReader(file)] == ["agrees", "disagrees"]
+    lines = csv_rows(campaign / "campaign" / "validation.csv")
+    assert [line["verdict"] for line in lines] == ["agrees", "disagrees"]
 
 
 @pytest.mark.parametrize(

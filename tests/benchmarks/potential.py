@@ -13,7 +13,6 @@ model take part, and the best of all settings counts.
 import argparse
 import importlib
 import sys
-from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
@@ -22,8 +21,6 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 
 MODULES = ("evaluation", "relaxation", "training")
-
-Measure = Callable[[int], tuple[float | None, str]]
 
 
 def rows():

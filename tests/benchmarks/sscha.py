@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 from ase import Atoms
 from bars import beside, on_one_thread, options_of
+from crystals import h3s
 
 from magus_anharmonic.sscha import engines, python_sscha
 from magus_anharmonic.sscha.engines import Pool
@@ -84,17 +85,6 @@ def low_symmetry_cell(n_atoms, seed=1):
         if not apart or min(apart) > 1.1:
             places.append(place)
     return Atoms("SH3" * (n_atoms // 4), scaled_positions=places, cell=cell, pbc=True)
-
-
-def h3s():
-    """Im-3m H3S at about 150 GPa, four atoms."""
-    cell = 1.5 * np.array([[-1, 1, 1], [1, -1, 1], [1, 1, -1]], dtype=float)
-    return Atoms(
-        "SH3",
-        positions=1.5 * np.array([[0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1]]),
-        cell=cell,
-        pbc=True,
-    )
 
 
 def synthetic(atoms, supercell_matrix, n_configs):

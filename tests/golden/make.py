@@ -21,6 +21,7 @@ from ase.calculators.emt import EMT
 from ase.calculators.singlepoint import SinglePointCalculator
 from campaign_tables import write_campaign
 from crystal_models import Crystals, crystal
+from crystals import PAIR
 from kill_harness import INPUT, Server
 from ranking_fakes import Emt, h3s
 from saddle_model import HydrogenBond
@@ -167,9 +168,8 @@ def rankings(folder):
 
 def sscha(folder):
     """One run at fixed volume, one at fixed pressure."""
-    pair = Atoms("HF", positions=[[0, 0, 0], [1.5] * 3], cell=[3.0] * 3, pbc=True)
     free_energy(
-        pair,
+        PAIR,
         QuarticPair(),
         0.0,
         100.0,

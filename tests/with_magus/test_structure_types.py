@@ -308,7 +308,7 @@ def test_r3m_and_im3m_are_one_for_magus_s_default_and_two_for_naive_alone(work, 
     monkeypatch.setattr(Individual, "symprec", 0.01, raising=False)
     monkeypatch.setattr(Individual, "check_seed", True, raising=False)
     monkeypatch.setattr(Individual, "full_ele", False, raising=False)
-    phases = [Individual(h3s(bond_shift=shift)) for shift in (0.0, 0.05)]
+    phases = [Individual(h3s(shift=shift)) for shift in (0.0, 0.05)]
     for phase, energy in zip(phases, (-12.0, -11.9), strict=True):
         phase.find_spg()
         phase.info["energy"] = energy
@@ -348,7 +348,7 @@ def test_a_search_by_free_energy_keeps_r3m_beside_im3m(work, h3s, more, kept):
         **more,
     )
     (work / "Seeds").mkdir()
-    write(work / "Seeds/seeds_1.traj", [h3s(), h3s(bond_shift=0.05)])
+    write(work / "Seeds/seeds_1.traj", [h3s(), h3s(shift=0.05)])
     result = magus(work, "search")
     assert result.returncode == 0, result.stdout[-3000:]
     found = [
