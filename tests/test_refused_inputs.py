@@ -7,16 +7,22 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
+from ase.build import bulk
+from ase.calculators.emt import EMT
 from typer.testing import CliRunner
 
+from magus_anharmonic import free_energy, load
 from magus_anharmonic.cli import app
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.labelers import available, code_of
 from magus_anharmonic.paper.ensemble_errors import load_labeler_settings
-from magus_anharmonic.potential.train import load_recipe
-from magus_anharmonic.settings import load_settings, load_yaml
+from magus_anharmonic.phase_diagram.points import read_points
+from magus_anharmonic.potential.train import TrainRecipe, load_recipe, train_file
+from magus_anharmonic.search.keys import HostKeys
+from magus_anharmonic.settings import load_settings, load_yaml, parse, parse_settings
 from magus_anharmonic.settings.campaign import load_campaign
 from magus_anharmonic.settings.phase_diagram import load_phase_diagram
 
@@ -249,9 +255,9 @@ def test_a_file_of_megabytes_is_no_file_of_settings(tmp_path, monkeypatch):
     assert result.exit_code == 2, result.output
     words = "input.yaml: has 20.8 MB, and settings at most 1"
     assert words in " ".join(result.output.split())
-    for load in LOADERS:
+    for read in LOADERS:
         with pytest.raises(InputError, match=words):
-            load("input.yaml")
+            read("input.yaml")
     assert time.process_time() - begun < 30.0
 
 
@@ -265,3 +271,23 @@ def test_aliases_as_people_use_them_are_read(tmp_path):
     assert load_yaml(file)["search59"] == {**{f"key{n}": n for n in range(50)}, "seed": 59}
     file.write_text("long: [" + ", ".join(map(str, range(30_000))) + "]\n")
     assert len(load_yaml(file)["long"]) == 30_000
+
+
+def refused(data: dict[str, Any]) -> str:
+    with pytest.raises(InputError) as caught:
+        parse_settings(data)
+    return str(caught.value)
+
+
+def test_a_symmetry_tolerance_of_whole_bonds_is_refused():
+    """spglib ended the whole process with ``symprec: 5``, and called hcp P1."""
+    assert "sscha.symprec: 5" in refused({"sscha": {"symprec": 5}})
+    assert parse_settings({"sscha": {"symprec": 1.0}}).sscha.symprec == 1.0
+    with pytest.raises(InputError, match="symprec: 5"):
+        parse(HostKeys, {"symprec": 5, "formula": [1], "min_n_atoms": 1, "max_n_atoms": 1})
+
+
+@pytest.mark.parametrize("length", [-1, "0 A"])
+def test_a_length_of_a_supercell_is_refused_in_one_line(length):
+    said = refused({"sscha": {"supercell": {"min_length": length}}})
+    assert "min_length must be above 0" in said and len(said.splitlines()) == 1

@@ -95,6 +95,8 @@ Device = Annotated[
 Energy = Annotated[Positive, In("eV/atom")]
 Force = Annotated[Positive, In("eV/A")]
 Length = Annotated[Positive, In("A")]
+Symprec = Annotated[Positive, Field(le=1.0), In("A")]
+"""Above, neighbours pass for one site: spglib finds no group, or ends the process."""
 Spacing = Annotated[Positive, In("2 pi/A")]
 Seconds = Annotated[Positive, In("s")]
 Kelvin = Annotated[NonNegative, In("K")]
