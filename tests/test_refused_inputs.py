@@ -287,6 +287,11 @@ def test_a_symmetry_tolerance_of_whole_bonds_is_refused():
         parse(HostKeys, {"symprec": 5, "formula": [1], "min_n_atoms": 1, "max_n_atoms": 1})
 
 
+def test_a_symbol_that_is_given_twice_is_refused():
+    """No random crystal fitted the formula, and the search tried for ever."""
+    assert "Cu is given twice" in refused({"symbols": ["Cu", "Ag", "Cu"]})
+
+
 @pytest.mark.parametrize("length", [-1, "0 A"])
 def test_a_length_of_a_supercell_is_refused_in_one_line(length):
     said = refused({"sscha": {"supercell": {"min_length": length}}})
