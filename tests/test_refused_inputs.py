@@ -296,3 +296,17 @@ def test_a_symbol_that_is_given_twice_is_refused():
 def test_a_length_of_a_supercell_is_refused_in_one_line(length):
     said = refused({"sscha": {"supercell": {"min_length": length}}})
     assert "min_length must be above 0" in said and len(said.splitlines()) == 1
+
+
+def test_a_device_that_nobody_knows_is_not_called_a_damaged_checkpoint():
+    with pytest.raises(InputError, match="device gpu: must be cpu or cuda"):
+        load("h3s-gpaw-small", device="gpu")
+
+
+def test_a_folder_instead_of_a_checkpoint_is_refused_before_anything_is_trained(tmp_path):
+    with pytest.raises(InputError, match="is a folder"):
+        train_file([tmp_path / "not-even-read.xyz"], tmp_path, load_recipe_of_one_epoch())
+
+
+def load_recipe_of_one_epoch() -> TrainRecipe:
+    return parse(TrainRecipe, {"stages": [{"epochs": 1}]}, "train")
