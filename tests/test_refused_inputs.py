@@ -310,3 +310,13 @@ def test_a_folder_instead_of_a_checkpoint_is_refused_before_anything_is_trained(
 
 def load_recipe_of_one_epoch() -> TrainRecipe:
     return parse(TrainRecipe, {"stages": [{"epochs": 1}]}, "train")
+
+
+@pytest.mark.parametrize("volume", [-10.0, 0.0])
+def test_a_volume_that_is_none_is_refused_with_its_line(tmp_path, volume):
+    names = "phase,pressure_GPa,temperature_K,gibbs_eV_per_atom,gibbs_error_eV_per_atom"
+    more = "volume_A3_per_atom,volume_error_A3_per_atom"
+    table = tmp_path / "gibbs.csv"
+    table.write_text(f"{names},{more}\nA,0,0,0.1,1e-4,{volume},0.1\n")
+    with pytest.raises(InputError, match="line 2: volume_A3_per_atom: .* above 0"):
+        read_points(table)
