@@ -320,3 +320,30 @@ def test_a_volume_that_is_none_is_refused_with_its_line(tmp_path, volume):
     table.write_text(f"{names},{more}\nA,0,0,0.1,1e-4,{volume},0.1\n")
     with pytest.raises(InputError, match="line 2: volume_A3_per_atom: .* above 0"):
         read_points(table)
+
+
+WRONG = {
+    "atoms": ("Cu.vasp", EMT(), {}, "atoms: str: must be one ase.Atoms"),
+    "several": ([bulk("Cu")], EMT(), {}, "atoms: list: must be one ase.Atoms"),
+    "class": (bulk("Cu"), EMT, {}, "evaluator: EMT is a class"),
+    "seed": (bulk("Cu"), EMT(), {"seed": -1}, "seed: -1: must be one whole number"),
+    "half a seed": (bulk("Cu"), EMT(), {"seed": 1.5}, "seed: 1.5: must be one whole number"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_argument_of_free_energy_is_named(name):
+    atoms, evaluator, more, words = WRONG[name]
+    with pytest.raises(InputError, match=words):
+        free_energy(atoms, evaluator, **more)
+
+
+def test_numbers_of_numpy_are_numbers():
+    plain = {"n_configs": 8, "temperature": 300, "seed": 2, "supercell": (1, 1, 2)}
+    numpy = {name: np.asarray(value)[()] for name, value in plain.items()}
+    cell = {"cell": "fixed", "max_populations": 1}
+    found = [
+        free_energy(bulk("Cu"), EMT(), masses={"Cu": mass}, **cell, **given).numbers.gibbs
+        for mass, given in ((63, plain), (np.int64(63), numpy))
+    ]
+    assert found[0] == found[1]

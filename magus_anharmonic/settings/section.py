@@ -13,6 +13,7 @@ from itertools import chain, pairwise
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
+import numpy as np
 import yaml
 from pydantic import (
     AfterValidator,
@@ -187,7 +188,8 @@ class Section(BaseModel):
             name = name if name in cls.model_fields else str(key)
             if name in folded:
                 raise ValueError(f"{key} is given twice (camelCase and snake_case, or an old name)")
-            folded[name] = value
+            # who calls from Python has numbers and matrices of numpy
+            folded[name] = value.tolist() if isinstance(value, np.generic | np.ndarray) else value
         return folded
 
 
