@@ -347,3 +347,19 @@ def test_numbers_of_numpy_are_numbers():
         for mass, given in ((63, plain), (np.int64(63), numpy))
     ]
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("output", ["taken", "taken/below"])
+def test_a_file_where_the_output_folder_should_be_is_wrong_input(tmp_path, monkeypatch, output):
+    """It said that finished work is kept, and to run the same command again."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "taken").touch()
+    bulk("Cu", cubic=True).write("cu.vasp")
+    command = ["rank", "cu.vasp", "--calculator", "ase.calculators.emt.EMT", "-o", output]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 2 and "give the path of a folder" in result.stderr
+    assert "finished work" not in result.stderr
+
+
+def test_deuterium_is_said_to_be_a_mass():
+    assert "write H, and give its mass" in refused({"symbols": ["D", "S"]})

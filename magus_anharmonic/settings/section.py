@@ -66,7 +66,8 @@ def element(symbol: str) -> str:
     from ase.data import atomic_numbers
 
     if symbol == "X" or symbol not in atomic_numbers:
-        raise ValueError(f"{symbol!r} is not a chemical element")
+        hint = "; write H, and give its mass where masses are asked for" * (symbol in ("D", "T"))
+        raise ValueError(f"{symbol!r} is not a chemical element{hint}")
     return symbol
 
 
