@@ -308,6 +308,10 @@ def as_evaluator(source: EnergySource, structures: Iterable[Atoms] = ()) -> Eval
 
     ``structures`` hold the elements for which a calculator's id is made.
     """
+    if isinstance(source, type):  # has the methods, but no parameters
+        raise TypeError(
+            f"{source.__name__} is a class; give one made of it: {source.__name__}(...)"
+        )
     if isinstance(source, CalculatorEvaluator):
         return source.for_structures(structures)
     if hasattr(source, "evaluate") and hasattr(source, "model_id"):

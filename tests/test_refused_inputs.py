@@ -7,16 +7,22 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
+from ase.build import bulk
+from ase.calculators.emt import EMT
 from typer.testing import CliRunner
 
+from magus_anharmonic import free_energy, load
 from magus_anharmonic.cli import app
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.labelers import available, code_of
 from magus_anharmonic.paper.ensemble_errors import load_labeler_settings
-from magus_anharmonic.potential.train import load_recipe
-from magus_anharmonic.settings import load_settings, load_yaml
+from magus_anharmonic.phase_diagram.points import read_points
+from magus_anharmonic.potential.train import TrainRecipe, load_recipe, train_file
+from magus_anharmonic.search.keys import HostKeys
+from magus_anharmonic.settings import load_settings, load_yaml, parse, parse_settings
 from magus_anharmonic.settings.campaign import load_campaign
 from magus_anharmonic.settings.phase_diagram import load_phase_diagram
 
@@ -249,9 +255,9 @@ def test_a_file_of_megabytes_is_no_file_of_settings(tmp_path, monkeypatch):
     assert result.exit_code == 2, result.output
     words = "input.yaml: has 20.8 MB, and settings at most 1"
     assert words in " ".join(result.output.split())
-    for load in LOADERS:
+    for read in LOADERS:
         with pytest.raises(InputError, match=words):
-            load("input.yaml")
+            read("input.yaml")
     assert time.process_time() - begun < 30.0
 
 
@@ -265,3 +271,95 @@ def test_aliases_as_people_use_them_are_read(tmp_path):
     assert load_yaml(file)["search59"] == {**{f"key{n}": n for n in range(50)}, "seed": 59}
     file.write_text("long: [" + ", ".join(map(str, range(30_000))) + "]\n")
     assert len(load_yaml(file)["long"]) == 30_000
+
+
+def refused(data: dict[str, Any]) -> str:
+    with pytest.raises(InputError) as caught:
+        parse_settings(data)
+    return str(caught.value)
+
+
+def test_a_symmetry_tolerance_of_whole_bonds_is_refused():
+    """spglib ended the whole process with ``symprec: 5``, and called hcp P1."""
+    assert "sscha.symprec: 5" in refused({"sscha": {"symprec": 5}})
+    assert parse_settings({"sscha": {"symprec": 1.0}}).sscha.symprec == 1.0
+    with pytest.raises(InputError, match="symprec: 5"):
+        parse(HostKeys, {"symprec": 5, "formula": [1], "min_n_atoms": 1, "max_n_atoms": 1})
+
+
+def test_a_symbol_that_is_given_twice_is_refused():
+    """No random crystal fitted the formula, and the search tried for ever."""
+    assert "Cu is given twice" in refused({"symbols": ["Cu", "Ag", "Cu"]})
+
+
+@pytest.mark.parametrize("length", [-1, "0 A"])
+def test_a_length_of_a_supercell_is_refused_in_one_line(length):
+    said = refused({"sscha": {"supercell": {"min_length": length}}})
+    assert "min_length must be above 0" in said and len(said.splitlines()) == 1
+
+
+def test_a_device_that_nobody_knows_is_not_called_a_damaged_checkpoint():
+    with pytest.raises(InputError, match="device gpu: must be cpu or cuda"):
+        load("h3s-gpaw-small", device="gpu")
+
+
+def test_a_folder_instead_of_a_checkpoint_is_refused_before_anything_is_trained(tmp_path):
+    with pytest.raises(InputError, match="is a folder"):
+        train_file([tmp_path / "not-even-read.xyz"], tmp_path, load_recipe_of_one_epoch())
+
+
+def load_recipe_of_one_epoch() -> TrainRecipe:
+    return parse(TrainRecipe, {"stages": [{"epochs": 1}]}, "train")
+
+
+@pytest.mark.parametrize("volume", [-10.0, 0.0])
+def test_a_volume_that_is_none_is_refused_with_its_line(tmp_path, volume):
+    names = "phase,pressure_GPa,temperature_K,gibbs_eV_per_atom,gibbs_error_eV_per_atom"
+    more = "volume_A3_per_atom,volume_error_A3_per_atom"
+    table = tmp_path / "gibbs.csv"
+    table.write_text(f"{names},{more}\nA,0,0,0.1,1e-4,{volume},0.1\n")
+    with pytest.raises(InputError, match="line 2: volume_A3_per_atom: .* above 0"):
+        read_points(table)
+
+
+WRONG = {
+    "atoms": ("Cu.vasp", EMT(), {}, "atoms: str: must be one ase.Atoms"),
+    "several": ([bulk("Cu")], EMT(), {}, "atoms: list: must be one ase.Atoms"),
+    "class": (bulk("Cu"), EMT, {}, "evaluator: EMT is a class"),
+    "seed": (bulk("Cu"), EMT(), {"seed": -1}, "seed: -1: must be one whole number"),
+    "half a seed": (bulk("Cu"), EMT(), {"seed": 1.5}, "seed: 1.5: must be one whole number"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_argument_of_free_energy_is_named(name):
+    atoms, evaluator, more, words = WRONG[name]
+    with pytest.raises(InputError, match=words):
+        free_energy(atoms, evaluator, **more)
+
+
+def test_numbers_of_numpy_are_numbers():
+    plain = {"n_configs": 8, "temperature": 300, "seed": 2, "supercell": (1, 1, 2)}
+    numpy = {name: np.asarray(value)[()] for name, value in plain.items()}
+    cell = {"cell": "fixed", "max_populations": 1}
+    found = [
+        free_energy(bulk("Cu"), EMT(), masses={"Cu": mass}, **cell, **given).numbers.gibbs
+        for mass, given in ((63, plain), (np.int64(63), numpy))
+    ]
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("output", ["taken", "taken/below"])
+def test_a_file_where_the_output_folder_should_be_is_wrong_input(tmp_path, monkeypatch, output):
+    """It said that finished work is kept, and to run the same command again."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "taken").touch()
+    bulk("Cu", cubic=True).write("cu.vasp")
+    command = ["rank", "cu.vasp", "--calculator", "ase.calculators.emt.EMT", "-o", output]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 2 and "give the path of a folder" in result.stderr
+    assert "finished work" not in result.stderr
+
+
+def test_deuterium_is_said_to_be_a_mass():
+    assert "write H, and give its mass" in refused({"symbols": ["D", "S"]})

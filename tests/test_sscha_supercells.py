@@ -22,6 +22,7 @@ from magus_anharmonic.sscha.reciprocal import finite_size_term
 from magus_anharmonic.sscha.result import read_population_file
 from magus_anharmonic.sscha.state import SschaState, expand, fold, fourier, inverse_fourier
 from magus_anharmonic.sscha.supercells import (
+    adjugate,
     as_supercell_matrix,
     cell_index,
     cell_offsets,
@@ -29,10 +30,12 @@ from magus_anharmonic.sscha.supercells import (
     containing_mesh,
     determinant,
     dual,
+    kept_sublattices,
     n_cells,
     q_index,
     q_points,
     shape_supercell_matrix,
+    sublattices,
 )
 from magus_anharmonic.sscha.symmetry import Symmetry, choose_supercell_matrix
 
@@ -248,6 +251,27 @@ def test_known_choices():
         "no centred cell is smaller"
     )
     assert choose_supercell_matrix(cubic, {"min_length": 3.0}, 1e-3) == (1, 1, 1)
+
+
+def test_sublattices_by_prime_powers_are_those_of_all_that_the_rotations_keep():
+    """Of high symmetry few of many thousand are kept, and a long cell needs hundreds of sizes."""
+    slanted = Atoms("AlH", cell=[[3, 0, 0], [0, 4, 0], [1, 0, 3.5]], pbc=True)
+    slanted.positions[1] = [1.2, 0.0, 0.7]
+    for atoms in (bulk("Cu", "fcc", a=3.6), bulk("Mg"), slanted, pair()):
+        rotations = Symmetry(atoms, (1, 1, 1)).fractional
+        for size in (1, 7, 8, 12, 18, 30, 36):
+            adjugates = adjugate(every := sublattices(size))
+            turned = [np.all(every @ one.T @ adjugates % size == 0, (1, 2)) for one in rotations]
+            kept = every[np.all(turned, axis=0)]
+            assert np.array_equal(kept_sublattices(size, rotations), kept)
+    assert len(sublattices(30)) == 7 * 13 * 31
+    assert n_cells(choose_supercell_matrix(bulk("Cu"), {"min_length": 15.0}, 1e-3)) == 216
+
+
+@pytest.mark.parametrize("length", [1e3, 1e9, 1e300])
+def test_a_length_that_no_computer_holds_is_refused(length):
+    with pytest.raises(InputError, match="min_length.*at most"):
+        choose_supercell_matrix(bulk("Cu"), {"min_length": length}, 1e-3)
 
 
 def test_a_matrix_that_breaks_the_symmetry_is_enlarged_to_one_that_does_not():

@@ -154,6 +154,10 @@ def user_errors(go_on: str = "run the same command again") -> Iterator[None]:
     except LostLock as error:
         say(f"error: {error}", err=True)
         raise typer.Exit(1) from None
+    except (FileExistsError, NotADirectoryError, IsADirectoryError) as error:
+        wanted = "file" if isinstance(error, IsADirectoryError) else "folder"
+        say(f"input error: {reason_of(error)}; give the path of a {wanted}", err=True)
+        raise typer.Exit(INPUT_ERROR) from None
     except Exception as error:
         if not (isinstance(error, OSError) or is_machine_error(error)):
             raise

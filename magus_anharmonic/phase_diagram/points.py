@@ -284,6 +284,10 @@ def _check_point(where: str, point: GibbsPoint) -> None:
         raise InputError(
             f"{where}: gibbs_error_eV_per_atom: must be above 0 (its standard error in eV/atom)"
         )
+    if point.volume <= 0:
+        raise InputError(
+            f"{where}: volume_A3_per_atom: {point.volume:g}: must be above 0 (A^3 per atom)"
+        )
     for value, column_ in WITH_ERRORS.items():
         at_rest = value == "entropy" and point.temperature_K == 0
         known = math.isfinite(getattr(point, value)) and not at_rest

@@ -60,6 +60,10 @@ def chosen_device(asked: str | None) -> str:
     there."""
     if asked is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.device(asked)
+    except RuntimeError:
+        raise InputError(f"device {asked}: must be cpu or cuda") from None
     if asked.startswith("cuda") and not torch.cuda.is_available():
         raise InputError(
             f"device {asked}: this machine has no CUDA device, or torch was built without CUDA"

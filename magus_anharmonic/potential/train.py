@@ -232,6 +232,8 @@ def train_file(
     process trains the same checkpoint) and CheckpointError.
     """
     out = Path(out)
+    if out.is_dir():  # else known only once everything is trained
+        raise InputError(f"{out}: is a folder; give the file of the checkpoint to write")
     with lock.locked(out.parent, "magus-anharmonic train", f"{out.stem}.{lock.NAME}"):
         return _train(labels, out, recipe, device)
 

@@ -25,6 +25,7 @@ from magus_anharmonic.settings import (
     Positive,
     Section,
     Settings,
+    Symprec,
     nearest,
     parse,
     snake_case,
@@ -214,7 +215,7 @@ class HostKeys(Section):
     max_enthalpy: Annotated[float, In("eV/atom")] = Field(
         100.0, description="eV/atom; structures above it are dropped"
     )
-    symprec: Length = Field(0.1, description="Angstrom, for finding space groups")
+    symprec: Symprec = Field(0.1, description="Angstrom, for finding space groups")
     dE: Energy = Field(
         0.01, description="eV/atom: duplicates (of one space group) differ less in enthalpy"
     )
@@ -461,9 +462,8 @@ def _top_level_problems(settings: Settings) -> list[str]:
 
 
 def _shape_problems(keys: HostKeys, settings: Settings) -> list[str]:
-    n = len(settings.symbols)
     problems = []
-    several = settings.formula_type == "var"
+    n, several = len(settings.symbols), settings.formula_type == "var"
     if isinstance(keys.formula[0], list) != several:
         shape = "one list per unit, e.g. [[1, 0], [0, 1]]" if several else "one list, e.g. [3, 1]"
         problems.append(

@@ -34,6 +34,7 @@ from magus_anharmonic.settings.section import (
     NonNegative,
     Positive,
     Section,
+    Symprec,
     absolute_file,
     check_pressure,
     load_yaml,

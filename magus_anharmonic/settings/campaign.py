@@ -31,11 +31,11 @@ from magus_anharmonic.settings.section import (
     Force,
     InsidePath,
     Kelvin,
-    Length,
     PressureGPa,
     PressuresGPa,
     Section,
     Seed,
+    Symprec,
     Three,
     load_yaml,
     parse,
@@ -157,7 +157,7 @@ class DftSettings(Section):
     )
     force_tolerance: Force = Field(0.05, description="eV/A")
     max_steps: Count = Field(100, description="most steps of one relaxation")
-    symprec: Length = Field(
+    symprec: Symprec = Field(
         0.05, description="Angstrom, of the three space groups that are compared"
     )
 

@@ -10,9 +10,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.settings.calculators import (
@@ -42,6 +42,14 @@ from magus_anharmonic.settings.sscha import SschaSettings
 
 LABELER = "sscha"
 """The labeler that makes labels of a free energy."""
+
+
+def _once(symbols: list[str]) -> list[str]:
+    """The same; ValueError for one that is there twice: no crystal would ever fit its formula."""
+    for symbol in symbols:
+        if symbols.count(symbol) > 1:
+            raise ValueError(f"{symbol} is given twice")
+    return symbols
 
 
 def problem_of_surface(
@@ -109,7 +117,9 @@ class Settings(Section):
         ge=0,
         description="same input and seed, same result; left out: drawn once and recorded",
     )
-    symbols: list[Element] = Field(default_factory=list, description="MAGUS's key: the elements")
+    symbols: Annotated[list[Element], AfterValidator(_once)] = Field(
+        default_factory=list, description="MAGUS's key: the elements"
+    )
     formula_type: Literal["fix", "var"] = Field("fix", description="MAGUS's key")
     fitness: list[str] = Field(
         default_factory=list,

@@ -13,6 +13,7 @@ from itertools import chain, pairwise
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
+import numpy as np
 import yaml
 from pydantic import (
     AfterValidator,
@@ -65,7 +66,8 @@ def element(symbol: str) -> str:
     from ase.data import atomic_numbers
 
     if symbol == "X" or symbol not in atomic_numbers:
-        raise ValueError(f"{symbol!r} is not a chemical element")
+        hint = "; write H, and give its mass where masses are asked for" * (symbol in ("D", "T"))
+        raise ValueError(f"{symbol!r} is not a chemical element{hint}")
     return symbol
 
 
@@ -95,6 +97,8 @@ Device = Annotated[
 Energy = Annotated[Positive, In("eV/atom")]
 Force = Annotated[Positive, In("eV/A")]
 Length = Annotated[Positive, In("A")]
+Symprec = Annotated[Positive, Field(le=1.0), In("A")]
+"""Above, neighbours pass for one site: spglib finds no group, or ends the process."""
 Spacing = Annotated[Positive, In("2 pi/A")]
 Seconds = Annotated[Positive, In("s")]
 Kelvin = Annotated[NonNegative, In("K")]
@@ -185,7 +189,8 @@ class Section(BaseModel):
             name = name if name in cls.model_fields else str(key)
             if name in folded:
                 raise ValueError(f"{key} is given twice (camelCase and snake_case, or an old name)")
-            folded[name] = value
+            # who calls from Python has numbers and matrices of numpy
+            folded[name] = value.tolist() if isinstance(value, np.generic | np.ndarray) else value
         return folded
 
 

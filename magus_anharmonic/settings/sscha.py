@@ -25,6 +25,7 @@ from magus_anharmonic.settings.section import (
     Positive,
     Section,
     Spacing,
+    Symprec,
 )
 from magus_anharmonic.units import quantity
 
@@ -146,7 +147,7 @@ class SschaSettings(Section):
     min_effective_sample: Positive = Field(
         0.5, lt=1.0, description="effective sample size / n_configs that ends a minimisation"
     )
-    symprec: Length = Field(0.05, description="Angstrom, symmetry of the start")
+    symprec: Symprec = Field(0.05, description="Angstrom, symmetry of the start")
     reference_spacing: Spacing = Field(
         0.02, description="2 pi / A: q spacing to which the free energy is interpolated"
     )
@@ -258,6 +259,8 @@ class SschaSettings(Section):
         if isinstance(value, dict):
             if set(value) != {"min_length"}:
                 raise problem
+            if not quantity(value["min_length"], "A") > 0:
+                raise ValueError("min_length must be above 0 A")
             return value
         if not isinstance(value, list | tuple) or len(value) != 3:
             raise problem

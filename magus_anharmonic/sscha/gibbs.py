@@ -7,6 +7,7 @@ import logging
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Literal
 
@@ -181,12 +182,14 @@ def free_energy(
         settings = settings.model_copy(update={"surrogate": "none"})
     if (
         isinstance(temperature, bool)
-        or not isinstance(temperature, int | float)
+        or not isinstance(temperature, Real)
         or not 0 <= temperature < np.inf
     ):
         raise InputError(
             f"sscha.temperature: {temperature!r}: must be one number in K, not below 0"
         )
+    if isinstance(seed, bool) or not isinstance(seed, Integral) or seed < 0:
+        raise InputError(f"seed: {seed!r}: must be one whole number, not below 0")
     with tempfile.TemporaryDirectory(prefix="sscha-") as scratch:
         state = None if start is None else read_state(start, float(temperature))
         configurations = configurations_of(start, source.model_id)

@@ -13,6 +13,7 @@ import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -259,11 +260,13 @@ def symmetry_of(
 def check_crystal(atoms: Atoms, masses: Mapping[str, float] | None) -> None:
     """Raise ``InputError`` for what does not pass the `gate`, and for masses that cannot be
     meant."""
+    if not isinstance(atoms, Atoms):
+        raise InputError(f"atoms: {type(atoms).__name__}: must be one ase.Atoms")
     check_structure(atoms)
     for symbol, mass in (masses or {}).items():
         if symbol not in atoms.get_chemical_symbols():
             raise InputError(f"masses.{symbol}: not in {atoms.get_chemical_formula()}")
-        if isinstance(mass, bool) or not isinstance(mass, int | float) or not 0 < mass < 500:
+        if isinstance(mass, bool) or not isinstance(mass, Real) or not 0 < mass < 500:
             raise InputError(f"masses.{symbol}: {mass!r}: must be a mass in amu")
 
 

@@ -203,9 +203,7 @@ def smallest_supercell(
     least = max(1, int(np.ceil(length**3 / np.sqrt(2.0) / abs(np.linalg.det(cell)) - 1e-6)))
     short = _shorter(cell, length)
     for size in range(least, most):
-        found = sublattices(size)
-        for rotation in rotations:
-            found = found[_kept(found, rotation, size)]
+        found = kept_sublattices(size, rotations)
         if len(found):
             inside = np.all(short @ adjugate(found) % size == 0, axis=2)
             found = found[~inside.any(axis=1)]
@@ -253,16 +251,56 @@ def sublattices(size: int) -> np.ndarray:
     """(m, 3, 3) all Hermite normal forms of one determinant: one basis for every sublattice of that
     index."""
     divisors = [d for d in range(1, size + 1) if size % d == 0]
-    shapes = [(a, b, size // a // b) for a in divisors for b in divisors if size // a % b == 0]
-    return np.array(
-        [
-            [[a, x, y], [0, b, z], [0, 0, c]]
-            for a, b, c in shapes
-            for x in range(b)
-            for y in range(c)
-            for z in range(c)
+    forms = []
+    for a, b in product(divisors, divisors):
+        if size // a % b:
+            continue
+        c = size // a // b
+        above = np.stack(np.meshgrid(range(b), range(c), range(c), indexing="ij"), axis=-1)
+        some = np.zeros((b * c * c, 3, 3), dtype=int)
+        some[:, range(3), range(3)] = a, b, c
+        some[:, (0, 0, 1), (1, 2, 2)] = above.reshape(-1, 3)
+        forms.append(some)
+    return np.concatenate(forms)
+
+
+def kept_sublattices(size: int, rotations: np.ndarray) -> np.ndarray:
+    """Those of `sublattices` that all ``rotations`` map onto themselves, in the same order.
+
+    A sublattice is the intersection of those of the prime powers of its index, each of which is
+    kept where it is: of high symmetry a few, far fewer than there are of the whole index.
+    """
+    turning = [
+        one for one in rotations if not np.array_equal(one[0, 0] * one, np.eye(3, dtype=int))
+    ]
+    if not turning or len(prime_powers := _prime_powers(size)) < 2:
+        found = sublattices(size)
+        for rotation in turning:
+            found = found[_kept(found, rotation, size)]
+        return found
+    found, index = [np.eye(3, dtype=int)], 1
+    for power in prime_powers:
+        parts = kept_sublattices(power, rotations)
+        found = [
+            hermite_form(np.concatenate([power * one, index * part]))
+            for one, part in product(found, parts)
         ]
-    )
+        index *= power
+    found.sort(key=lambda form: (*np.diag(form)[:2], *form[(0, 0, 1), (1, 2, 2)]))
+    return np.array(found).reshape(-1, 3, 3)
+
+
+def _prime_powers(size: int) -> list[int]:
+    """The powers of different primes whose product ``size`` is."""
+    powers, prime = [], 2
+    while size > 1:
+        power = 1
+        while size % prime == 0:
+            size, power = size // prime, power * prime
+        if power > 1:
+            powers.append(power)
+        prime += 1
+    return powers
 
 
 def _kept(matrices: np.ndarray, rotation: np.ndarray, size: int) -> np.ndarray:

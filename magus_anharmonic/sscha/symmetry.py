@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 from collections.abc import Iterable, Mapping
 from functools import cached_property
 from typing import Any
@@ -13,6 +14,7 @@ import numpy as np
 import spglib
 from ase import Atoms
 
+from magus_anharmonic.errors import InputError
 from magus_anharmonic.sscha.supercells import (
     SupercellMatrix,
     as_supercell_matrix,
@@ -28,6 +30,9 @@ from magus_anharmonic.sscha.supercells import (
 from magus_anharmonic.structures import primitive, spglib_cell, spglib_or_none
 
 log = logging.getLogger(__name__)
+
+MOST_ATOMS = 10_000
+"""Of a supercell that is chosen by its length: a matrix of its force constants has 7 GB."""
 
 
 class Symmetry:
@@ -189,10 +194,15 @@ def choose_supercell_matrix(
     rotations = np.unique(found["rotations"], axis=0) if found else np.eye(3, dtype=int)[None]
     cell = atoms.cell.array
     if isinstance(supercell, Mapping):
-        heights = 1.0 / np.linalg.norm(np.linalg.inv(cell), axis=0)
-        wanted: SupercellMatrix = three(
-            np.ceil(supercell["min_length"] / height - 1e-6) for height in heights
-        )
+        length, heights = supercell["min_length"], 1.0 / np.linalg.norm(np.linalg.inv(cell), axis=0)
+        repetitions = np.ceil(length / heights - 1e-6)
+        if (n_atoms := math.prod(repetitions.tolist()) * len(atoms)) > MOST_ATOMS:
+            raise InputError(
+                f"sscha.supercell.min_length: {length:g} A: a supercell of"
+                f" {atoms.get_chemical_formula()} would have {n_atoms:.3g} atoms;"
+                f" give a length for which it has at most {MOST_ATOMS}"
+            )
+        wanted: SupercellMatrix = three(repetitions)
     else:
         wanted = as_supercell_matrix(supercell)
     supercell_matrix = wanted
@@ -205,7 +215,7 @@ def choose_supercell_matrix(
             "supercell %s breaks the symmetry of the structure; taking %s", wanted, supercell_matrix
         )
     if isinstance(supercell, Mapping) and not diagonal:
-        return smallest_supercell(cell, rotations, supercell["min_length"], supercell_matrix)
+        return smallest_supercell(cell, rotations, length, supercell_matrix)
     return supercell_matrix
 
 
