@@ -31,6 +31,7 @@ from ase import Atoms
 from magus_anharmonic import third_party
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.hull import (
+    HullStatistics,
     above_hull,
     hull_probabilities,
     lower_hull,
@@ -169,16 +170,13 @@ def _with_gibbs_heights(
         return list(candidates)
     fractions = pool_fractions([c.composition for c in (*phases, *candidates)])
     corners, everywhere = fractions[: len(phases)], fractions[len(phases) :]
-    gibbs, sampling = (
-        np.array([c.gibbs for c in phases]),
-        np.array([c.gibbs_error or 0.0 for c in phases]),
-    )
-    noise = np.random.default_rng(_SEED).normal(size=(N_SAMPLES, len(phases)))
-    found = hull_probabilities(corners, gibbs, gibbs + noise * sampling)
+    gibbs, sampling = [c.gibbs for c in phases], [c.gibbs_error or 0.0 for c in phases]
+    at = tuple(map(tuple, corners.tolist())), tuple(gibbs)
+    found = _sampled_hull(*at, tuple(sampling))
     model = [model_error if c.model_error is None else c.model_error for c in phases]
     known = [value for value in model if value is not None]
     total = (
-        hull_probabilities(corners, gibbs, gibbs + noise * np.hypot(sampling, known)).p_on_hull
+        _sampled_hull(*at, tuple(np.hypot(sampling, known).tolist())).p_on_hull
         if len(known) == len(phases)
         else None
     )
@@ -190,11 +188,21 @@ def _with_gibbs_heights(
         }
         for k, c in enumerate(phases)
     }
-    hull = lower_hull(corners, gibbs, everywhere)
+    hull = lower_hull(corners, np.array(gibbs), everywhere)
     return [
         replace(c, gibbs_above_hull=_above(c, float(height)), **filled.get(c.id, {}))
         for c, height in zip(candidates, hull, strict=True)
     ]  # fmt: skip
+
+
+@functools.lru_cache(maxsize=8)
+def _sampled_hull(
+    corners: tuple[tuple[float, ...], ...], gibbs: tuple[float, ...], errors: tuple[float, ...]
+) -> HullStatistics:
+    """Kept, because a ranking makes its tables many times from the same numbers."""
+    energies = np.array(gibbs)
+    noise = np.random.default_rng(_SEED).normal(size=(N_SAMPLES, len(energies)))
+    return hull_probabilities(np.array(corners), energies, energies + noise * errors)
 
 
 def _above(candidate: Candidate, hull: float) -> float | None:
