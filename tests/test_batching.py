@@ -30,9 +30,8 @@ from magus_anharmonic.potential import (
 )
 from magus_anharmonic.potential.evaluate import Potential
 from magus_anharmonic.potential.graph import build_graph, find_topology
-from magus_anharmonic.potential.inference import Workspace
 from magus_anharmonic.potential.layers import TorchLayers
-from magus_anharmonic.potential.m3gnet import FactorisedM3GNet
+from magus_anharmonic.potential.m3gnet import FactorisedM3GNet, Workspace
 from magus_anharmonic.potential.resources import (
     MemoryModel,
     available_bytes,
