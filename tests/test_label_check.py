@@ -83,6 +83,22 @@ def test_a_few_wrong_labels_are_found_and_no_other(model, fault, words):
     assert all(re.search(words, reason) for reason in found.values()), found
 
 
+@pytest.mark.parametrize(("correlation", "places"), [(0.83, set()), (0.99, {5})])
+def test_forces_that_the_model_has_at_twice_their_size_need_not_be_in_another_unit(
+    monkeypatch, correlation, places
+):
+    """A random crystal far from everything that a model of 150 labels knew was left out of its
+    test, as if pw.x had given its forces in eV/bohr."""
+    monkeypatch.setitem(TRUTH, "epsilon", 0.0165)
+    labelled, model = labels({}), as_evaluator(LennardJones(**MODEL | {"epsilon": 0.015}))
+    forces = labelled[5].calc.results["forces"]
+    other = np.random.default_rng(0).normal(size=forces.shape)
+    other -= forces * np.sum(other * forces) / np.sum(forces**2)
+    aside = np.linalg.norm(forces) / np.linalg.norm(other) * np.sqrt(correlation**-2 - 1)
+    labelled[5].calc.results["forces"] = 0.5291772 * (forces + aside * other)
+    assert set(outliers(labelled, model)) == places
+
+
 def test_a_third_of_the_energies_may_be_absurd(model):
     places = {i for i in range(30) if i % 4 == 1} | {2, 12}
     assert set(outliers(labels({i: {"add": 30.0 * (1 + i % 2)} for i in places}), model)) == places

@@ -60,6 +60,9 @@ FEWEST = 3
 """Labels that can be compared with each other."""
 ALIKE = 0.8
 """Correlation of labels and model above which a factor between them means something."""
+ALIKE_ALONE = 0.9
+"""The same of one label alone: forces that a model of few labels has at half their size, and at a
+correlation of 0.8, are no forces in eV/bohr."""
 
 
 def outliers(labelled: Sequence[Atoms], model: Any | None = None) -> dict[int, str]:
@@ -230,7 +233,8 @@ def _cause_of_one(
     label, model = pair
     if np.sqrt(np.mean(model**2)) < MEASURABLE * least:
         return ""
-    cause = _cause([pair], unit, factors)
+    alike = abs(float(np.sum(label * model))) / np.linalg.norm(model)
+    cause = _cause([pair], unit, factors) if alike > ALIKE_ALONE * np.linalg.norm(label) else ""
     return (
         "0, as where they were left out"
         if not label.any()
