@@ -4,10 +4,20 @@ promises."""
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
+from ase.io import read
 
+from magus_anharmonic.learning.dataset import read_labels
+from magus_anharmonic.potential import load
 from magus_anharmonic.settings import load_settings, parse
+from magus_anharmonic.sscha import free_energy
+from magus_anharmonic.sscha.ensemble import average
+from magus_anharmonic.sscha.result import SschaResult, final_populations
+from magus_anharmonic.sscha.state import displaced
+from magus_anharmonic.sscha.symmetry import Symmetry
+from magus_anharmonic.sscha.task import gibbs_energy
 
 INPUTS = Path(__file__).parent.parent / "inputs"
 SEARCHES = sorted(
@@ -177,7 +187,9 @@ def test_alh3_begins_with_nothing_and_is_labelled_alike_everywhere():
     kinds = {step.kind for step in plan(settings)}
     assert {"learn", "merge", "final", "produce", "relax", "sscha", "hessian"} <= kinds
     diagram = load_phase_diagram(folder / "phase-diagram.yaml")
-    assert set(diagram.phases) == set(found) and diagram.checkpoint.endswith("final/final.pth")
+    assert set(diagram.phases) == {*found, "P6_322"} and diagram.checkpoint.endswith(
+        "final/final.pth"
+    )
 
 
 def test_the_campaign_of_the_paper_holds_the_numbers_of_the_paper():
@@ -241,3 +253,35 @@ def test_the_small_campaign_makes_sixty_labels():
     learning = parse(LearningSettings, {**settings.learning.settings, "labeler": settings.labeler})
     rounds = len(settings.learning.pressures) * settings.search["numGen"]
     assert rounds * learning.n_sample * learning.n_perturb >= 60
+
+
+def test_the_alh3_model_has_the_sscha_free_energy_and_modes_of_pw():
+    """Pm-3n in its 8-atom cell at 110 GPa, by 40 labels of pw.x that no model was trained on."""
+    folder = INPUTS / "alh3"
+    pw = SschaResult.read(folder / "pw")
+    ((state, ensemble),) = final_populations(folder / "pw", pw).values()
+    symmetry = Symmetry(state.atoms, state.supercell_matrix)
+    found = gibbs_energy(state, average(state, ensemble, symmetry), pw.target_pressure)
+    assert found == pytest.approx((pw.gibbs_raw, pw.gibbs_error), abs=1e-9)
+    assert pw.converged and pw.n_evaluations == 40
+
+    model = load(folder / "alh3-pw-small.pth")
+    cell = {"supercell": (1, 1, 1), "cell": "fixed", "n_configs": 400}
+    mine = free_energy(read(folder / "pm-3n.vasp"), model, pw.target_pressure, **cell)
+    assert abs(mine.gibbs - pw.gibbs) < 0.010, "eV/atom, the target of the model"
+    modes = [one.state.modes.hbar_omega for one in (mine, pw)]
+    assert np.abs(modes[0] - modes[1]).mean() < 0.004 and modes[0].min() > 0.045  # eV
+    assert np.abs(modes[0] - modes[1]).max() < 0.010
+
+    forces = np.array(model.evaluate(displaced(state, ensemble.displacements)).forces)
+    error = np.sqrt(np.mean((forces.reshape(ensemble.forces.shape) - ensemble.forces) ** 2))
+    assert error < 0.15 < 0.2 * np.sqrt(np.mean(ensemble.forces**2)), "eV/A"
+
+
+def test_the_alh3_labels_are_of_one_setting_and_no_phase_is_on_two_sides():
+    labels = read_labels(INPUTS / "alh3" / "labels.xyz")
+    assert len(labels) <= 400
+    assert {atoms.info["settings_hash"] for atoms in labels} == {"fe620b73f131"}
+    assert sum(atoms.info["seconds"] for atoms in labels) < 6 * 3600.0
+    sides = {(atoms.info["family"], atoms.info["side"]) for atoms in labels}
+    assert len(sides) == len({family for family, _ in sides})

@@ -1,7 +1,7 @@
 /* The main blocks of M3GNet over all edges, forward and backward: matrix products and all that lies between them, in blocks of
  * edges that stay in a core's own cache.
  *
- * Single precision, row-major. Symbols as in inference.py, which computes the same with torch: u units, E edges of which the first
+ * Single precision, row-major. Symbols as in layers.py, which computes the same with torch: u units, E edges of which the first
  * `near` are within the three-body cutoff, N atoms. What the backward pass needs of an edge are derivatives, not sums before a
  * nonlinearity, so that it takes no exponential. The edges are cut into pieces whose number depends on E alone; threads share the
  * pieces, and what they add to the atoms is joined in the order of the pieces, so that no result depends on the number of threads.
