@@ -143,7 +143,8 @@ def _boundary(axes: Axes, line: Sequence[BoundaryPoint], look: Mapping[str, str]
             axes.fill_betweenx(t, left, right, color=look["color"], alpha=alpha, lw=0)
         else:
             axes.plot([left[0], right[0]], t * 2, color=look["color"], alpha=3 * alpha, lw=3)
-    mark: dict[str, str] = {**look} if len(line) > 1 else {**look, "ls": "", "marker": "d"}
+    alone = {"ls": "", "marker": "d", "mfc": look["color"] if stable else "white"}
+    mark: dict[str, str] = {**look} if len(line) > 1 else {**look, **alone}
     axes.plot([one.pressure_GPa for one in line], t, **mark, lw=1.6 if stable else 0.8, zorder=4)
 
 
@@ -165,6 +166,8 @@ def _legend(axes: Axes, diagram: PhaseDiagram, colors: Mapping[str, str]) -> Non
         for index, name in enumerate(diagram.isotopes):
             several = f", {name}" if len(diagram.isotopes) > 1 else ""
             entry(f"boundary{several}", **_line(index))
+    if any(len(line) == 1 and not line[0].stable for line in lines(diagram.boundaries)):
+        entry("the same, but a third phase is lower", color="0.3", ls="", marker="d", mfc="white")
     if any(one.last is not None for one in diagram.continuous_transitions):
         entry("one phase transforms into the other between", **BRACKET)
     axes.legend(**ABOVE)
@@ -176,6 +179,8 @@ def _limits(axes: Axes, diagram: PhaseDiagram) -> None:
     pad_p, pad_t = 0.05 * (max(p) - min(p)) or 5.0, 0.08 * (max(t) - min(t)) or 20.0
     axes.set_xlim(min(p) - pad_p, max(p) + pad_p)
     axes.set_ylim(min(t) - pad_t, max(t) + pad_t)
+    if min(t) == max(t):
+        axes.set_yticks([min(t)])
 
 
 def _differences(axes: Axes, diagram: PhaseDiagram, colors: Mapping[str, str]) -> None:
