@@ -363,3 +363,11 @@ def test_a_file_where_the_output_folder_should_be_is_wrong_input(tmp_path, monke
 
 def test_deuterium_is_said_to_be_a_mass():
     assert "write H, and give its mass" in refused({"symbols": ["D", "S"]})
+
+
+@pytest.mark.parametrize(("before", "after", "code"), [(",", ";", "utf-8"), ("", "", "utf-16")])
+def test_a_table_of_another_form_is_refused_with_what_to_do(tmp_path, before, after, code):
+    text = "phase,pressure_GPa\nA,1\n"
+    (tmp_path / "g.csv").write_bytes(text.replace(before, after).encode(code))
+    with pytest.raises(InputError, match="save it as UTF-8 with commas"):
+        read_points(tmp_path / "g.csv")

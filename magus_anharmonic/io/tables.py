@@ -238,12 +238,14 @@ def table_rows(
         ):
             rows = csv.DictReader(handle, restkey=restkey)
             if rows.fieldnames:
+                if len(rows.fieldnames) == 1 and re.search("[;\t]", rows.fieldnames[0]):
+                    raise csv.Error("its cells are separated by semicolons or tabs, not by commas")
                 rows.fieldnames = [RENAMED.get(name, name) for name in rows.fieldnames]
             yield rows
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(
-            f"{shown or file}: not readable as a table ({error}); the step that writes it has to"
-            " run again"
+            f"{shown or file}: not readable as a table ({error}); save it as UTF-8 with commas, or"
+            " run the step that writes it again"
         ) from None
 
 
