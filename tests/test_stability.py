@@ -163,7 +163,7 @@ def test_a_first_order_well_below_cubic_rock_salt_is_found(tmp_path):
 @pytest.mark.full
 def test_cubic_h3s_at_100_gpa_is_a_minimum_for_the_shipped_model(tmp_path):
     """Statically it is a saddle point with 12 imaginary modes of 93; quantum motion makes it a
-    minimum, by more than two standard errors of 200 configurations."""
+    minimum, by more than three standard errors of 200 configurations."""
     from magus_anharmonic.potential import load
     from magus_anharmonic.ranking.structures import rank_structures
 
@@ -174,7 +174,7 @@ def test_cubic_h3s_at_100_gpa_is_a_minimum_for_the_shipped_model(tmp_path):
     )
     assert (found.status, found.spg_quantum) == ("stable", "Im-3m (229)"), found.reason
     assert found.free_energy.p_stable > 0.977
-    assert found.free_energy.hessian_deciding > 5 * found.free_energy.hessian_error
+    assert found.free_energy.hessian_deciding > 3 * found.free_energy.hessian_error
 
 
 # ---------------------------------------------------------------- the rules, with invented Hessians
