@@ -1,16 +1,19 @@
 """Energy surfaces with known answers, for the SSCHA tests."""
 
 import numpy as np
+import pytest
 from ase import Atoms
 from ase.calculators.calculator import Calculator, all_changes
 from ase.calculators.emt import EMT
 
 from magus_anharmonic.evaluator import as_evaluator
-from magus_anharmonic.sscha.ensemble import Ensemble
+from magus_anharmonic.sscha.ensemble import Ensemble, average
+from magus_anharmonic.sscha.result import SschaResult, final_populations
 from magus_anharmonic.sscha.start import harmonic_force_constants
 from magus_anharmonic.sscha.state import SschaState, displaced, floor_modes, sample
 from magus_anharmonic.sscha.supercells import shape_supercell_matrix
 from magus_anharmonic.sscha.symmetry import Symmetry
+from magus_anharmonic.sscha.task import gibbs_energy
 from magus_anharmonic.units import HBAR, KELVIN
 
 
@@ -253,6 +256,17 @@ class AnharmonicCell:
                 force_constants=0.5 * (state.force_constants + self._compact(curvature)),
             )
         return self.free_energy(state), state
+
+
+def averaged_anew(folder):
+    """Result, last state and ensemble of a run that lies in ``folder``, whose G is the average of
+    that ensemble."""
+    result = SschaResult.read(folder)
+    ((state, ensemble),) = final_populations(folder, result).values()
+    symmetry = Symmetry(state.atoms, state.supercell_matrix)
+    found = gibbs_energy(state, average(state, ensemble, symmetry), result.target_pressure)
+    assert found == pytest.approx((result.gibbs_raw, result.gibbs_error), abs=1e-9)
+    return result, state, ensemble
 
 
 def phonopy_of(atoms, supercell_matrix):

@@ -208,20 +208,20 @@ def outlying(values: np.ndarray, least: float) -> list[int]:
     return [int(i) for i in np.flatnonzero(np.abs(away) > max(OUTLIER_SIGMAS * scale, least))]
 
 
-def _ratio(pairs: Pairs) -> float:
-    """Median over labels of their factor against the model, of those that correlate with it; NaN
-    for too few."""
+def _ratio(pairs: Pairs, alike: float = ALIKE) -> float:
+    """Median over labels of their factor against the model, of those that correlate with it by more
+    than ``alike``; NaN for too few."""
     ratios, n = [], 0
     for label, model in pairs:
         norms = float(np.linalg.norm(label) * np.linalg.norm(model))
         n += norms > 0.0
-        if norms > 0.0 and abs(float(np.sum(label * model))) > ALIKE * norms:
+        if norms > 0.0 and abs(float(np.sum(label * model))) > alike * norms:
             ratios.append(float(np.sum(label * model) / np.sum(model**2)))
     return float(np.median(ratios)) if ratios and 2 * len(ratios) > n else float("nan")
 
 
-def _cause(pairs: Pairs, unit: str, factors: dict[str, float]) -> str:
-    ratio = _ratio(pairs)
+def _cause(pairs: Pairs, unit: str, factors: dict[str, float], alike: float = ALIKE) -> str:
+    ratio = _ratio(pairs, alike)
     return likely_cause(ratio, unit, factors, recognised=True) if np.isfinite(ratio) else ""
 
 
@@ -233,8 +233,7 @@ def _cause_of_one(
     label, model = pair
     if np.sqrt(np.mean(model**2)) < MEASURABLE * least:
         return ""
-    alike = abs(float(np.sum(label * model))) / np.linalg.norm(model)
-    cause = _cause([pair], unit, factors) if alike > ALIKE_ALONE * np.linalg.norm(label) else ""
+    cause = _cause([pair], unit, factors, ALIKE_ALONE)
     return (
         "0, as where they were left out"
         if not label.any()

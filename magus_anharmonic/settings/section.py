@@ -65,8 +65,10 @@ def element(symbol: str) -> str:
     """The same symbol; ValueError unless it is that of a chemical element."""
     from ase.data import atomic_numbers
 
+    from magus_anharmonic.structures import HYDROGEN
+
     if symbol == "X" or symbol not in atomic_numbers:
-        hint = "; write H, and give its mass where masses are asked for" * (symbol in ("D", "T"))
+        hint = "; write H, and give its mass where masses are asked for" * (symbol in HYDROGEN)
         raise ValueError(f"{symbol!r} is not a chemical element{hint}")
     return symbol
 

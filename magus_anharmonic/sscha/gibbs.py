@@ -171,15 +171,13 @@ def free_energy(
         raise InputError(
             f"pressure: {error}" if isinstance(error, ValueError) else f"evaluator: {error}"
         ) from None
-    if isinstance(surrogate, str) and surrogate == "auto":
+    if settings.surrogate == "auto":
         earlier = None if directory is None else stored_identity(directory)
         # a run that was begun without goes on without
         begun = earlier is not None and "surrogate" not in earlier
         if begun or not settings.surrogate_pays:
             surrogate = "none"
     cheap = surrogate_of(surrogate, atoms, source)
-    if cheap is None:
-        settings = settings.model_copy(update={"surrogate": "none"})
     if (
         isinstance(temperature, bool)
         or not isinstance(temperature, Real)
